@@ -1,0 +1,87 @@
+"""What passes between the stages: small frozen records, printable and readable back.
+
+Never a tensor, a module or an open file: each names the folder where the heavy thing lies.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Artifact(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceFile(Artifact):
+    """One Parquet file that went into a data set."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    rows: int
+
+
+class Shard(Artifact):
+    """One token file inside the data set's folder."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+class Split(Artifact):
+    """The training or the validation side. `tokens` counts one end-of-text a document."""
+
+    shards: tuple[Shard, ...]
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+class DatasetManifest(Artifact):
+    """A tokenised data set: written last into its folder, so that its presence means complete.
+
+    `fingerprint` is the hash of the sources' bytes and of every setting that changes the tokens.
+    """
+
+    fingerprint: str
+    folder: Path
+    tokenizer: str
+    ranks_sha256: str
+    text_column: str
+    validation_fraction: float
+    sources: tuple[SourceFile, ...]
+    train: Split
+    validation: Split
+    skipped: dict[str, int]
+    """Rows left out, by reason: "null", "empty"."""
+
+
+class CheckpointRef(Artifact):
+    """A complete checkpoint: a folder with weights, optimizer and position."""
+
+    folder: Path
+    step: int
+    tokens_seen: int
+    finished: bool
+    """Whether this is the last step that the config asked for."""
+
+
+class Sample(Artifact):
+    prompt: str
+    text: str
+
+
+class EvaluationReport(Artifact):
+    """The morning's numbers for one checkpoint on one fixed slice of validation tokens."""
+
+    step: int
+    tokens: int
+    """Predicted tokens in the slice."""
+    loss: float
+    """Mean cross-entropy, nats a token."""
+    perplexity: float
+    bits_per_byte: float
+    samples: tuple[Sample, ...]

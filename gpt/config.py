@@ -1,0 +1,410 @@
+"""The whole configuration of a run: its sections, and every rule on a value or between values.
+
+A config is TOML, merged with overrides while still a plain dict, then checked as a whole:
+`load_config` reports every problem at once in one `ConfigError`. Values are frozen and strict
+(no "512" for 512, unknown keys refused). Nothing here imports torch: an answer takes
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from gpt.errors import ConfigError, Problem
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _listed(value: Any) -> Any:
+    """One path as a list of one; strict pydantic wants the tuple itself after this."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Names the run's folder and its MLflow run."""
+    root: Path = Path("runs")
+    """Folder of everything that is written: data sets, checkpoints, MLflow, Prefect."""
+
+
+class ModelSection(Section):
+    architecture: Literal["gpt2"] = "gpt2"
+    """gpt2: learned positions, LayerNorm, GELU, tied head."""
+    n_layer: Annotated[int, Field(ge=1, le=1_000)]
+    """Number of blocks."""
+    n_head: Annotated[int, Field(ge=1, le=65_536)]
+    """Attention heads a block; must divide n_embd."""
+    n_embd: Annotated[int, Field(ge=1, le=65_536)]
+    """Width of the residual stream."""
+    block_size: Annotated[int, Field(ge=1, le=1_048_576)]
+    """Context length, tokens."""
+    vocab_size: Annotated[int, Field(ge=50_257, le=65_536)] = 50_304
+    """Rows of the embedding; GPT-2's 50,257 ids padded to a multiple of 64."""
+    dropout: Fraction = 0.0
+    """Probability of dropping an activation; 0 for pretraining on data seen once."""
+    bias: bool = False
+    """Biases in linear layers and LayerNorms, as the original GPT-2 has them."""
+
+
+class DataSection(Section):
+    source: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ]
+    """Parquet: a file, a glob, a directory, or a list of those."""
+    text_column: Annotated[str, Field(min_length=1)] = "text"
+    """The column that holds the documents."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Share of documents kept out of training, chosen by a hash of their text."""
+    tokens_per_shard: Annotated[int, Field(ge=1_000)] = 100_000_000
+    """Most tokens in one shard file (2 bytes each)."""
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw"] = "adamw"
+    """adamw: decoupled weight decay on matrices alone."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 6e-4
+    """Highest learning rate of the schedule."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decay of the matrices (not of LayerNorm gains and biases)."""
+    beta1: Fraction = 0.9
+    """AdamW's first-moment decay."""
+    beta2: Fraction = 0.95
+    """AdamW's second-moment decay."""
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ScheduleSection(Section):
+    name: Literal["cosine"] = "cosine"
+    """cosine: linear warm-up, then half a cosine down to the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Learning rate at the last step, as a share of the highest."""
+
+
+class TrainingSection(Section):
+    batch_size: Count
+    """Micro-batch, sequences: what is on the device at once."""
+    grad_acc: Count
+    """Micro-batches a step; tokens a step = batch_size * grad_acc * block_size."""
+    max_steps: Count
+    """Optimizer steps of the whole run."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Autocast type on CUDA; a CPU always computes in float32."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    """Seed of the weights, the data order and dropout."""
+    checkpoint_interval: Count = 250
+    """Steps between checkpoints; the last step always writes one."""
+    log_interval: Count = 10
+    """Steps between lines in the terminal; every step goes to MLflow."""
+
+
+class EvaluationSection(Section):
+    interval: Count = 250
+    """Steps between validation losses during training; also taken before step 1 and at the end."""
+    tokens: Count = 1_048_576
+    """Length of the fixed validation slice, tokens; the same for every config on the data."""
+    batch_size: Count = 8
+    """Sequences at once when evaluating; independent of training."""
+    prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
+    """Prompts of the samples in the report."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 64
+    """Tokens generated for each prompt."""
+
+
+class TrackingSection(Section):
+    experiment: Annotated[str, Field(min_length=1)] = "overnight"
+    """MLflow experiment."""
+    uri: str = ""
+    """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite under run.root."""
+
+
+class HardwareSection(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """auto takes the GPU where there is one."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run. Built by `load_config` or `build_config` only, which apply
+    the rules between values as well."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+    hardware: HardwareSection = HardwareSection()
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.training.batch_size * self.training.grad_acc
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.model.block_size
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key, as it would stand in JSON."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+# --- from TOML and overrides to one dict ---------------------------------------------------------
+
+
+def load_config(
+    path: Path | str, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> RunConfig:
+    """Read TOML, merge the overrides, check everything.
+
+    `overrides` is a nested mapping, or strings `section.key=value` with a TOML value (a bare word
+    is taken as a string). Raises `ConfigError` with every problem found.
+    """
+    return build_config(merged(read_toml(Path(path)), overrides))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises `ConfigError` for a file that is missing, unreadable or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        rule, remedy = "there is no such file", "give the path of a config, as configs/tiny.toml"
+    except OSError as error:
+        rule, remedy = f"the file cannot be read: {error.strerror}", "give a readable TOML file"
+    except UnicodeDecodeError as error:
+        rule, remedy = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
+    except tomllib.TOMLDecodeError as error:
+        rule, remedy = f"not TOML: {error}", "mend that place; text values need quotes"
+    except RecursionError:
+        rule, remedy = "nested too deeply", "a config is sections with plain values"
+    raise ConfigError(Problem(str(path), "", rule, remedy))
+
+
+def merged(raw: Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """`raw` with the overrides laid over it, key by key, at any depth."""
+    if isinstance(overrides, Mapping):
+        return _merge(raw, overrides)
+    result = dict(raw)
+    for override in overrides:
+        result = _merge(result, parse_override(override))
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`model.n_embd=512` as `{"model": {"n_embd": 512}}`."""
+    key, equals, value = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(
+            Problem(
+                "--set", text, "an override is section.key=value", "as --set model.n_embd=576"
+            )
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        leaf = parsed["value"] if len(parsed) == 1 else value
+    except (tomllib.TOMLDecodeError, RecursionError):
+        leaf = value.strip()
+    for part in reversed(parts):
+        leaf = {part: leaf}
+    return leaf
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[key] = _merge(below, value) if both else value
+    return result
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- from the dict to a RunConfig, or to every problem in it -------------------------------------
+
+
+def build_config(raw: Mapping[str, Any]) -> RunConfig:
+    """Check every value and every rule between values; `ConfigError` names all that fail."""
+    try:
+        # JSON, because strict pydantic takes no list for a tuple and no string for a path else.
+        config = RunConfig.model_validate_json(json.dumps(raw, default=str))
+        problems: list[Problem] = []
+        values = config.flat()
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False)
+        problems = [_problem(detail) for detail in details]
+        values = _sound_values(raw, [".".join(map(str, d["loc"][:2])) for d in details])
+    problems += [found for rule in RULES if (found := rule(values))]
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def _sound_values(raw: Mapping[str, Any], broken: Sequence[str]) -> dict[str, Any]:
+    """The values that can still be held against the rules: given or default, and not broken."""
+    sound = {}
+    for section_name, section_field in RunConfig.model_fields.items():
+        given = raw.get(section_name, {})
+        if section_name in broken and not isinstance(given, Mapping):
+            continue
+        section: type[Section] = section_field.annotation  # type: ignore[assignment]
+        for key, field in section.model_fields.items():
+            name = f"{section_name}.{key}"
+            if name not in broken and (key in given or not field.is_required()):
+                sound[name] = given.get(key, field.default)
+    return sound
+
+
+def _problem(detail: Mapping[str, Any]) -> Problem:
+    """One pydantic error in our words."""
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    match detail["type"]:
+        case "missing":
+            return Problem(key, "", "is required", f"add it: {_meaning(location)}")
+        case "extra_forbidden":
+            return Problem(key, _shown(detail["input"]), "is no known key", _nearest(location))
+    rule = detail["msg"][0].lower() + detail["msg"][1:]
+    return Problem(key, _shown(detail["input"]), rule, f"give {_meaning(location)}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _keys(section_name: str) -> Mapping[str, Any]:
+    section = RunConfig.model_fields[section_name].annotation
+    return section.model_fields if section else {}
+
+
+def _meaning(location: Sequence[str]) -> str:
+    section, *rest = location
+    if section not in RunConfig.model_fields:
+        return "a value of the right type"
+    if not rest or rest[0] not in _keys(section):
+        return f"a [{section}] table with {', '.join(_keys(section))}"
+    text = _keys(section)[rest[0]].description or "a value of the right type"
+    return f"{rest[0]}: {text}"
+
+
+def _nearest(location: Sequence[str]) -> str:
+    section, *rest = location
+    known = list(RunConfig.model_fields) if not rest else list(_keys(section))
+    wanted = location[-1]
+    close = difflib.get_close_matches(wanted, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    homes = [s for s in RunConfig.model_fields if wanted in _keys(s)]
+    if homes:
+        return f"it belongs in [{homes[0]}]: {homes[0]}.{wanted}"
+    return f"known here: {', '.join(known)}"
+
+
+# --- rules between values ------------------------------------------------------------------------
+
+Rule = Callable[[Mapping[str, Any]], Problem | None]
+RULES: list[Rule] = []
+
+
+def rule(*keys: str) -> Callable[[Callable[..., Problem | None]], Rule]:
+    """Register a rule between the values of `keys`; asked only where all of them are sound."""
+
+    def register(check: Callable[..., Problem | None]) -> Rule:
+        def asked(values: Mapping[str, Any]) -> Problem | None:
+            if not all(key in values for key in keys):
+                return None
+            return check(*(values[key] for key in keys))
+
+        RULES.append(asked)
+        return asked
+
+    return register
+
+
+@rule("model.n_embd", "model.n_head")
+def heads_divide_the_width(n_embd: int, n_head: int) -> Problem | None:
+    if n_embd % n_head == 0:
+        return None
+    choices = ", ".join(f"{width}/{heads}" for width, heads in head_choices(n_embd, n_head))
+    return Problem(
+        "model.n_embd",
+        str(n_embd),
+        f"must be divisible by model.n_head = {n_head}: {n_embd} / {n_head} = "
+        f"{n_embd / n_head:.2f}, but every head needs a whole number of channels",
+        f"choose n_embd/n_head from {choices}",
+    )
+
+
+@rule("schedule.warmup_steps", "training.max_steps")
+def warmup_ends_before_the_run(warmup_steps: int, max_steps: int) -> Problem | None:
+    if warmup_steps < max_steps:
+        return None
+    return Problem(
+        "schedule.warmup_steps",
+        str(warmup_steps),
+        f"must be under training.max_steps = {max_steps}: the learning rate would never peak",
+        f"set schedule.warmup_steps to at most {max(0, max_steps // 10)}",
+    )
+
+
+def head_choices(n_embd: int, n_head: int) -> list[tuple[int, int]]:
+    """Pairs (n_embd, n_head) that divide, near one that does not: for this head count the widths
+    next below and above, then for this width the head counts next below and above.
+
+    Head sizes that are multiples of 8 come before any other, because the attention kernels of
+    GPUs pad the rest (PyTorch, scaled_dot_product_attention: last dimension a multiple of 8).
+    """
+    return _widths_near(n_embd, n_head) + _head_counts_near(n_embd, n_head)
+
+
+def _widths_near(n_embd: int, n_head: int) -> list[tuple[int, int]]:
+    stride = n_head * 8 if n_embd > n_head * 8 else n_head
+    below = n_embd // stride * stride
+    return [(width, n_head) for width in (below, below + stride) if width > 0]
+
+
+def _head_counts_near(n_embd: int, n_head: int) -> list[tuple[int, int]]:
+    divisors = [heads for heads in range(1, n_embd + 1) if n_embd % heads == 0]
+    aligned = [heads for heads in divisors if n_embd // heads % 8 == 0] or divisors
+    below = [heads for heads in aligned if heads < n_head][-1:]
+    above = [heads for heads in aligned if heads > n_head][:1]
+    return [(n_embd, heads) for heads in below + above]
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Hash of plain values, the same in every process: hexadecimal, 64 digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, Parquet to shards, shards to batches."""

@@ -1,0 +1,75 @@
+"""What can go wrong through no fault of the program: one tree of errors, all telling alike.
+
+Every error carries `Problem`s: where, what was found there, which rule it breaks, and what to do
+about it. A user sees the message alone (exit code 2, no traceback); a Prefect run is Failed with
+it. Mistakes of the programmer are not here: they assert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule. `key` is a config key, a file or a command; `value` is what stood there."""
+
+    key: str
+    value: str
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        found = f"{self.key} = {self.value}" if self.value else self.key
+        return f"{found}\n    {self.rule}\n    -> {self.remedy}"
+
+
+class GPTError(Exception):
+    """Base of all errors that a user can mend; never raised itself."""
+
+    headline = "cannot go on"
+
+    def __init__(self, *problems: Problem) -> None:
+        assert problems, "an error without a problem says nothing"
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
+        return f"{self.headline}: {count}\n" + "\n".join(f"  {p}" for p in self.problems)
+
+
+class ConfigError(GPTError):
+    """A configuration that cannot work; holds every problem that was found, not the first."""
+
+    headline = "the config cannot work"
+
+
+class CorpusError(GPTError):
+    """A Parquet source that cannot be read, or holds nothing to train on."""
+
+    headline = "the corpus cannot be used"
+
+
+class DatasetError(GPTError):
+    """Token shards or their manifest that are missing, cut short or altered."""
+
+    headline = "the tokenised data set cannot be used"
+
+
+class CheckpointError(GPTError):
+    """A checkpoint that is incomplete, damaged, or belongs to another model, data set or optimizer."""
+
+    headline = "the checkpoint cannot be used"
+
+
+class NonFiniteLossError(GPTError):
+    """The loss or a gradient became NaN or infinite and stayed so."""
+
+    headline = "training stopped on a non-finite loss"
+
+
+class OutOfMemoryError(GPTError):
+    """The device ran out of memory at the smallest batch that can be tried."""
+
+    headline = "out of memory"

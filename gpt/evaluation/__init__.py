@@ -1,0 +1,1 @@
+"""The morning: held-out loss and what the model writes."""

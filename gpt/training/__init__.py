@@ -1,0 +1,1 @@
+"""The night: the loop with its optimizer, schedule and checkpoints."""
