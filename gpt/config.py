@@ -119,6 +119,8 @@ class TrainingSection(Section):
     """Seed of the weights, the data order and dropout."""
     checkpoint_interval: Count = 250
     """Steps between checkpoints; the last step always writes one."""
+    checkpoints_kept: Count = 2
+    """Newest checkpoints that stay on disk."""
     log_interval: Count = 10
     """Steps between lines in the terminal; every step goes to MLflow."""
 
@@ -178,9 +180,7 @@ class RunConfig(Section):
 # --- from TOML and overrides to one dict ---------------------------------------------------------
 
 
-def load_config(
-    path: Path | str, overrides: Mapping[str, Any] | Sequence[str] = ()
-) -> RunConfig:
+def load_config(path: Path | str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
     """Read TOML, merge the overrides, check everything.
 
     `overrides` is a nested mapping, or strings `section.key=value` with a TOML value (a bare word
@@ -222,9 +222,7 @@ def parse_override(text: str) -> dict[str, Any]:
     parts = [part.strip() for part in key.split(".")]
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(
-            Problem(
-                "--set", text, "an override is section.key=value", "as --set model.n_embd=576"
-            )
+            Problem("--set", text, "an override is section.key=value", "as --set model.n_embd=576")
         )
     try:
         parsed = tomllib.loads(f"value = {value}")

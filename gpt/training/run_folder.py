@@ -1,0 +1,96 @@
+"""Which folder a run lives in: starting is resuming, and a changed run is a new one by itself.
+
+A run's identity is its name and the fingerprint of everything that shapes its weights: model,
+data, optimizer, schedule, seed and the tokens of a step. What may change on the way (steps,
+intervals, how a step is split into micro-batches, device, tracking) is not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from gpt.artifacts import DatasetManifest
+from gpt.config import RunConfig, fingerprint
+from gpt.files import write_text
+from gpt.training.checkpoint import latest_checkpoint
+
+_FREE_SECTIONS = ("run", "data", "evaluation", "tracking", "hardware")
+_FREE_KEYS = (
+    "training.max_steps",
+    "training.batch_size",
+    "training.grad_acc",
+    "training.checkpoint_interval",
+    "training.checkpoints_kept",
+    "training.log_interval",
+)
+
+
+class RunRecord(BaseModel):
+    """`run.json` in the run's folder: what the run is, for whoever starts it again."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    identity: str
+    max_steps: int
+    dataset_fingerprint: str
+
+
+def run_identity(config: RunConfig, dataset: DatasetManifest) -> str:
+    """Fingerprint of what shapes the weights, at every step."""
+    kept = {
+        key: value
+        for key, value in config.flat().items()
+        if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
+    }
+    kept["sequences_per_step"] = config.sequences_per_step
+    kept["dataset"] = dataset.fingerprint
+    return fingerprint(kept)
+
+
+def open_run_folder(config: RunConfig, dataset: DatasetManifest, fresh: bool = False) -> Path:
+    """`<root>/train/<name>-<8 hex>`: the folder of this run where it was started before, else new.
+
+    The same run is one of the same identity that asked for the same `max_steps`, or that was
+    interrupted before reaching them. `fresh` always begins a new folder and leaves the old alone.
+    """
+    parent = config.run.root / "train"
+    identity = run_identity(config, dataset)
+    folder = None if fresh else _started_before(parent, config, identity)
+    folder = folder or _unused(parent, f"{config.run.name}-{identity[:8]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = RunRecord(
+        identity=identity,
+        max_steps=config.training.max_steps,
+        dataset_fingerprint=dataset.fingerprint,
+    )
+    text = json.dumps(record.model_dump() | {"config": config.model_dump(mode="json")}, indent=2)
+    write_text(folder / "run.json", text)
+    return folder
+
+
+def _started_before(parent: Path, config: RunConfig, identity: str) -> Path | None:
+    """The newest folder of this identity that `config` may go on in."""
+    wanted = config.training.max_steps
+    candidates = []
+    for path in parent.glob(f"{config.run.name}-*/run.json"):
+        record = RunRecord.model_validate_json(path.read_text())
+        if record.identity == identity and _may_go_on(path.parent, record, wanted):
+            candidates.append((record.max_steps == wanted, path.stat().st_ctime_ns, path.parent))
+    return max(candidates)[-1] if candidates else None
+
+
+def _may_go_on(folder: Path, record: RunRecord, max_steps: int) -> bool:
+    if record.max_steps == max_steps:
+        return True
+    checkpoint = latest_checkpoint(folder)
+    return checkpoint is None or (not checkpoint.finished and checkpoint.step < max_steps)
+
+
+def _unused(parent: Path, name: str) -> Path:
+    number = 1
+    while (path := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return path

@@ -1,0 +1,63 @@
+"""The chunked loss against torch's own cross-entropy on whole logits."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt.model.loss import summed_loss, token_losses
+
+
+def tensors(rows, width, vocabulary, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=generator, dtype=dtype, requires_grad=True)
+    head = torch.randn(vocabulary, width, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    return hidden, head, targets
+
+
+def plain_losses(hidden, head, targets, softcap):
+    logits = hidden @ head.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0, 1.5])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "chunk_rows"), [(12, 11, 4), (13, 101, 5), (7, 64, 100), (1, 3, 1)]
+)
+def test_loss_and_gradients_equal_the_plain_path(rows, vocabulary, chunk_rows, softcap):
+    hidden, head, targets = tensors(rows, 6, vocabulary)
+    chunked = summed_loss(hidden, head, targets, softcap, chunk_rows) * 0.37
+    ours = torch.autograd.grad(chunked, (hidden, head))
+    plain = plain_losses(hidden, head, targets, softcap).sum() * 0.37
+    theirs = torch.autograd.grad(plain, (hidden, head))
+    torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=0)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-12)
+
+
+def test_gradients_pass_finite_differences():
+    hidden, head, targets = tensors(5, 4, 7)
+    assert torch.autograd.gradcheck(lambda h, w: summed_loss(h, w, targets, 2.0, 2), (hidden, head))
+
+
+def test_token_losses_keep_the_shape_and_sum_to_the_loss():
+    hidden, head, targets = tensors(12, 6, 31)
+    losses = token_losses(hidden.view(3, 4, 6), head, targets.view(3, 4), 15.0, chunk_rows=5)
+    assert losses.shape == (3, 4)
+    torch.testing.assert_close(losses.flatten(), plain_losses(hidden, head, targets, 15.0).detach())
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    hidden, head, targets = tensors(64, 32, 500, torch.float32)
+    exact = summed_loss(hidden, head, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = summed_loss(hidden, head, targets)
+    grads = torch.autograd.grad(rounded, (hidden, head))
+    reference = torch.autograd.grad(exact, (hidden, head))
+    assert rounded.dtype == torch.float32
+    assert abs(rounded - exact) / exact < 1e-2
+    for mine, other in zip(grads, reference, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - other).norm() / other.norm() < 2e-2

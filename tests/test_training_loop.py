@@ -1,0 +1,186 @@
+"""The loop: what a step is, and that stopping and starting changes nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+from token_data import token_dataset
+from torch.nn import functional as F
+
+from gpt.config import build_config
+from gpt.errors import CheckpointError, ConfigError
+from gpt.training.checkpoint import latest_checkpoint
+from gpt.training.loop import Trainer, train
+from gpt.training.run_folder import open_run_folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return token_dataset(tmp_path_factory.mktemp("tokens"))
+
+
+def tiny_config(root, **changes):
+    raw = {
+        "run": {"name": "t", "root": str(root)},
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "dropout": 0.1},
+        "data": {"source": "unused.parquet"},
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"warmup_steps": 3},
+        "training": {"batch_size": 4, "grad_acc": 2, "max_steps": 20, "checkpoint_interval": 10},
+        "evaluation": {"interval": 10, "tokens": 640, "batch_size": 4},
+        "hardware": {"device": "cpu"},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw[section][name] = value
+    return build_config(raw)
+
+
+def numbers(records):
+    """What must be equal in two runs: everything but speed and memory."""
+    return [
+        dataclasses.replace(record, tokens_per_second=None, peak_memory_bytes=None)
+        for record in records
+    ]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(latest_checkpoint(folder).folder / "model.safetensors")
+
+
+def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
+    records = list(train(tiny_config(tmp_path), dataset, tmp_path / "run"))
+    assert [record.step for record in records] == list(range(21))
+    assert records[0].loss is None and records[0].validation.loss > 10
+    assert records[-1].validation.loss < records[0].validation.loss - 1
+    assert [r.step for r in records if r.validation] == [0, 10, 20]
+    assert records[-1].tokens_seen == 20 * 4 * 2 * 32
+    assert all(r.grad_norm > 0 and r.tokens_per_second > 0 for r in records[1:])
+
+
+def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path):
+    config = tiny_config(tmp_path)
+    whole = numbers(train(config, dataset, tmp_path / "whole"))
+    first = []
+    for record in train(config, dataset, tmp_path / "parts"):
+        first.append(record)
+        if record.step == 10:
+            break  # dropped here like a killed process: nothing after step 10 was saved
+    rest = numbers(train(config, dataset, tmp_path / "parts"))
+    assert rest[0].step == 11
+    assert numbers(first) + rest == whole
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
+    config = tiny_config(tmp_path, training__max_steps=4, schedule__warmup_steps=1)
+    list(train(config, dataset, tmp_path / "run"))
+    assert latest_checkpoint(tmp_path / "run").finished
+    assert list(train(config, dataset, tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize(("batch_size", "grad_acc"), [(1, 8), (2, 4), (4, 2)])
+def test_micro_batches_add_up_to_one_big_batch(dataset, tmp_path, batch_size, grad_acc):
+    def first_steps(**split):
+        config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4, **split)
+        return list(train(config, dataset, tmp_path / str(split)))[1:]
+
+    big = first_steps(training__batch_size=8, training__grad_acc=1)
+    small = first_steps(training__batch_size=batch_size, training__grad_acc=grad_acc)
+    for ours, theirs in zip(small, big, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+
+
+def test_the_first_loss_and_gradient_are_those_of_plain_torch(dataset, tmp_path):
+    config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4)
+    record = list(train(config, dataset, tmp_path / "run"))[1]
+    trainer = Trainer(config, dataset, tmp_path / "untrained")
+    inputs, targets = trainer.batches.take(8)
+    logits = trainer.model(inputs) @ trainer.model.head.T
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert record.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_the_last_checkpoints_are_kept(dataset, tmp_path):
+    config = tiny_config(
+        tmp_path,
+        training__max_steps=6,
+        training__checkpoint_interval=1,
+        training__checkpoints_kept=2,
+    )
+    list(train(config, dataset, tmp_path / "run"))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000006"]
+
+
+def test_an_altered_checkpoint_is_refused_by_name(dataset, tmp_path):
+    config = tiny_config(tmp_path, training__max_steps=4)
+    list(train(config, dataset, tmp_path / "run"))
+    path = latest_checkpoint(tmp_path / "run").folder / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="optimizer.safetensors"):
+        Trainer(config, dataset, tmp_path / "run")
+
+
+def test_what_was_not_finished_writing_does_not_count(dataset, tmp_path):
+    config = tiny_config(tmp_path, training__max_steps=4, training__checkpoint_interval=2)
+    list(train(config, dataset, tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "COMPLETE").unlink()
+    assert latest_checkpoint(tmp_path / "run").step == 2
+    assert [record.step for record in train(config, dataset, tmp_path / "run")] == [3, 4]
+
+
+def test_a_device_that_is_not_there_is_a_config_error(dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"hardware.device = cuda:99"):
+        Trainer(tiny_config(tmp_path, hardware__device="cuda:99"), dataset, tmp_path / "run")
+
+
+class TestRunFolder:
+    def test_starting_is_resuming(self, dataset, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = open_run_folder(config, dataset)
+        assert open_run_folder(config, dataset) == folder
+        assert folder.parent == tmp_path / "train" and folder.name.startswith("t-")
+
+    def test_what_does_not_shape_the_weights_may_change(self, dataset, tmp_path):
+        folder = open_run_folder(tiny_config(tmp_path), dataset)
+        split = {"training__batch_size": 2, "training__grad_acc": 4}
+        for change in (split, {"training__log_interval": 3}, {"evaluation__interval": 5}):
+            assert open_run_folder(tiny_config(tmp_path, **change), dataset) == folder
+
+    def test_an_interrupted_run_may_be_given_more_steps(self, dataset, tmp_path):
+        folder = open_run_folder(tiny_config(tmp_path), dataset)
+        longer = tiny_config(tmp_path, training__max_steps=30)
+        assert open_run_folder(longer, dataset) == folder
+
+    def test_a_finished_run_stays_as_it_is(self, dataset, tmp_path):
+        config = tiny_config(tmp_path, training__max_steps=4)
+        folder = open_run_folder(config, dataset)
+        list(train(config, dataset, folder))
+        assert open_run_folder(config, dataset) == folder
+        for steps in (5, 6):
+            other = tiny_config(tmp_path, training__max_steps=steps)
+            assert open_run_folder(other, dataset) != folder
+        assert open_run_folder(config, dataset, fresh=True) != folder
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"model__n_embd": 32},
+            {"optimizer__learning_rate": 1e-3},
+            {"training__seed": 1},
+            {"training__grad_acc": 3},
+        ],
+    )
+    def test_another_model_or_optimizer_is_another_run(self, dataset, tmp_path, change):
+        folder = open_run_folder(tiny_config(tmp_path), dataset)
+        assert open_run_folder(tiny_config(tmp_path, **change), dataset) != folder
