@@ -1,0 +1,45 @@
+# make run    pretrain the tiny GPT end to end; installs everything first when it is missing
+# make test   formatting, lint and types, then the tests
+# make check  formatting, lint and types alone
+# make clean  remove what was installed and cached; runs/ and data/ stay
+
+PYTHON ?= python3
+CONFIG ?= configs/tiny.toml
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+SAMPLE := data/sample.parquet
+
+# Also pins what pip installs into the build's own environment.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test check clean
+
+run: $(INSTALLED) $(SAMPLE)
+	@$(BIN)/overnight run $(CONFIG)
+
+test: check
+	@$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made last, so that an installation that was broken off is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing into $(VENV): some minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[test]'
+	@touch $@
+
+$(SAMPLE): | $(INSTALLED)
+	@$(BIN)/overnight sample-corpus $@
