@@ -351,7 +351,9 @@ def test_an_empty_split_names_the_setting(tmp_path):
     )
 
 
-def test_text_that_is_not_utf8_is_told_by_its_row(tmp_path):
+@pytest.mark.parametrize("batch_rows", [1, 100])
+def test_text_that_is_not_utf8_is_told_by_its_row(tmp_path, monkeypatch, batch_rows):
+    monkeypatch.setattr(corpus, "BATCH_ROWS", batch_rows)
     raw = pa.array([b"fine", b"caf\xe9 au lait"], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")

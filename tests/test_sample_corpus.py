@@ -77,14 +77,14 @@ def test_documents_are_topics_and_modules_with_headings(library):
 
 def test_the_file_has_fineweb_s_columns_and_true_counts(tmp_path):
     path = tmp_path / "new" / "sample.parquet"
-    made = write_sample_corpus(path, target_bytes=400_000)
+    made = write_sample_corpus(path, target_bytes=1_000_000)
     table = pq.read_table(path)
     assert table.column_names == COLUMNS
     rows = table.to_pylist()
     assert len(rows) == made.documents > 5
     assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
-    assert made.text_bytes == sum(len(row["text"].encode()) for row in rows) >= 400_000
+    assert made.text_bytes == sum(len(row["text"].encode()) for row in rows) >= 1_000_000
     assert made.tokens == sum(row["token_count"] for row in rows)
     encoding = load_tokenizer()
     assert rows[3]["token_count"] == len(encoding.encode_ordinary(rows[3]["text"]))
@@ -102,9 +102,9 @@ def test_the_same_bytes_whatever_order_the_disk_gives(tmp_path, monkeypatch):
             random.shuffle(files)
             yield folder, folders, files
 
-    write_sample_corpus(tmp_path / "1.parquet", target_bytes=400_000)
+    write_sample_corpus(tmp_path / "1.parquet", target_bytes=1_000_000)
     monkeypatch.setattr(os, "walk", shuffled)
-    write_sample_corpus(tmp_path / "2.parquet", target_bytes=400_000)
+    write_sample_corpus(tmp_path / "2.parquet", target_bytes=1_000_000)
     assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
 
 
