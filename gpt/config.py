@@ -49,8 +49,9 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    architecture: Literal["gpt2"] = "gpt2"
-    """gpt2: learned positions, LayerNorm, GELU, tied head."""
+    architecture: Literal["gpt2", "nanochat"] = "gpt2"
+    """gpt2: learned positions, LayerNorm, GELU, tied head. nanochat: rotary positions, RMSNorm,
+    QK-norm, ReLU squared, untied head, capped logits."""
     n_layer: Annotated[int, Field(ge=1, le=1_000)]
     """Number of blocks."""
     n_head: Annotated[int, Field(ge=1, le=65_536)]
@@ -64,7 +65,7 @@ class ModelSection(Section):
     dropout: Fraction = 0.0
     """Probability of dropping an activation; 0 for pretraining on data seen once."""
     bias: bool = False
-    """Biases in linear layers and LayerNorms, as the original GPT-2 has them."""
+    """Biases in linear layers and LayerNorms, as the original GPT-2 has them; gpt2 only."""
 
 
 class DataSection(Section):
@@ -83,25 +84,37 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw"] = "adamw"
-    """adamw: decoupled weight decay on matrices alone."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 6e-4
-    """Highest learning rate of the schedule."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: for everything. muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Highest learning rate, of Muon's matrices with muon; left out: by rule from width and tokens
+    a step (gpt.training.schedule)."""
+    embedding_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Highest learning rate of the embedding, with muon; left out: by rule."""
+    head_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Highest learning rate of an untied head and of vectors, with muon; left out: by rule."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Decay of the matrices (not of LayerNorm gains and biases)."""
+    """Decay of the matrices (with muon: of Muon's); vectors have none."""
     beta1: Fraction = 0.9
     """AdamW's first-moment decay."""
     beta2: Fraction = 0.95
     """AdamW's second-moment decay."""
+    momentum: Fraction = 0.95
+    """Muon's momentum."""
+    momentum_warmup_steps: Annotated[int, Field(ge=0)] = 300
+    """Steps over which Muon's momentum rises from 0.85, at most a tenth of the run."""
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 
 class ScheduleSection(Section):
-    name: Literal["cosine"] = "cosine"
-    """cosine: linear warm-up, then half a cosine down to the last step."""
+    name: Literal["cosine", "linear"] = "cosine"
+    """cosine: half a cosine down to the last step. linear: constant, then straight down over the
+    last cooldown_fraction of the steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from 0."""
+    cooldown_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    """Share of the steps in which a linear schedule falls."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Learning rate at the last step, as a share of the highest."""
 
@@ -113,8 +126,14 @@ class TrainingSection(Section):
     """Micro-batches a step; tokens a step = batch_size * grad_acc * block_size."""
     max_steps: Count
     """Optimizer steps of the whole run."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Autocast type on CUDA; a CPU always computes in float32."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Autocast type on CUDA (bfloat16 turns to float16 where the card lacks it); a CPU always
+    computes in float32."""
+    compile: bool = True
+    """Compile the network and the loss; where there is no compiler, a line says so."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in backward: less memory, about a
+    third more work."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     """Seed of the weights, the data order and dropout."""
     checkpoint_interval: Count = 250
@@ -229,17 +248,19 @@ def parse_override(text: str) -> dict[str, Any]:
         leaf = parsed["value"] if len(parsed) == 1 else value
     except (tomllib.TOMLDecodeError, RecursionError):
         leaf = value.strip()
+    nested: Any = leaf
     for part in reversed(parts):
-        leaf = {part: leaf}
-    return leaf
+        nested = {part: nested}
+    return dict(nested)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[key] = _merge(below, value) if both else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _merge(below, value)
+        result[key] = value
     return result
 
 

@@ -57,8 +57,14 @@ class DatasetError(GPTError):
     headline = "the tokenised data set cannot be used"
 
 
+class TokenizerError(GPTError):
+    """The tokenizer's data files that are missing or altered."""
+
+    headline = "the tokenizer cannot be loaded"
+
+
 class CheckpointError(GPTError):
-    """A checkpoint that is incomplete, damaged, or belongs to another model, data set or optimizer."""
+    """A checkpoint that is incomplete, damaged, or of another model, data set or optimizer."""
 
     headline = "the checkpoint cannot be used"
 

@@ -6,9 +6,17 @@ import hashlib
 import os
 from pathlib import Path
 
+PARTIAL = ".partial"
+"""Ending of what is not complete; nothing reads it."""
+
 
 def sync(path: Path) -> None:
-    """Flush a file's or a folder's entry to the disk."""
+    """Flush a file, or the names in a folder, to the disk; a power cut may take them before.
+
+    Windows has no such call for folders and needs none.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,15 +25,15 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes, read in pieces."""
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces; about 1 GB/s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that `path` holds the old text or the new, never a part."""
-    writing = path.with_name(f".writing-{path.name}")
-    writing.write_text(text, encoding="utf-8")
-    sync(writing)
-    writing.replace(path)
+    """The whole of `text` in UTF-8 under `path`, or what was there before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
     sync(path.parent)

@@ -21,9 +21,10 @@ from gpt.data.corpus import (
     tokenize_corpus,
     units,
 )
-from gpt.data.shards import file_sha256, open_shard, verify
+from gpt.data.shards import open_shard, verify
 from gpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.errors import CorpusError, GPTError
+from gpt.files import sha256_of
 
 TEXTS = [f"Document {i}: <|endoftext|> naïve 東京 🦙 " + "word " * (i % 7) for i in range(300)]
 
@@ -89,7 +90,7 @@ def test_shards_decode_back_to_the_rows(tmp_path):
     assert manifest.train.text_bytes == sum(len(t.encode()) for t in train)
     assert manifest.folder == tmp_path / "runs" / "datasets" / manifest.fingerprint[:16]
     assert manifest.sources[0].rows == len(TEXTS)
-    assert manifest.sources[0].sha256 == file_sha256(Path(source))
+    assert manifest.sources[0].sha256 == sha256_of(Path(source))
     assert isinstance(progress[-1], TokenizeProgress)
     assert progress[-1].rows_done == progress[-1].rows_total == len(TEXTS)
     assert progress[-1].tokens == manifest.train.tokens + manifest.validation.tokens
@@ -186,7 +187,7 @@ def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
     made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
     assert find_dataset(made) is None
     _, manifest = run(made)
-    monkeypatch.setattr(corpus, "file_sha256", None)
+    monkeypatch.setattr(corpus, "sha256_of", None)
     monkeypatch.setattr(corpus, "encode_unit", None)
     assert find_dataset(made) == manifest
     assert run(made) == ([], manifest)

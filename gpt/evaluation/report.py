@@ -10,7 +10,7 @@ from gpt.config import RunConfig
 from gpt.evaluation.heldout import heldout_loss
 from gpt.model.device import pick_device
 from gpt.model.generation import generate
-from gpt.model.transformer import GPT2
+from gpt.model.transformer import build_model
 
 
 def evaluate(
@@ -19,7 +19,7 @@ def evaluate(
     """Evaluate a checkpoint's weights on the validation slice and let it write samples."""
     device = pick_device(config.hardware.device)
     with torch.device(device):
-        model = GPT2(config.model)
+        model = build_model(config.model)
     load_model(model, checkpoint.folder / "model.safetensors", device=str(device))
     model.eval()
     heldout = heldout_loss(model, config, dataset)

@@ -37,7 +37,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: torch's allocations on a GPU, the process's resident set on a CPU."""
+    """Most memory held so far: torch's allocations on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from gpt.data.tokenizer import END_OF_TEXT, VOCABULARY, load_tokenizer
 from gpt.model.loss import capped_logits
-from gpt.model.transformer import GPT2
+from gpt.model.transformer import GPT
 
 
 @torch.no_grad()
 def generate(
-    model: GPT2, prompt: str, max_tokens: int, seed: int, temperature: float = 0.8, top_k: int = 50
+    model: GPT, prompt: str, max_tokens: int, seed: int, temperature: float = 0.8, top_k: int = 50
 ) -> str:
     """The text that follows `prompt`: at most `max_tokens` tokens, ended early by end-of-text.
 

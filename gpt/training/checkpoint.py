@@ -145,7 +145,7 @@ def _optimizer_tensors(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """State by parameter name, as `h.0.attn.c_attn.weight/exp_avg`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value.detach().contiguous()
         for optimizer in optimizers

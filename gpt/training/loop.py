@@ -23,8 +23,8 @@ from gpt.model.device import autocast, peak_memory_bytes, pick_device
 from gpt.model.loss import summed_loss
 from gpt.model.transformer import build_model
 from gpt.training.checkpoint import Progress, latest_checkpoint, restore, write_checkpoint
-from gpt.training.optimizer import build_optimizer
-from gpt.training.schedule import learning_rate_factor
+from gpt.training.optimizer import build_optimizers, set_step
+from gpt.training.schedule import learning_rate_factor, peak_learning_rates
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         # Drawn on the CPU, so that every device begins with the same weights.
         self.model = build_model(config.model).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizers = build_optimizers(self.model, config)
         sequences = Sequences(dataset, dataset.train, config.model.block_size)
         self.batches = TrainingBatches(sequences, config.training.seed)
         self.step = 0
         checkpoint = latest_checkpoint(folder)
         if checkpoint:
-            progress = restore(checkpoint.folder, self.model, [self.optimizer])
+            progress = restore(checkpoint.folder, self.model, self.optimizers)
             self.step, self.batches.position = progress.step, progress.position
         self._last_end = time.perf_counter()
 
@@ -99,9 +99,8 @@ class Trainer:
     def _launch_step(self) -> _LaunchedStep:
         """Enqueue one optimizer step; on a GPU this returns before the step is done."""
         training = self.config.training
+        set_step(self.optimizers, self.config, self.step)
         rate = self._learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate / self.config.optimizer.learning_rate
         loss = torch.zeros((), device=self.device)
         for _ in range(training.grad_acc):
             inputs, targets = self._to_device(self.batches.take(training.batch_size))
@@ -114,8 +113,9 @@ class Trainer:
             loss += part.detach()
         limit = self.config.optimizer.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return _LaunchedStep(self.step, rate, loss, grad_norm)
 
@@ -128,7 +128,7 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         factor = learning_rate_factor(self.config.schedule, step, self.config.training.max_steps)
-        return self.config.optimizer.learning_rate * factor
+        return peak_learning_rates(self.config).matrices * factor
 
     def _record(self, launched: _LaunchedStep) -> StepRecord:
         loss, grad_norm = launched.wait()
@@ -157,7 +157,7 @@ class Trainer:
             finished=self.step == self.config.training.max_steps,
         )
         keep = self.config.training.checkpoints_kept
-        write_checkpoint(self.folder, self.config, self.model, [self.optimizer], progress, keep)
+        write_checkpoint(self.folder, self.config, self.model, self.optimizers, progress, keep)
 
 
 class _LaunchedStep:

@@ -1,31 +1,108 @@
-"""Which parameters are updated how."""
+"""Which parameters are updated how: every parameter belongs to exactly one group."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
 
-from gpt.config import OptimizerSection
+from gpt.config import OptimizerSection, RunConfig
+from gpt.model.transformer import GPT
+from gpt.training.schedule import (
+    PeakLearningRates,
+    learning_rate_factor,
+    muon_momentum,
+    peak_learning_rates,
+)
+
+# What the speedrun's track 3 gives AdamW beside Muon.
+_BETAS_BESIDE_MUON = (0.8, 0.95)
+_EPSILON_BESIDE_MUON = 1e-10
+_DECAY_BESIDE_MUON = 0.001
 
 
-def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decay on matrices alone.
+def build_optimizers(model: GPT, config: RunConfig) -> list[Optimizer]:
+    """adamw: fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decay on matrices alone.
+    muon: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside
+    blocks, fused AdamW for embedding, head and vectors.
 
-    Each group keeps its highest learning rate in `initial_lr`; the loop scales from there.
+    Each group keeps its highest learning rate in `initial_lr`; `set_step` scales from there.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
-    for group in optimizer.param_groups:
+    rates = peak_learning_rates(config)
+    build = _muon_and_adamw if config.optimizer.name == "muon" else _adamw
+    optimizers = build(model, config.optimizer, rates)
+    _assert_partition(model, optimizers)
+    for group in _groups(optimizers):
         group["initial_lr"] = group["lr"]
-    return optimizer
+    return optimizers
+
+
+def set_step(optimizers: Iterable[Optimizer], config: RunConfig, step: int) -> float:
+    """Set learning rates and momentum for `step` (0 is the first); gives the share of the highest
+    learning rate."""
+    max_steps = config.training.max_steps
+    factor = learning_rate_factor(config.schedule, step, max_steps)
+    for group in _groups(optimizers):
+        group["lr"] = group["initial_lr"] * factor
+        if "momentum" in group:
+            group["momentum"] = muon_momentum(config.optimizer, step, max_steps)
+    return factor
+
+
+def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) -> list[Optimizer]:
+    groups = [
+        {"params": _matrices(model.parameters()), "weight_decay": optimizer.weight_decay},
+        {"params": _vectors(model.parameters()), "weight_decay": 0.0},
+    ]
+    betas = (optimizer.beta1, optimizer.beta2)
+    return [AdamW(_non_empty(groups), lr=rates.matrices, betas=betas, fused=True)]
+
+
+def _muon_and_adamw(
+    model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates
+) -> list[Optimizer]:
+    inside = [p for block in model.blocks for p in block.parameters()]
+    blocks = {id(parameter) for parameter in inside}
+    outside = [p for p in model.parameters() if id(p) not in blocks]
+    tied = [p for p in outside if p is model.head]
+    embeddings = [p for p in _matrices(outside) if p is not model.head]
+    groups = [
+        {"params": embeddings, "lr": rates.embedding, "weight_decay": _DECAY_BESIDE_MUON},
+        {"params": tied, "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
+        {"params": _vectors(inside + outside), "lr": rates.head, "weight_decay": 0.0},
+    ]
+    muon = Muon(
+        _matrices(inside),
+        lr=rates.matrices,
+        weight_decay=optimizer.weight_decay,
+        momentum=optimizer.momentum,
+    )
+    adamw = AdamW(
+        _non_empty(groups), betas=_BETAS_BESIDE_MUON, eps=_EPSILON_BESIDE_MUON, fused=True
+    )
+    return [muon, adamw]
+
+
+def _assert_partition(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    grouped = [id(p) for group in _groups(optimizers) for p in group["params"]]
+    everything = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == everything, "a parameter is in no group"
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _matrices(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [p for p in parameters if p.ndim >= 2]
+
+
+def _vectors(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [p for p in parameters if p.ndim < 2]
+
+
+def _non_empty(groups: list[dict]) -> list[dict]:
+    return [group for group in groups if group["params"]]
