@@ -1,0 +1,37 @@
+"""Settings that Prefect reads as it is imported, put into the environment before it is.
+
+Nothing has to be installed or started beside the Python packages: Prefect's own API runs for the
+length of a run, on SQLite under the run's root. Whatever is in the environment already wins, so
+that `PREFECT_API_URL` points the same code at a server.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+EMBEDDED = {
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+    # The first start makes the database: 20 s, the default, are not enough on a slow machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # The terminal belongs to the run's own lines; the run's page still gets every log line.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}
+
+
+def prepare(root: Path) -> None:
+    """Point Prefect at `root`/prefect. Too late once prefect has been imported: asserts that."""
+    assert "prefect" not in sys.modules, "prefect has read its settings already"
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
+    home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder alone
+    for name, value in EMBEDDED.items():
+        os.environ.setdefault(name, value)
+
+
+def prefect_home(root: Path) -> Path:
+    """Absolute, because Prefect's server is a process of its own."""
+    return root.resolve() / "prefect"

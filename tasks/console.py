@@ -1,0 +1,145 @@
+"""What a person sees of a run: lines, and on a terminal a moving bar below them.
+
+Every line also goes to the log of the Prefect run that it was told in, so that the run's page
+says what the terminal said.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from prefect.context import get_run_context
+from prefect.exceptions import MissingContextError
+from prefect.logging.handlers import APILogHandler
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from gpt.config import RunConfig
+from gpt.data.corpus import TokenizeProgress
+from gpt.training.loop import StepRecord
+
+console = Console(highlight=False, soft_wrap=True)
+
+TOKENIZE_SECONDS = 5.0
+"""Time between lines while tokenising."""
+RECENT_STEPS = 20
+"""Steps whose pace gives the time left: validations and checkpoints among them count too."""
+
+_page = logging.getLogger("overnight.page")
+_page.setLevel(logging.INFO)
+_page.propagate = False
+_page.addHandler(APILogHandler())
+
+
+def tell(line: str, *, level: int = logging.INFO) -> None:
+    """Print a line, and log it to the Prefect run if this is one."""
+    console.print(line, markup=False, style="yellow" if level >= logging.WARNING else None)
+    try:
+        get_run_context()
+    except MissingContextError:
+        return
+    _page.log(level, line)
+
+
+def warn(line: str) -> None:
+    tell(f"warning: {line}", level=logging.WARNING)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:01:23."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class TokenizeDisplay:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._last_line = time.monotonic()
+
+    def show(self, progress: TokenizeProgress) -> None:
+        share = progress.rows_done / max(1, progress.rows_total)
+        left = progress.seconds * (1 - share) / share if share else 0.0
+        pace = progress.tokens / max(1e-9, progress.seconds)
+        text = f"{progress.tokens:,} tokens  {pace:,.0f} tokens/s  {duration(left)} left"
+        self._progress.update(
+            self._task, completed=progress.rows_done, total=progress.rows_total, text=text
+        )
+        now = time.monotonic()
+        if now - self._last_line >= TOKENIZE_SECONDS and not console.is_terminal:
+            tell(f"tokenising {share:4.0%}  {text}")
+            self._last_line = now
+
+
+class TrainDisplay:
+    def __init__(self, config: RunConfig, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._last_step = config.training.max_steps
+        self._interval = config.training.log_interval
+        self._ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
+        self._paces: list[float] = []
+
+    def show(self, record: StepRecord) -> None:
+        """One record: the bar always, a line every `log_interval` steps and at the ends."""
+        counter = f"step {record.step:>{len(str(self._last_step))}}/{self._last_step}"
+        if record.loss is not None:
+            self._show_step(record, record.loss, counter)
+        if record.validation:
+            held = record.validation
+            tell(
+                f"{counter}  validation loss {held.loss:.4f}  perplexity {held.perplexity:,.1f}"
+                f"  bits per byte {held.bits_per_byte:.4f}"
+            )
+
+    def _show_step(self, record: StepRecord, loss: float, counter: str) -> None:
+        self._ends.append(time.monotonic())
+        self._paces.append(record.tokens_per_second or 0.0)
+        pace = sum(self._paces) / len(self._paces)
+        seconds_a_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        left = duration(seconds_a_step * (self._last_step - record.step))
+        text = f"loss {loss:.4f}  {pace:,.0f} tokens/s  {left} left"
+        self._progress.update(self._task, completed=record.step, text=text)
+        if record.step in (1, self._last_step) or record.step % self._interval == 0:
+            tell(
+                f"{counter}  loss {loss:.4f}  lr {record.learning_rate:.1e}"
+                f"  {pace:,.0f} tokens/s  {left} left"
+            )
+            self._paces.clear()
+
+
+@contextmanager
+def tokenize_display() -> Iterator[TokenizeDisplay]:
+    with _bar("tokenising") as (progress, task):
+        yield TokenizeDisplay(progress, task)
+
+
+@contextmanager
+def train_display(config: RunConfig) -> Iterator[TrainDisplay]:
+    with _bar("training", config.training.max_steps) as (progress, task):
+        yield TrainDisplay(config, progress, task)
+
+
+@contextmanager
+def _bar(name: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar below the lines on a terminal; nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        yield progress, progress.add_task(name, total=total, text="")

@@ -1,0 +1,153 @@
+"""What a run has to tell, on disk before it is told to anyone: the metrics and the outbox.
+
+Three files in the run folder. `metrics.jsonl`, the journal: one line a step, appended, never
+changed. `mlflow_outbox.json`: what else MLflow is to know (parameters, data set, files, status).
+`mlflow_run.json`: which MLflow run it goes to and how much of it has arrived. A server that is
+away, slow or gone therefore loses nothing, and nothing is told twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from gpt.artifacts import Artifact
+from gpt.files import write_text
+
+METRICS = "metrics.jsonl"
+OUTBOX = "mlflow_outbox.json"
+RECEIPT = "mlflow_run.json"
+
+T = TypeVar("T", bound=Artifact)
+
+
+class DatasetInput(Artifact):
+    """What the run was trained on, as MLflow shows it."""
+
+    name: str
+    digest: str
+    sources: tuple[str, ...]
+    text_column: str
+    profile: dict[str, Any]
+
+
+class Outbox(Artifact):
+    """What MLflow is to know beside the metrics."""
+
+    uid: str
+    """Tags the MLflow run, so that one that was made is found again, whatever was interrupted."""
+    name: str
+    experiment: str
+    artifacts: str
+    """Where a new experiment keeps its files; empty: where its server keeps them."""
+    parameters: dict[str, str]
+    tags: dict[str, str]
+    dataset: DatasetInput
+    files: dict[str, Path] = Field(default_factory=dict)
+    """Path inside the MLflow run's artifacts -> the local file or folder."""
+    status: str = "RUNNING"
+    error: str = ""
+
+
+class Receipt(Artifact):
+    """What has arrived, and where."""
+
+    uri: str
+    run_id: str
+    described: bool = False
+    sent_bytes: int = 0
+    """Length of the journal's part that has been sent."""
+    files: dict[str, Path] = Field(default_factory=dict)
+    status: str = "RUNNING"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the journal."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+
+class Journal:
+    """The journal, open for appending. A (key, step) that it holds is never written again: what
+    a resumed run repeats is what the journal has already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
+        _cut_torn_line(self.path)
+        lines, _ = read_lines(self.path)
+        self._known = {(key, line.step) for line in lines for key in line.metrics}
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Write what is new of `metrics`; whether there was any. Raises OSError (a full disk)."""
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
+        if not new:
+            return False
+        line = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._known.update((key, step) for key in new)
+        return True
+
+
+def read_lines(path: Path, start: int = 0, most: int | None = None) -> tuple[list[Line], int]:
+    """Up to `most` complete lines from byte `start`, and the byte after the last of them."""
+    lines: list[Line] = []
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return lines, start
+    with file:
+        file.seek(start)
+        for raw in file:
+            if len(lines) == most or not raw.endswith(b"\n"):
+                break
+            lines.append(Line(**json.loads(raw)))
+            start += len(raw)
+    return lines, start
+
+
+def unsent_lines(folder: Path, receipt: Receipt | None) -> int:
+    """Lines of the journal that MLflow does not have yet."""
+    return len(read_lines(folder / METRICS, receipt.sent_bytes if receipt else 0)[0])
+
+
+def read_outbox(folder: Path) -> Outbox | None:
+    return _read(Outbox, folder / OUTBOX)
+
+
+def write_outbox(folder: Path, outbox: Outbox) -> None:
+    write_text(folder / OUTBOX, outbox.model_dump_json(indent=2))
+
+
+def read_receipt(folder: Path) -> Receipt | None:
+    return _read(Receipt, folder / RECEIPT)
+
+
+def write_receipt(folder: Path, receipt: Receipt) -> None:
+    write_text(folder / RECEIPT, receipt.model_dump_json(indent=2))
+
+
+def _read(kind: type[T], path: Path) -> T | None:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop the half line that a process left which was killed while writing it."""
+    if not path.exists():
+        return
+    _, end = read_lines(path)
+    if end < path.stat().st_size:
+        os.truncate(path, end)

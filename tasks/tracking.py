@@ -1,0 +1,474 @@
+"""MLflow, and nothing of it anywhere else: a run's parameters, metrics, data set, files, status.
+
+Tracking never stops or slows a step. What there is to tell is written to the run folder first
+(`tasks.journal`); a `Courier` carries it from there to MLflow on a thread of its own, in batches,
+tries again for as long as MLflow is away, and remembers what has arrived. Sending twice is
+harmless: MLflow's store ignores a metric that is equal in key, time, step and value, and a run is
+found again by its `overnight.uid` before another one is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from gpt.artifacts import Artifact, DatasetManifest, EvaluationReport
+from gpt.config import RunConfig
+from gpt.files import write_text
+from gpt.model.device import pick_device
+from gpt.model.transformer import build_model
+from gpt.training.loop import StepRecord
+from tasks import journal
+from tasks.console import warn
+from tasks.journal import DatasetInput, Journal, Line, Outbox, Receipt
+
+# Read by MLflow at import or at each call. A call that cannot reach a server gives up soon, since
+# the courier tries again by itself.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.entities import DatasetInput as MlflowDatasetInput  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+
+UID_TAG = "overnight.uid"
+ERROR_TAG = "overnight.error"
+OPEN_SECONDS = 60.0
+"""Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
+FLUSH_SECONDS = 20.0
+"""Longest wait at the end of a stage for what has not been sent."""
+SEND_SECONDS = 2.0
+RETRY_SECONDS = 60.0
+"""Longest pause between attempts while MLflow is away; they begin at SEND_SECONDS and double."""
+LINES_A_BATCH = 100
+"""At about ten metrics a line this is MLflow's limit of 1,000 metrics a call."""
+PARAMETERS_A_BATCH = 100
+DIGEST_LENGTH = 36
+TAG_LENGTH = 5_000
+
+STEP_METRICS = {
+    "loss": "train/loss",
+    "grad_norm": "grad_norm",
+    "tokens_per_second": "tokens_per_second",
+    "mfu": "mfu",
+    "peak_memory_bytes": "memory/peak_bytes",
+    "learning_rate": "lr",
+    "tokens_seen": "tokens_seen",
+}
+HELDOUT_METRICS = {
+    "loss": "val/loss",
+    "perplexity": "val/perplexity",
+    "bits_per_byte": "val/bits_per_byte",
+}
+
+
+class RunRef(Artifact):
+    """A tracked run: the folder that holds all of it, and where it goes."""
+
+    folder: Path
+    uri: str
+    run_id: str | None = Field(default=None)
+    """None while MLflow has not answered; the run is made when it does."""
+
+
+# --- what the stages call ------------------------------------------------------------------------
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """The config's server, else MLFLOW_TRACKING_URI, else SQLite under the run's root."""
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return given or f"sqlite:///{_local_store(config.run.root) / 'mlflow.db'}"
+
+
+def open_run(config: RunConfig, dataset: DatasetManifest, folder: Path) -> RunRef:
+    """The MLflow run of this run folder: made, or the one that the folder names.
+
+    Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
+    """
+    uri = tracking_uri(config)
+    if uri.startswith("sqlite:///"):
+        (_local_store(config.run.root) / "artifacts").mkdir(parents=True, exist_ok=True)
+    if journal.read_outbox(folder) is None:
+        journal.write_outbox(folder, _outbox(config, dataset, folder))
+    run = RunRef(folder=folder, uri=uri)
+    with _courier(run, OPEN_SECONDS, warns=True):
+        pass
+    receipt = journal.read_receipt(folder)
+    return run.model_copy(update={"run_id": receipt.run_id if receipt else None})
+
+
+@contextmanager
+def recording(run: RunRef) -> Iterator[Recorder]:
+    """Record metrics; at the end what is unsent is sent, for at most `FLUSH_SECONDS`."""
+    with _courier(run, FLUSH_SECONDS, warns=run.run_id is not None):
+        yield Recorder(run)
+
+
+class Recorder:
+    """Takes metrics: onto the disk at once, to MLflow by and by. Never raises."""
+
+    def __init__(self, run: RunRef) -> None:
+        self._folder = run.folder
+        self._journal = Journal(run.folder)
+        self._failed = False
+
+    def step(self, record: StepRecord) -> None:
+        values = vars(record)
+        metrics = {key: values.get(name) for name, key in STEP_METRICS.items()}
+        if record.loss is None:
+            metrics = {}
+        if record.validation:
+            metrics |= {key: getattr(record.validation, n) for n, key in HELDOUT_METRICS.items()}
+        self._append(record.step, metrics)
+
+    def report(self, report: EvaluationReport) -> None:
+        metrics = {key: getattr(report, name) for name, key in HELDOUT_METRICS.items()}
+        self._append(report.step, metrics)
+
+    def _append(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        try:
+            known = {key: float(value) for key, value in metrics.items() if value is not None}
+            if self._journal.append(step, known):
+                _set_status(self._folder, "RUNNING")
+        except OSError as error:
+            if not self._failed:
+                path = self._journal.path
+                warn(f"metrics cannot be written to {path}: {error.strerror}; training goes on")
+            self._failed = True
+
+
+def attach(run: RunRef, files: Mapping[str, Path]) -> None:
+    """Files and folders for MLflow, by their path among its run's artifacts."""
+    outbox = _outbox_of(run.folder)
+    files = outbox.files | {name: path.resolve() for name, path in files.items()}
+    journal.write_outbox(run.folder, outbox.model_copy(update={"files": files}))
+
+
+@contextmanager
+def ended_by_outcome(run: RunRef) -> Iterator[None]:
+    """The run's status from how the block ends: FINISHED; FAILED with the message; KILLED."""
+    try:
+        yield
+    except Exception as error:
+        _end(run, "FAILED", str(error) or type(error).__name__)
+        raise
+    except BaseException:  # Ctrl-C, or the signal that Prefect turns a cancellation into
+        _end(run, "KILLED")
+        raise
+    _end(run, "FINISHED")
+
+
+def _end(run: RunRef, status: str, error: str = "") -> None:
+    _set_status(run.folder, status, error)
+    with _courier(run, FLUSH_SECONDS):
+        pass
+    receipt = journal.read_receipt(run.folder)
+    unsent = journal.unsent_lines(run.folder, receipt)
+    if unsent or receipt is None or receipt.status != status:
+        warn(
+            f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent. "
+            f"Nothing is lost, {run.folder / journal.METRICS} has them; "
+            "start the same run again when MLflow is back and they are sent"
+        )
+
+
+def _set_status(folder: Path, status: str, error: str = "") -> None:
+    outbox = _outbox_of(folder)
+    if (outbox.status, outbox.error) != (status, error):
+        changed = outbox.model_copy(update={"status": status, "error": error[:TAG_LENGTH]})
+        journal.write_outbox(folder, changed)
+
+
+def _outbox_of(folder: Path) -> Outbox:
+    outbox = journal.read_outbox(folder)
+    assert outbox, f"{folder} was not opened by open_run"
+    return outbox
+
+
+def _local_store(root: Path) -> Path:
+    return root.resolve() / "mlflow"
+
+
+# --- what a run is, in MLflow's words ------------------------------------------------------------
+
+
+def _outbox(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbox:
+    resolved = folder / "config.json"
+    write_text(resolved, config.model_dump_json(indent=2) + "\n")
+    commit = git_commit()
+    return Outbox(
+        uid=uuid.uuid4().hex,
+        name=config.run.name,
+        experiment=config.tracking.experiment,
+        artifacts=_artifact_location(config),
+        parameters=run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
+        tags={"mlflow.source.git.commit": commit} if commit else {},
+        dataset=_dataset_input(dataset),
+        files={"config.json": resolved.resolve()},
+    )
+
+
+def _artifact_location(config: RunConfig) -> str:
+    """Beside the SQLite store; a server has a place of its own."""
+    if not tracking_uri(config).startswith("sqlite:///"):
+        return ""
+    return (_local_store(config.run.root) / "artifacts").as_uri()
+
+
+def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:
+    """Every config value, and what follows from the config, the data and the machine."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(config.model).parameters())
+    device = pick_device(config.hardware.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    derived = {
+        "parameters": parameters,
+        "tokens_per_step": config.tokens_per_step,
+        "dataset.fingerprint": dataset.fingerprint,
+        "dataset.train_tokens": dataset.train.tokens,
+        "dataset.validation_tokens": dataset.validation.tokens,
+        "device": f"{device.type}: {name}",
+        "versions.python": platform.python_version(),
+    }
+    derived |= {
+        f"versions.{package}": version(package)
+        for package in ("overnight", "torch", "mlflow", "prefect", "polars", "tiktoken")
+    }
+    return {key: _text(value) for key, value in (config.flat() | derived).items()}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def git_commit() -> str:
+    """The commit of the code, with "+changes" where files differ from it; "" outside of git."""
+    code = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(code)]
+    try:
+        # The tree must be the code's own: an installed package may lie inside another one.
+        top = _output([*git, "rev-parse", "--show-toplevel"])
+        if Path(top) != code:
+            return ""
+        changes = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+        return _output([*git, "rev-parse", "HEAD"]) + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _dataset_input(dataset: DatasetManifest) -> DatasetInput:
+    sources = tuple(source.path for source in dataset.sources)
+    first = Path(sources[0])
+    return DatasetInput(
+        name=first.stem if len(sources) == 1 else first.parent.name or "parquet",
+        digest=dataset.fingerprint[:DIGEST_LENGTH],
+        sources=sources,
+        text_column=dataset.text_column,
+        profile={
+            "documents": dataset.train.documents + dataset.validation.documents,
+            "train_tokens": dataset.train.tokens,
+            "validation_tokens": dataset.validation.tokens,
+            "text_bytes": dataset.train.text_bytes + dataset.validation.text_bytes,
+            "tokenizer": dataset.tokenizer,
+        },
+    )
+
+
+# --- carrying it to MLflow -----------------------------------------------------------------------
+
+
+@contextmanager
+def _courier(run: RunRef, flush_seconds: float, warns: bool = False) -> Iterator[None]:
+    courier = Courier(run, warns)
+    courier.start()
+    try:
+        yield
+    finally:
+        courier.close(flush_seconds)
+
+
+class Courier(threading.Thread):
+    """Delivers a run folder's journal and outbox until closed; a failure is tried again, and said
+    once where it `warns`."""
+
+    def __init__(self, run: RunRef, warns: bool) -> None:
+        super().__init__(name="mlflow-courier", daemon=True)
+        self._run = run
+        self._closing = threading.Event()
+        self._warned = not warns
+
+    def run(self) -> None:
+        pause = SEND_SECONDS
+        while True:
+            last = self._closing.is_set()
+            try:
+                deliver(self._run.folder, self._run.uri)
+                pause = SEND_SECONDS
+            except Exception as error:  # whatever MLflow raises, the run goes on
+                self._warn(error)
+                pause = min(2 * pause, RETRY_SECONDS)
+            if last:
+                return
+            self._closing.wait(pause)
+
+    def close(self, timeout: float) -> None:
+        """Try once more at once, and wait for that, but not for longer than `timeout` seconds."""
+        self._closing.set()
+        self.join(timeout)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            reason = str(error).strip().splitlines()[0][:300] if str(error) else repr(error)
+            warn(
+                f"MLflow at {self._run.uri} cannot be reached ({reason}). The run goes on; its "
+                f"metrics are kept in {self._run.folder / journal.METRICS} and sent when MLflow "
+                "is back. To change servers, set tracking.uri or MLFLOW_TRACKING_URI"
+            )
+        self._warned = True
+
+
+def deliver(folder: Path, uri: str) -> None:
+    """Bring MLflow to what the run folder holds. Raises what MLflow raises; to be called again."""
+    client = MlflowClient(tracking_uri=uri)
+    outbox = _outbox_of(folder)
+    receipt = _open(client, outbox, uri, journal.read_receipt(folder))
+    journal.write_receipt(folder, receipt)
+    for send in (_send_description, _send_metrics, _send_files, _send_status):
+        receipt = send(client, folder, outbox, receipt)
+
+
+def _open(client: MlflowClient, outbox: Outbox, uri: str, receipt: Receipt | None) -> Receipt:
+    """The run that the receipt names, where it still is; else one found by its uid, else new."""
+    if receipt and receipt.uri == uri and _is_active(client, receipt.run_id):
+        return receipt
+    experiment = _experiment(client, outbox)
+    found = client.search_runs([experiment], f"tags.`{UID_TAG}` = '{outbox.uid}'", max_results=1)
+    run: Run = (
+        found[0]
+        if found
+        else client.create_run(
+            experiment, tags={UID_TAG: outbox.uid} | outbox.tags, run_name=outbox.name
+        )
+    )
+    return Receipt(uri=uri, run_id=run.info.run_id)
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return False
+        raise
+
+
+def _experiment(client: MlflowClient, outbox: Outbox) -> str:
+    experiment = client.get_experiment_by_name(outbox.experiment)
+    if experiment:
+        return str(experiment.experiment_id)
+    return str(client.create_experiment(outbox.experiment, outbox.artifacts or None))
+
+
+def _send_description(
+    client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt
+) -> Receipt:
+    """Parameters and data set, once: MLflow takes no change of a parameter."""
+    if receipt.described:
+        return receipt
+    parameters = [Param(key, value) for key, value in outbox.parameters.items()]
+    for start in range(0, len(parameters), PARAMETERS_A_BATCH):
+        client.log_batch(receipt.run_id, params=parameters[start : start + PARAMETERS_A_BATCH])
+    client.log_inputs(receipt.run_id, [_mlflow_dataset(outbox.dataset)])
+    return _noted(folder, receipt, described=True)
+
+
+def _mlflow_dataset(dataset: DatasetInput) -> MlflowDatasetInput:
+    return MlflowDatasetInput(
+        Dataset(
+            name=dataset.name,
+            digest=dataset.digest,
+            source_type="local",
+            source=json.dumps({"uri": dataset.sources[0], "sources": dataset.sources}),
+            schema=json.dumps(
+                {"mlflow_colspec": [{"name": dataset.text_column, "type": "string"}]}
+            ),
+            profile=json.dumps(dataset.profile),
+        ),
+        [InputTag("mlflow.data.context", "training")],
+    )
+
+
+def _send_metrics(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+    while True:
+        path = folder / journal.METRICS
+        lines, end = journal.read_lines(path, receipt.sent_bytes, LINES_A_BATCH)
+        if not lines:
+            return receipt
+        client.log_batch(receipt.run_id, [metric for line in lines for metric in _metrics(line)])
+        receipt = _noted(folder, receipt, sent_bytes=end)
+
+
+def _metrics(line: Line) -> list[Metric]:
+    return [Metric(key, value, line.time_ms, line.step) for key, value in line.metrics.items()]
+
+
+def _send_files(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+    for name, path in outbox.files.items():
+        if receipt.files.get(name) == path:
+            continue
+        parent = str(Path(name).parent)
+        client.log_artifact(receipt.run_id, str(path), None if parent == "." else parent)
+        receipt = _noted(folder, receipt, files=receipt.files | {name: path})
+    return receipt
+
+
+def _send_status(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+    if receipt.status == outbox.status:
+        return receipt
+    if outbox.error:
+        client.log_batch(receipt.run_id, tags=[RunTag(ERROR_TAG, outbox.error)])
+    elif ERROR_TAG in client.get_run(receipt.run_id).data.tags:
+        client.delete_tag(receipt.run_id, ERROR_TAG)
+    if outbox.status == "RUNNING":
+        client.update_run(receipt.run_id, status="RUNNING")
+    else:
+        client.set_terminated(receipt.run_id, outbox.status)
+    return _noted(folder, receipt, status=outbox.status)
+
+
+def _noted(folder: Path, receipt: Receipt, **changes: Any) -> Receipt:
+    receipt = receipt.model_copy(update=changes)
+    journal.write_receipt(folder, receipt)
+    return receipt
