@@ -53,7 +53,8 @@ def weights(folder):
 def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
     records = list(train(tiny_config(tmp_path), dataset, tmp_path / "run"))
     assert [record.step for record in records] == list(range(21))
-    assert records[0].loss is None and records[0].validation.loss > 10
+    assert records[0].loss is None
+    assert records[0].validation.loss > 10
     assert records[-1].validation.loss < records[0].validation.loss - 1
     assert [r.step for r in records if r.validation] == [0, 10, 20]
     assert records[-1].tokens_seen == 20 * 4 * 2 * 32
@@ -149,7 +150,8 @@ class TestRunFolder:
         config = tiny_config(tmp_path)
         folder = open_run_folder(config, dataset)
         assert open_run_folder(config, dataset) == folder
-        assert folder.parent == tmp_path / "train" and folder.name.startswith("t-")
+        assert folder.parent == tmp_path / "train"
+        assert folder.name.startswith("t-")
 
     def test_what_does_not_shape_the_weights_may_change(self, dataset, tmp_path):
         folder = open_run_folder(tiny_config(tmp_path), dataset)
