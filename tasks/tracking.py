@@ -62,6 +62,8 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 UID_TAG = "overnight.uid"
 ERROR_TAG = "overnight.error"
 CHANGED = "+changes"
+TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's pages open on runs and curves, not on prompts and traces."""
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
@@ -401,7 +403,8 @@ def _experiment(client: MlflowClient, outbox: Outbox) -> str:
     experiment = client.get_experiment_by_name(outbox.experiment)
     if experiment:
         return str(experiment.experiment_id)
-    return str(client.create_experiment(outbox.experiment, outbox.artifacts or None))
+    location = outbox.artifacts or None
+    return str(client.create_experiment(outbox.experiment, location, TRAINING_EXPERIMENT))
 
 
 def _send_description(
