@@ -12,6 +12,7 @@ import typer
 
 from gpt.config import RunConfig, load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
+from gpt.training.schedule import peak_learning_rates
 
 if TYPE_CHECKING:
     from flows.pretrain import Outcome
@@ -153,13 +154,14 @@ def summary(path: str, config: RunConfig) -> str:
     """A config that is right, in a few lines."""
     model, training, schedule = config.model, config.training, config.schedule
     optimizer, tokens = config.optimizer, config.tokens_per_step
+    rate = peak_learning_rates(config).matrices
     rows = {
         "run": f"{config.run.name}, under {config.run.root}",
         "model": f"{model.architecture}, {model.n_layer} layers, {model.n_head} heads, "
         f"width {model.n_embd}, context {model.block_size:,} tokens",
         "step": f"{training.batch_size} x {training.grad_acc} sequences = {tokens:,} tokens",
         "training": f"{training.max_steps:,} steps = {training.max_steps * tokens:,} tokens",
-        "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, "
+        "optimizer": f"{optimizer.name}, learning rate {rate:.2g}, "
         f"{schedule.name} after {schedule.warmup_steps:,} steps of warm-up",
         "data": ", ".join(config.data.source),
     }

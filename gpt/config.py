@@ -131,6 +131,8 @@ class TrainingSection(Section):
     computes in float32."""
     compile: bool = True
     """Compile the network and the loss; where there is no compiler, a line says so."""
+    loss_chunk_rows: Count | None = None
+    """Tokens whose logits exist at once; left out: 2,048 on CUDA, 512 on a CPU (128 uncompiled)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a
     third more work."""

@@ -26,7 +26,13 @@ def tiny_config(root, **changes):
         "data": {"source": "unused.parquet"},
         "optimizer": {"learning_rate": 1e-2},
         "schedule": {"warmup_steps": 3},
-        "training": {"batch_size": 4, "grad_acc": 2, "max_steps": 20, "checkpoint_interval": 10},
+        "training": {
+            "batch_size": 4,
+            "grad_acc": 2,
+            "max_steps": 20,
+            "checkpoint_interval": 10,
+            "compile": False,
+        },
         "evaluation": {"interval": 10, "tokens": 640, "batch_size": 4},
         "hardware": {"device": "cpu"},
     }
