@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,14 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 GOOD = ROOT / "configs" / "gpt-576.toml"
 
 
-def overnight(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
-    }
+OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+"""The environment without the settings of these tests."""
+
+
+def overnight(
+    *arguments: str | Path, cwd: Path = ROOT, **settings: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flows", *map(str, arguments)],
         cwd=cwd,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=OUTSIDE | {"PYTHONPATH": str(ROOT)} | settings,
         capture_output=True,
         text=True,
         timeout=120,
@@ -86,11 +90,58 @@ def test_version() -> None:
     assert overnight("--version").stdout.startswith("overnight ")
 
 
-def test_a_bad_run_says_so_once_and_is_recorded_as_failed(tmp_path: Path) -> None:
-    done = overnight("run", GOOD, "--set", "model.n_embd=512", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for the module: making its database takes most of a short run's time."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+def flow_run_states(prefect_home: Path, name: str) -> list[str]:
+    with sqlite3.connect(prefect_home / "prefect.db") as database:
+        rows = database.execute("SELECT state_type FROM flow_run WHERE name = ?", (name,))
+        return [state for (state,) in rows]
+
+
+def test_a_bad_run_says_so_once_and_is_recorded_as_failed(
+    tmp_path: Path, prefect_home: Path
+) -> None:
+    wrong = ("--set", "model.n_embd=512")
+    done = overnight("run", GOOD, *wrong, cwd=tmp_path, PREFECT_HOME=str(prefect_home))
     assert done.returncode == 2
     assert done.stderr.count("42.67") == 1
     assert "Traceback" not in done.stdout + done.stderr
-    with sqlite3.connect(tmp_path / "runs" / "prefect" / "prefect.db") as database:
-        flows = database.execute("SELECT state_type FROM flow_run").fetchall()
-    assert flows == [("FAILED",)]
+    assert flow_run_states(prefect_home, "gpt-576") == ["FAILED"]
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_ctrl_c_ends_a_run_that_the_same_command_goes_on_with(
+    tiny_config: Path, prefect_home: Path
+) -> None:
+    """The terminal sends the signal to all of the command's processes, Prefect's API among them."""
+    root = tiny_config.parent / "runs"
+    command = [sys.executable, "-m", "flows", "run", str(tiny_config)]
+    command += ["--set", "training.max_steps=100000", "--set", f"run.root={root}"]
+    settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PREFECT_HOME": str(prefect_home)}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=OUTSIDE | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout
+        assert any("validation loss" in line for line in process.stdout)
+        assert any("step     12/" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert flow_run_states(prefect_home, "tiny") == ["CRASHED"]
+    [receipt] = root.glob("train/*/mlflow_run.json")
+    assert '"KILLED"' in receipt.read_text()
