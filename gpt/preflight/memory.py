@@ -136,7 +136,7 @@ class _Step:
             model=config.model,
             parameters=parameters,
             tokens=training.batch_size * config.model.block_size,
-            chunk_rows=getattr(training,"loss_chunk_rows",None) or default_rows,
+            chunk_rows=training.loss_chunk_rows or default_rows,
             width=4 if training.dtype == "float32" or on_cpu else 2,
             optimizer_states=4 * (2 * parameters.total - kept_once),
             muon=muon,

@@ -6,7 +6,7 @@ away; a property test holds it to that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from gpt.preflight.parameters import count_parameters
 from gpt.rules import head_choices
 
 SMALL_CHUNK_ROWS = 256
+LARGEST_BATCH = 1_024
+"""Most sequences at once that are tried: no card holds more of a context worth training."""
 
 
 @dataclass(frozen=True)
@@ -147,21 +149,30 @@ def _fits_with(
 
 def smaller(key: str, config: RunConfig, memory_bytes: int) -> list[Suggestion]:
     """Ways to make a run fit, the cheapest first: the largest micro-batch that does, with the
-    accumulation that keeps tokens a step; fewer rows of logits at once; activation checkpointing.
+    accumulation that keeps tokens a step; smaller evaluation batches; fewer rows of logits at
+    once; activation checkpointing.
 
-    A way that does not do it alone is tried on top of those before it. Empty: nothing does.
+    A way that is not enough alone is tried on top of those before it. Empty: nothing is enough.
     """
     found = []
-    standing: dict[str, Any] = {}
-    for way in (_smaller_batch, _smaller_evaluation, _smaller_chunk, _checkpointing):
-        for base in ({}, standing) if standing else ({},):
-            overrides = way(_with(config, base), memory_bytes)
-            if overrides and fits(_with(config, {**base, **overrides}), memory_bytes):
-                found.append(_suggestion(key, config, {**base, **overrides}))
+    before: dict[str, Any] = {}
+    for way in (_batches, _evaluation_batches, _chunks, _checkpointing):
+        for start in dict.fromkeys((False, bool(before))):
+            base = before if start else {}
+            changed = _first_fitting(_with(config, base), way(_with(config, base)), memory_bytes)
+            if changed:
+                found.append(_suggestion(key, config, {**base, **changed}))
                 break
         else:
-            standing |= way(config, 0) or {}
+            before |= next(iter(reversed(list(way(config)))), {})
     return found
+
+
+def _first_fitting(
+    config: RunConfig, ways: Iterable[dict[str, Any]], memory_bytes: int
+) -> dict[str, Any] | None:
+    """`ways` come from the largest to the smallest, so the first that fits is the best."""
+    return next((way for way in ways if fits(_with(config, way), memory_bytes)), None)
 
 
 def _with(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
@@ -179,42 +190,27 @@ def _suggestion(key: str, config: RunConfig, overrides: Mapping[str, Any]) -> Su
     return Suggestion(key, overrides, model.n_embd, model.n_head, total, True)
 
 
-def _largest(
-    sizes: Iterable[int], overrides: Callable[[int], dict[str, Any]], config: RunConfig, limit: int
-) -> dict[str, Any]:
-    """The overrides of the largest size that fits; of the smallest where none does."""
-    chosen: dict[str, Any] = {}
-    for size in sizes:
-        chosen = overrides(size)
-        if fits(_with(config, chosen), limit):
-            break
-    return chosen
-
-
-def _smaller_batch(config: RunConfig, limit: int) -> dict[str, Any]:
+def _batches(config: RunConfig) -> list[dict[str, Any]]:
     sequences = config.sequences_per_step
-    below = config.training.batch_size - 1
-    sizes = [size for size in range(below, 0, -1) if sequences % size == 0]
-    return _largest(
-        sizes,
-        lambda size: {"training.batch_size": size, "training.grad_acc": sequences // size},
-        config,
-        limit,
-    )
+    return [
+        {"training.batch_size": size, "training.grad_acc": sequences // size}
+        for size in range(min(config.training.batch_size - 1, LARGEST_BATCH), 0, -1)
+        if sequences % size == 0
+    ]
 
 
-def _smaller_evaluation(config: RunConfig, limit: int) -> dict[str, Any]:
-    sizes = range(config.evaluation.batch_size - 1, 0, -1)
-    return _largest(sizes, lambda size: {"evaluation.batch_size": size}, config, limit)
+def _evaluation_batches(config: RunConfig) -> list[dict[str, Any]]:
+    largest = min(config.evaluation.batch_size - 1, LARGEST_BATCH)
+    return [{"evaluation.batch_size": size} for size in range(largest, 0, -1)]
 
 
-def _smaller_chunk(config: RunConfig, limit: int) -> dict[str, Any]:
+def _chunks(config: RunConfig) -> list[dict[str, Any]]:
     rows = estimate_memory(config).chunk_rows
-    sizes = [rows >> shift for shift in range(1, 12) if rows >> shift >= SMALL_CHUNK_ROWS]
-    return _largest(sizes, lambda size: {"training.loss_chunk_rows": size}, config, limit)
+    halves = [rows >> shift for shift in range(1, rows.bit_length())]
+    return [{"training.loss_chunk_rows": half} for half in halves if half >= SMALL_CHUNK_ROWS]
 
 
-def _checkpointing(config: RunConfig, limit: int) -> dict[str, Any]:
+def _checkpointing(config: RunConfig) -> list[dict[str, Any]]:
     if config.training.activation_checkpointing:
-        return {}
-    return {"training.activation_checkpointing": True}
+        return []
+    return [{"training.activation_checkpointing": True}]
