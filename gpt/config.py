@@ -348,12 +348,12 @@ def _nearest(location: Sequence[str]) -> str:
     section, *rest = location
     known = list(RunConfig.model_fields) if not rest else list(_keys(section))
     wanted = location[-1]
-    close = difflib.get_close_matches(wanted, known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
     homes = [s for s in RunConfig.model_fields if wanted in _keys(s)]
     if homes:
         return f"it belongs in [{homes[0]}]: {homes[0]}.{wanted}"
+    close = difflib.get_close_matches(wanted, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
     return f"known here: {', '.join(known)}"
 
 
