@@ -80,7 +80,9 @@ def fits_the_card(facts: Facts) -> Problem | None:
     if memory.needed_bytes <= target.memory_bytes or (facts.starting and facts.suggested):
         return None
     remedy = (
-        "take one of the suggestions" if facts.suggested else "take a smaller model, or a larger card"
+        "take one of the suggestions"
+        if facts.suggested
+        else "take a smaller model, or a larger card"
     )
     return Problem(
         "training.batch_size",

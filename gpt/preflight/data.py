@@ -60,7 +60,9 @@ def look_at_data(config: RunConfig) -> DataFacts:
     total = sum(sizes.values())
     tokens = round(total / BYTES_PER_TOKEN)
     validation = round(tokens * config.data.validation_fraction)
-    basis = f"estimated: {total:,} bytes of Parquet at {BYTES_PER_TOKEN:g} a token, give or take half"
+    basis = (
+        f"estimated: {total:,} bytes of Parquet at {BYTES_PER_TOKEN:g} a token, give or take half"
+    )
     return DataFacts(tokens - validation, validation, basis, False, source_bytes=total)
 
 

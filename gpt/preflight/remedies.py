@@ -71,9 +71,7 @@ def fits(config: RunConfig, memory_bytes: int | None) -> bool | None:
 # --- heads ---------------------------------------------------------------------------------------
 
 
-def dividing_heads(
-    key: str, raw: Mapping[str, Any], memory_bytes: int | None
-) -> list[Suggestion]:
+def dividing_heads(key: str, raw: Mapping[str, Any], memory_bytes: int | None) -> list[Suggestion]:
     """Choices where heads do not divide the width, the nearest in parameters first."""
     model = raw["model"]
     even = model.get("architecture") == "nanochat"

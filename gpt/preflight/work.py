@@ -15,6 +15,8 @@ the rate of their tensor cores for float32 sums, so memory holds them up less.""
 UNCOMPILED_SHARE = 0.54
 """What is left of the pace when nothing is compiled: nanoGPT's readme has 135 ms an iteration
 compiled and 250 ms not."""
+NARROW = 448
+"""Width under which launching kernels takes a share of the time that nobody has measured here."""
 MEASURED_UTILISATION = {
     "rtx-4070": (0.82, "nanoGPT 124M at 56,000 tokens/s, a user's log"),
     "rtx-4090": (0.55, "nanoGPT 124M at 106,000 tokens/s, nanoGPT PR 225"),
@@ -64,6 +66,8 @@ def estimate_pace(config: RunConfig, card: Card | None, measured: Pace | None = 
     else:
         share = GEFORCE_UTILISATION if "GeForce" in card.name else SERVER_UTILISATION
         basis = f"{share:.0%} of {peak:g} TFLOP/s, assumed: nothing was measured on this card"
+    if config.model.n_embd < NARROW:
+        basis += "; narrow models reach less"
     if not config.training.compile:
         share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} uncompiled"
     return Pace(share * peak * 1e12 / flops_per_token(config), basis)
