@@ -38,6 +38,9 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Lay a value over the config, as model.n_embd=576."
     ),
 ]
+Gpu = Annotated[
+    str, typer.Option("--gpu", metavar="NAME", help="A card, as rtx-4070; auto: this machine's.")
+]
 
 
 def main() -> None:
@@ -137,10 +140,7 @@ def _short(path: Path) -> str:
 def validate(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="TOML configs.")],
     overrides: Overrides = None,
-    gpu: Annotated[
-        str,
-        typer.Option("--gpu", metavar="NAME", help="A card, as rtx-4070; auto: this machine's."),
-    ] = "auto",
+    gpu: Gpu = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say what configs come to and whether they can work; reads no data and starts nothing."""
@@ -181,7 +181,7 @@ def import_nanogpt(
     data: Annotated[
         str, typer.Option("--data", metavar="PATH", help="Parquet to train on.")
     ] = "data/fineweb.parquet",
-    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="As for validate.")] = "auto",
+    gpu: Gpu = "auto",
 ) -> None:
     """Print a nanoGPT config as ours, without executing it; then check it, on standard error."""
     from rich.console import Console

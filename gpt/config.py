@@ -222,7 +222,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         rule, remedy = f"the file cannot be read: {error.strerror}", "give a readable TOML file"
     except UnicodeDecodeError as error:
         rule, remedy = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's own, and numbers of more digits than Python reads
         rule, remedy = f"not TOML: {error}", "mend that place; text values need quotes"
     except RecursionError:
         rule, remedy = "nested too deeply", "a config is sections with plain values"
@@ -250,7 +250,7 @@ def parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")
         leaf = parsed["value"] if len(parsed) == 1 else value
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         leaf = value.strip()
     nested: Any = leaf
     for part in reversed(parts):

@@ -83,6 +83,11 @@ NO_COUNTERPART = {
     "lr_decay_iters": "the learning rate falls until training.max_steps",
 }
 
+SECTIONS = (
+    *("run", "model", "data", "optimizer", "schedule"),
+    *("training", "evaluation", "tracking", "hardware"),
+)
+"""In the order in which our configs have them."""
 NUMBERS = ("learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2")
 """Where our type is a float, and Python writes 1 as well."""
 
@@ -101,9 +106,7 @@ class Imported:
 
     def toml(self) -> str:
         """Our config, with what has no counterpart named in its head."""
-        lines = [
-            f"# From the nanoGPT config {self.source}; what it leaves out is nanoGPT's default."
-        ]
+        lines = [f"# From nanoGPT's {self.source}; what that leaves out is nanoGPT's default."]
         lines += [f"# no counterpart: {key}: {why}" for key, why in self.left_out.items()]
         for section, entries in self.values.items():
             lines += ["", f"[{section}]"]
@@ -222,18 +225,7 @@ def _ours(
     flat["evaluation.batch_size"] = settings["batch_size"]
     flat["evaluation.tokens"] = _product(settings, "eval_iters", "batch_size", "block_size")
     flat["hardware.device"] = _device(settings["device"], left_out)
-    order = [
-        "run",
-        "model",
-        "data",
-        "optimizer",
-        "schedule",
-        "training",
-        "evaluation",
-        "tracking",
-        "hardware",
-    ]
-    sections: dict[str, dict[str, Any]] = {section: {} for section in order}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in flat.items():
         section, _, entry = key.partition(".")
         sections[section][entry] = value

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from gpt.config import RunConfig
 from gpt.errors import Problem
+from gpt.preflight.cards import GIB
 from gpt.preflight.data import DataFacts
 from gpt.preflight.memory import Memory
 from gpt.preflight.target import Target
@@ -27,7 +28,7 @@ from gpt.training.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
 TRACKING_SECONDS = 0.3
 """Longest wait for a tracking server to answer."""
 REPEATS_WORTH_IT = 4
-"""Epochs after which repeated text teaches much less (Muennighoff et al. 2023, arXiv:2305.16264)."""
+"""Epochs after which text teaches much less (Muennighoff et al. 2023, arXiv:2305.16264)."""
 TOKENS_PER_STEP_FACTOR = 4
 """How far tokens a step may be from what the learning rate by rule was found with."""
 
@@ -50,7 +51,13 @@ Check = Callable[[Facts], Problem | None]
 
 
 def gb(count: float) -> str:
+    """As disks are sold."""
     return f"{count / 1e9:.1f} GB"
+
+
+def gib(count: float) -> str:
+    """As cards are sold: one of 12 GB has 12 x 2^30 bytes."""
+    return f"{count / GIB:.1f} GiB"
 
 
 # --- what stops a run ----------------------------------------------------------------------------
@@ -87,7 +94,7 @@ def fits_the_card(facts: Facts) -> Problem | None:
     return Problem(
         "training.batch_size",
         str(facts.config.training.batch_size),
-        f"needs {gb(memory.needed_bytes)}, and {target.name} has {gb(target.memory_bytes)}",
+        f"needs {gib(memory.needed_bytes)}, and {target.name} has {gib(target.memory_bytes)}",
         remedy,
     )
 
@@ -165,7 +172,7 @@ def card_is_free(facts: Facts) -> Problem | None:
     return Problem(
         "hardware.device",
         facts.config.hardware.device,
-        f"the run needs {gb(needed)}, and others hold all but {gb(free)} of {target.name}",
+        f"the run needs {gib(needed)}, and others hold all but {gib(free)} of {target.name}",
         "end what else runs on the card, as a desktop's windows or another training",
     )
 
@@ -179,8 +186,8 @@ def card_is_made_to_fit(facts: Facts) -> Problem | None:
     return Problem(
         "training.batch_size",
         str(facts.config.training.batch_size),
-        f"needs {gb(needed)}, and {target.name} has {gb(target.memory_bytes)}: the run will halve "
-        "it and double grad_acc until it fits",
+        f"needs {gib(needed)}, and {target.name} has {gib(target.memory_bytes)}: it will be halved "
+        "and grad_acc doubled until the run fits",
         "nothing has to be done; the suggestions say what would fit at once",
     )
 

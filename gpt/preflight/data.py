@@ -53,7 +53,7 @@ def look_at_data(config: RunConfig) -> DataFacts:
     if elsewhere:
         return DataFacts(None, None, "n/a: the sources are not on this machine", False)
     sizes = {path.name: path.stat().st_size for path in files}
-    for manifest in sorted((config.run.root / "datasets").glob("*/manifest.json")):
+    for manifest in newest_first(config.run.root / "datasets", "*/manifest.json"):
         facts = _from_manifest(manifest, config, sizes)
         if facts:
             return facts
@@ -64,6 +64,14 @@ def look_at_data(config: RunConfig) -> DataFacts:
         f"estimated: {total:,} bytes of Parquet at {BYTES_PER_TOKEN:g} a token, give or take half"
     )
     return DataFacts(tokens - validation, validation, basis, False, source_bytes=total)
+
+
+def newest_first(folder: Path, pattern: str) -> list[Path]:
+    """What matches below a folder; nothing where there is no such folder, or can be none."""
+    try:
+        return sorted(folder.glob(pattern), key=lambda path: -path.stat().st_mtime)
+    except (OSError, ValueError):  # a name too long, a NUL in it
+        return []
 
 
 def _files(source: str) -> list[Path]:

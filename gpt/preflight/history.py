@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from gpt.config import RunConfig
 from gpt.preflight.cards import Card, find_card
+from gpt.preflight.data import newest_first
 from gpt.preflight.work import Pace, flops_per_token
 
 MOST_RUNS = 20
@@ -32,8 +33,7 @@ def measured_pace(config: RunConfig, card: Card | None) -> Pace | None:
 
 
 def _newest_runs(parent: Path) -> list[Path]:
-    records = sorted(parent.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    return [path.parent for path in reversed(records)][:MOST_RUNS]
+    return [path.parent for path in newest_first(parent, "*/metrics.jsonl")][:MOST_RUNS]
 
 
 def _measured(folder: Path, card: Card, config: RunConfig) -> Pace | None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.errors import Problem
-from gpt.preflight.checks import gb
+from gpt.preflight.checks import gb, gib
 from gpt.preflight.remedies import Suggestion
 from gpt.preflight.report import Figures, Report
 from gpt.preflight.work import flops_per_token, total_tokens
@@ -73,16 +73,16 @@ def _model_rows(figures: Figures) -> Rows:
 
 def _memory_rows(figures: Figures, report: Report) -> Rows:
     memory, target = figures.memory, report.target
-    rows = [(_name(part), gb(size)) for part, size in memory.parts.items() if size]
-    rows.append(("peak, not compiled", f"{gb(memory.peak_bytes)}, at the {memory.moment}"))
+    rows = [(_name(part), gib(size)) for part, size in memory.parts.items() if size]
+    rows.append(("peak, not compiled", f"{gib(memory.peak_bytes)}, at the {memory.moment}"))
     saved = memory.peak_bytes - memory.compiled_bytes
     if saved > 0:
-        rows.append(("compiling saves", gb(saved)))
-    rows += [(f"{_name(part)}, assumed", gb(s)) for part, s in memory.overheads.items() if s]
-    rows.append(("evaluation", gb(memory.evaluation_bytes)))
-    of = f" of {gb(target.memory_bytes)} of {target.name}" if target.memory_bytes else ""
+        rows.append(("compiling saves", gib(saved)))
+    rows += [(f"{_name(part)}, assumed", gib(s)) for part, s in memory.overheads.items() if s]
+    rows.append(("evaluation", gib(memory.evaluation_bytes)))
+    of = f" of {gib(target.memory_bytes)} of {target.name}" if target.memory_bytes else ""
     fits = {True: ": fits", False: ": does not fit", None: ""}[figures.fits]
-    rows.append(("needed", f"{gb(memory.needed_bytes)}{of}{fits}"))
+    rows.append(("needed", f"{gib(memory.needed_bytes)}{of}{fits}"))
     return rows
 
 
@@ -171,13 +171,13 @@ def _terminal_page(report: Report) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble((f"{report.path}: ", "bold"), (verdict(report), style))
     ]
-    for title, rows in sections(report):
+    for name, rows in sections(report):
         table = Table.grid(padding=(0, 2))
         table.add_column(min_width=22)
         table.add_column(overflow="fold")
-        for name, text in rows:
-            table.add_row(Text(name, "dim"), Text(text))
-        parts += [Text(f"\n{title}", "bold"), Padding(table, (0, 0, 0, 2), expand=False)]
+        for label, text in rows:
+            table.add_row(Text(label, "dim"), Text(text))
+        parts += [Text(f"\n{name}", "bold"), Padding(table, (0, 0, 0, 2), expand=False)]
     parts += _noted("problem", report.problems, "red") + _noted(
         "warning", report.warnings, "yellow"
     )
@@ -234,7 +234,7 @@ def comparison_row(report: Report) -> tuple[str, ...]:
         report.path,
         f"{model.architecture} {model.n_layer}/{model.n_head}/{model.n_embd}",
         f"{figures.parameters.total / 1e6:.1f}M",
-        gb(figures.memory.needed_bytes),
+        gib(figures.memory.needed_bytes),
         _fits(figures.fits),
         f"{config.tokens_per_step:,}",
         f"{total_tokens(config) / 1e9:.2f}B",

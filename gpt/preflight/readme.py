@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from gpt.config import RunConfig, load_config
 from gpt.preflight.cards import find_card
-from gpt.preflight.checks import gb
+from gpt.preflight.checks import gib
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.pages import markdown_table
 from gpt.preflight.parameters import count_parameters
@@ -40,8 +40,8 @@ def sizes_table(configs: Path) -> str:
     card = find_card(CARD)
     assert card is not None, f"{CARD} is not in the table"
     rows = []
-    for name, heads in SIZES:
-        overrides = [f"model.n_embd={heads[0]}", f"model.n_head={heads[1]}"] if heads else []
+    for name, split in SIZES:
+        overrides = [f"model.n_embd={split[0]}", f"model.n_head={split[1]}"] if split else []
         config = load_config(configs / f"{name}.toml", overrides)
         model, pace = config.model, estimate_pace(config, card)
         needed = estimate_memory(config).needed_bytes
@@ -52,7 +52,7 @@ def sizes_table(configs: Path) -> str:
                 model.architecture,
                 str(model.n_embd // model.n_head),
                 f"{count_parameters(model).total / 1e6:.1f}M",
-                f"{gb(needed)}{'' if needed <= card.memory_bytes else ' (does not fit)'}",
+                f"{gib(needed)}{'' if needed <= card.memory_bytes else ' (does not fit)'}",
                 f"{hours(config, pace):.1f}",
                 f"`configs/{name}.toml{' ' if asked else ''}{asked}`",
             )
