@@ -26,6 +26,8 @@ PREFECT_SETTINGS = {
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[_name]
 os.environ |= PREFECT_SETTINGS
+# The tensors of tests are small: more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY_CONFIG = """
 [run]

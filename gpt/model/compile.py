@@ -33,8 +33,9 @@ def compiler_fault(device_type: str) -> str | None:
     compiler and Python's headers for a CPU, Triton for a GPU) fail in many ways.
     """
     try:
-        x = torch.ones(8, device=device_type, requires_grad=True)
-        torch.compile(_probe, dynamic=False)(x).backward()
+        with torch.enable_grad():
+            x = torch.ones(8, device=device_type, requires_grad=True)
+            torch.compile(_probe, dynamic=False)(x).backward()
     except Exception as error:  # whatever the compiler raises, training can do without it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         logger.warning("torch.compile does not work here, so training runs eagerly: %s", reason)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt.model.compile import compiled
+from gpt.model.compile import compiled, compiler_fault
 
 
 def default_chunk_rows(device: torch.device, compile_chunks: bool = False) -> int:
@@ -45,6 +45,7 @@ def summed_loss(
     what is between them.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
+    compile_chunks = compile_chunks and compiler_fault(rows.device.type) is None
     chunk_rows = chunk_rows or default_chunk_rows(rows.device, compile_chunks)
     return _SummedLoss.apply(rows, head, targets.reshape(-1), softcap, chunk_rows, compile_chunks)
 

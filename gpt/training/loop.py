@@ -140,9 +140,8 @@ class Trainer:
         return last or checkpoint, last or self.step % self.config.evaluation.interval == 0
 
     def _record(self, launched: _LaunchedStep) -> StepRecord:
-        loss, grad_norm = launched.wait()
-        now = time.perf_counter()
-        seconds, self._last_end = now - self._last_end, now
+        loss, grad_norm, end = launched.wait()
+        seconds, self._last_end = end - self._last_end, end
         return StepRecord(
             step=launched.step,
             tokens_seen=launched.step * self.config.tokens_per_step,
@@ -325,15 +324,17 @@ class _LaunchedStep:
         self.step, self.learning_rate = step, learning_rate
         numbers = torch.stack((loss, grad_norm.to(loss.dtype)))
         self._event: torch.cuda.Event | None = None
+        self._end = time.perf_counter()  # on a CPU a launched step is a finished one
         if numbers.device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         self._numbers = numbers
 
-    def wait(self) -> tuple[float, float]:
-        """Loss and gradient norm, once the device has come so far."""
+    def wait(self) -> tuple[float, float, float]:
+        """Loss, gradient norm and the time of the step's end, once the device has come so far."""
         if self._event:
             self._event.synchronize()
+            self._end = time.perf_counter()
         loss, grad_norm = self._numbers.tolist()
-        return loss, grad_norm
+        return loss, grad_norm, self._end
