@@ -82,8 +82,8 @@ def test_one_bad_config_among_good_ones_fails_and_is_named(tmp_path: Path) -> No
     bad.write_text(GOOD.read_text().replace("n_embd = 576", "n_embd = 577"))
     done = overnight("validate", GOOD, bad)
     assert done.returncode == 2
-    assert f"{GOOD}: good" in done.stdout
-    assert done.stderr.startswith(f"{bad}: ")
+    assert str(GOOD) in done.stdout
+    assert f"{bad}\n  model.n_embd = 577" in done.stdout
 
 
 def test_version() -> None:
