@@ -43,8 +43,8 @@ class Facts:
     memory: Memory
     starting: bool
     """Whether a run starts now, on this machine, and not a person asks beforehand."""
-    suggested: bool
-    """Whether there are suggestions for a run that does not fit."""
+    smaller: tuple[str, ...] = ()
+    """Settings with which a run that does not fit would, each as overrides."""
 
 
 Check = Callable[[Facts], Problem | None]
@@ -84,7 +84,7 @@ def fits_the_card(facts: Facts) -> Problem | None:
     if target.memory_bytes is None or facts.config.hardware.device == "cpu":
         return None
     # A run that starts makes its own micro-batches smaller, if that can help.
-    if memory.needed_bytes <= target.memory_bytes or (facts.starting and facts.suggested):
+    if memory.needed_bytes <= target.memory_bytes or (facts.starting and facts.smaller):
         return None
     remedy = (
         "take one of the suggestions"
@@ -179,7 +179,7 @@ def card_is_free(facts: Facts) -> Problem | None:
 
 def card_is_made_to_fit(facts: Facts) -> Problem | None:
     target, needed = facts.target, facts.memory.needed_bytes
-    if not (facts.starting and facts.suggested) or facts.config.hardware.device == "cpu":
+    if not (facts.starting and facts.smaller) or facts.config.hardware.device == "cpu":
         return None
     if target.memory_bytes is None or needed <= target.memory_bytes:
         return None

@@ -144,19 +144,14 @@ _SUGGESTION_HEADS = ("for", "set", "head size", "parameters", "fits")
 
 
 def _suggestion_row(suggestion: Suggestion) -> tuple[str, ...]:
-    settings = " ".join(f"{key}={_toml(value)}" for key, value in suggestion.overrides.items())
     parameters = NONE if suggestion.parameters is None else f"{suggestion.parameters / 1e6:.1f}M"
     return (
         suggestion.key,
-        settings,
+        suggestion.as_overrides(),
         str(suggestion.head_size),
         parameters,
         _fits(suggestion.fits),
     )
-
-
-def _toml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- in the terminal -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ away; a property test holds it to that.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,10 @@ class Suggestion:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    def as_overrides(self) -> str:
+        """As they stand after --set."""
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in self.overrides.items())
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -114,7 +114,8 @@ def _examined(path: str, config: RunConfig, target: Target, starting: bool) -> R
     suggestions: list[Suggestion] = []
     if figures.fits is False and target.memory_bytes is not None:
         suggestions += smaller("training.batch_size", config, target.memory_bytes)
-    facts = Facts(config, target, figures.data, figures.memory, starting, bool(suggestions))
+    ways = tuple(suggestion.as_overrides() for suggestion in suggestions)
+    facts = Facts(config, target, figures.data, figures.memory, starting, ways)
     problems = tuple(found for check in PROBLEMS if (found := check(facts)))
     warnings = tuple(found for check in WARNINGS if (found := check(facts)))
     if any(warning.key == "model.n_head" for warning in warnings):
@@ -126,7 +127,7 @@ def _figures(config: RunConfig, target: Target) -> Figures:
     memory, data = estimate_memory(config), look_at_data(config)
     pace = estimate_pace(config, target.card, measured_pace(config, target.card))
     on_cpu = config.hardware.device == "cpu"
-    facts = Facts(config, target, data, memory, starting=False, suggested=False)
+    facts = Facts(config, target, data, memory, starting=False)
     return Figures(
         config=config,
         parameters=count_parameters(config.model),
