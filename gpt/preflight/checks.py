@@ -86,11 +86,9 @@ def fits_the_card(facts: Facts) -> Problem | None:
     # A run that starts makes its own micro-batches smaller, if that can help.
     if memory.needed_bytes <= target.memory_bytes or (facts.starting and facts.smaller):
         return None
-    remedy = (
-        "take one of the suggestions"
-        if facts.suggested
-        else "take a smaller model, or a larger card"
-    )
+    remedy = "take a smaller model, or a larger card"
+    if facts.smaller:
+        remedy = f"set {', or '.join(facts.smaller)}"
     return Problem(
         "training.batch_size",
         str(facts.config.training.batch_size),

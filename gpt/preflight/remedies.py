@@ -160,14 +160,14 @@ def smaller(key: str, config: RunConfig, memory_bytes: int) -> list[Suggestion]:
     found = []
     before: dict[str, Any] = {}
     for way in (_batches, _evaluation_batches, _chunks, _checkpointing):
-        for start in dict.fromkeys((False, bool(before))):
-            base = before if start else {}
+        for base in ({}, before) if before else ({},):
             changed = _first_fitting(_with(config, base), way(_with(config, base)), memory_bytes)
             if changed:
                 found.append(_suggestion(key, config, {**base, **changed}))
                 break
         else:
-            before |= next(iter(reversed(list(way(config)))), {})
+            smallest = way(config)[-1:]
+            before = {**before, **(smallest[0] if smallest else {})}
     return found
 
 
