@@ -143,5 +143,5 @@ def test_ctrl_c_ends_a_run_that_the_same_command_goes_on_with(
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
     assert flow_run_states(prefect_home, "tiny") == ["CRASHED"]
-    [receipt] = root.glob("train/*/mlflow_run.json")
+    [receipt] = root.glob("train/*/tracking_run.json")
     assert '"KILLED"' in receipt.read_text()

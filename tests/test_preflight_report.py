@@ -90,7 +90,7 @@ def test_the_pace_of_a_run_before_on_this_card_counts_first(tmp_path: Path) -> N
     record = {"config": figures.config.model_dump(mode="json")}
     (folder / "run.json").write_text(json.dumps(record))
     outbox = {"parameters": {"device": "cuda: NVIDIA GeForce RTX 4070"}}
-    (folder / "mlflow_outbox.json").write_text(json.dumps(outbox))
+    (folder / "tracking_outbox.json").write_text(json.dumps(outbox))
     line = json.dumps({"step": 1, "time_ms": 0, "metrics": {"tokens_per_second": 60_000.0}})
     (folder / "metrics.jsonl").write_text(f"{line}\n")
     now = report_on(overrides).figures

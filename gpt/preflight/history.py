@@ -38,7 +38,7 @@ def _newest_runs(parent: Path) -> list[Path]:
 
 def _measured(folder: Path, card: Card, config: RunConfig) -> Pace | None:
     try:
-        outbox = json.loads((folder / "mlflow_outbox.json").read_bytes())
+        outbox = json.loads((folder / "tracking_outbox.json").read_bytes())
         record = json.loads((folder / "run.json").read_bytes())
         then = RunConfig.model_validate_json(json.dumps(record["config"]))
         device = str(outbox["parameters"]["device"]).removeprefix("cuda: ")
