@@ -31,6 +31,9 @@ SMALL_LEARNING_RATE, LEARNING_RATE = 2e-3, 6e-4
 
 def main():
     options = arguments()
+    if options.merge:
+        report([r for path in options.merge for r in json.loads(Path(path).read_text())], options)
+        return
     if options.worker:
         measure_one(json.loads(options.worker))
         return
@@ -39,12 +42,16 @@ def main():
     results = []
     with tempfile.TemporaryDirectory() as folder:
         dataset_root = options.root or folder
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for recipe in options.recipes:
                 for steps in options.steps:
                     job = job_of(options, recipe, steps, seed, dataset_root)
                     results.append(run_job(job))
                     tell(results[-1])
+    report(results, options)
+
+
+def report(results, options):
     print("\n" + table(results))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1))
@@ -58,14 +65,15 @@ def arguments():
     parser.add_argument("--recipes", nargs="+", default=[PLAIN, GPT2, NANOCHAT])
     parser.add_argument("--steps", nargs="+", type=int, default=[400])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--n-layer", type=int, default=4)
     parser.add_argument("--n-head", type=int, default=4)
     parser.add_argument("--n-embd", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--grad-acc", type=int, default=1)
-    parser.add_argument("--interval", type=int, default=20, help="steps between validations")
-    parser.add_argument("--validation-tokens", type=int, default=131_072)
+    parser.add_argument("--interval", type=int, default=50, help="steps between validations")
+    parser.add_argument("--validation-tokens", type=int, default=65_536)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-gb", type=float, help="cap of the GPU's memory")
     parser.add_argument(
@@ -75,6 +83,7 @@ def arguments():
     parser.add_argument("--root", help="folder that keeps the tokenised data between calls")
     parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: minutes")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="tell of measured runs again")
     parser.add_argument("--picture", metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
