@@ -2,6 +2,8 @@
 
     python tests/benchmarks/bench_training.py --source corpus-*.parquet [--quick] [--json FILE]
 
+On a host that only trains, give --dataset FOLDER instead of --source.
+
 Every run is a process of its own. Prints tokens/s, peak memory and validation losses at equal
 tokens and at equal seconds; draws the curves into --picture. Training seconds leave out the
 validations of all runs. `--memory-gb 12` on a large GPU stands in for a 12 GB card.
@@ -62,6 +64,7 @@ def report(results, options):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", nargs="+", default=[], help="Parquet files with text")
+    parser.add_argument("--dataset", help="a tokenised data set's folder, instead of --source")
     parser.add_argument("--recipes", nargs="+", default=[PLAIN, GPT2, NANOCHAT])
     parser.add_argument("--steps", nargs="+", type=int, default=[400])
     parser.add_argument("--seeds", type=int, default=1)
@@ -100,7 +103,7 @@ def job_of(options, recipe, steps, seed, root):
             "n_embd": options.n_embd,
             "block_size": options.block_size,
         },
-        "data": {"source": options.source, "validation_fraction": 0.02},
+        "data": {"source": options.source or ["unused"], "validation_fraction": 0.02},
         "training": {
             "batch_size": options.batch_size,
             "grad_acc": options.grad_acc,
@@ -128,6 +131,7 @@ def job_of(options, recipe, steps, seed, root):
         "seed": seed,
         "config": raw,
         "overrides": [] if recipe == PLAIN else options.set,
+        "dataset": options.dataset,
         "memory_gb": options.memory_gb,
         "seconds": options.seconds,
     }
@@ -153,11 +157,10 @@ def measure_one(job):
     import torch
 
     from gpt.config import merged
-    from gpt.data.corpus import tokenize_corpus
     from gpt.model.device import peak_memory_bytes
 
     config = build_config(merged(job["config"], job["overrides"]))
-    dataset = finished(tokenize_corpus(config))
+    dataset = dataset_of(config, job["dataset"])
     device = torch.device(config.hardware.device)
     if device.type == "cuda" and job["memory_gb"]:
         whole = torch.cuda.get_device_properties(device).total_memory
@@ -182,10 +185,18 @@ def measure_one(job):
     )
 
 
-def finished(generator):
+def dataset_of(config, folder):
+    """Tokenised here, unless a folder is named: a host that only trains has no polars."""
+    if folder:
+        from gpt.data.shards import read_manifest
+
+        return read_manifest(Path(folder))
+    from gpt.data.corpus import tokenize_corpus
+
+    tokenizing = tokenize_corpus(config)
     while True:
         try:
-            next(generator)
+            next(tokenizing)
         except StopIteration as stop:
             return stop.value
 
