@@ -252,8 +252,8 @@ class _Step:
         )
 
     def _chunk(self) -> int:
-        """A chunk's logits with what is made from them; or their slope beside its share of the head's
-        gradient."""
+        """A chunk's logits with what is made from them; or their slope beside its share of the
+        head's gradient."""
         rows = min(self.chunk_rows, self.tokens)
         logits, e = rows * self.model.vocab_size, self.width
         eager = 16 if self._gpt2 else 20
