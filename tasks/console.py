@@ -58,6 +58,16 @@ def warn(line: str) -> None:
     tell(f"warning: {line}", level=logging.WARNING)
 
 
+class _LibraryWarnings(logging.Handler):
+    """Tells what the library warns of, as a batch that was too large, where the run is told."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
+logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
+
+
 def duration(seconds: float) -> str:
     """Seconds as 0:01:23."""
     return str(timedelta(seconds=round(seconds)))
