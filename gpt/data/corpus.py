@@ -236,13 +236,16 @@ def _check_counts(job: Job, total: Tally) -> None:
     if train and validation:
         return
     if not train and not validation:
-        left_out = ", ".join(f"{count} {reason}" for reason, count in total.skipped.items())
-        rule = f"no row is left: of {job.rows_total} {left_out or 'all are past max_tokens'}"
+        reasons = [f"{count} {reason}" for reason, count in total.skipped.items() if count]
+        if data.max_tokens is not None:
+            reasons.append(f"max_tokens = {data.max_tokens}")
+        rule = f"no row is left of {job.rows_total}: {', '.join(reasons)}"
         remedy = "ask for less in [data], or name other files"
         raise CorpusError(Problem("data.source", ", ".join(data.source), rule, remedy))
     missing, move = ("training", "lower") if not train else ("validation", "raise")
-    rule = f"leaves no document for {missing}: the sources hold {train + validation} documents"
-    remedy = f"{move} data.validation_fraction, or add documents to data.source"
+    rule = f"leaves no document for {missing}: there are {train + validation} documents"
+    limit = "" if data.max_tokens is None else " or raise data.max_tokens"
+    remedy = f"{move} data.validation_fraction,{limit} or add documents to data.source"
     value = str(data.validation_fraction)
     raise CorpusError(Problem("data.validation_fraction", value, rule, remedy))
 

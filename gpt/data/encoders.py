@@ -39,14 +39,22 @@ class Mismatch(Exception):  # noqa: N818 - no fault of anyone's: the signal to f
     """The faster encoder gave other ids than tiktoken; says where."""
 
 
+Ids = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""The ids of some texts, end to end, and how many each text has."""
+
+
 class Encoder(Protocol):
-    def parts(self, texts: list[bytes]) -> list[NDArray[Any]]:
-        """The ids of each text, which is whole UTF-8. Raises `Mismatch`."""
+    def encode(self, texts: list[bytes]) -> Ids:
+        """The ids of texts, each of which is whole UTF-8. Raises `Mismatch`."""
 
 
 class TiktokenEncoder:
-    def parts(self, texts: list[bytes]) -> list[NDArray[Any]]:
-        return [tokenizer.encode(text.decode()) for text in texts]
+    def encode(self, texts: list[bytes]) -> Ids:
+        return joined([tokenizer.encode(text.decode()) for text in texts])
+
+
+def joined(parts: list[NDArray[Any]]) -> Ids:
+    return np.concatenate(parts), np.array([part.size for part in parts], dtype=np.int64)
 
 
 def open_encoder(engine: EngineName) -> Encoder:
@@ -64,16 +72,9 @@ def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
     token of GPT-2's (uint16 would hide it)."""
     ends = np.cumsum(chunk.lengths, dtype=np.int64).tolist()
     texts = [chunk.text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-    parts = encoder.parts(texts)
-    counts = np.array([part.size for part in parts], dtype=np.uint64) + chunk.starts
-    ids = np.empty(int(counts.sum()), dtype=np.uint16)
-    position = 0
-    for part, begins in zip(parts, chunk.starts.tolist(), strict=True):
-        if begins:
-            ids[position] = tokenizer.END_OF_TEXT
-            position += 1
-        if part.size and int(part.max()) >= tokenizer.END_OF_TEXT:
-            raise ValueError(f"{part.max()} is no id of ordinary text in GPT-2's vocabulary")
-        ids[position : position + part.size] = part
-        position += part.size
-    return Encoded(ids, counts)
+    ids, counts = encoder.encode(texts)
+    if ids.size and int(ids.max()) >= tokenizer.END_OF_TEXT:
+        raise ValueError(f"{ids.max()} is no id of ordinary text in GPT-2's vocabulary")
+    places = (np.cumsum(counts) - counts)[chunk.starts]
+    separated = np.insert(ids.astype(np.uint16), places, tokenizer.END_OF_TEXT)
+    return Encoded(separated, (counts + chunk.starts).astype(np.uint64))

@@ -137,6 +137,8 @@ def _column_problem(
 
 def _is_text(kind: pa.DataType, annotation: str) -> bool:
     """Strings in every layout, and bytes that the file itself calls text."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -242,6 +244,8 @@ def _selected(
     file: CorpusFile, batch: pa.RecordBatch, first_row: int, unit: int, selection: Selection
 ) -> Rows:
     array = batch.column(batch.schema.get_field_index(selection.column))
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):

@@ -72,6 +72,8 @@ def make_plan(config: RunConfig) -> Plan:
         "validation_fraction": data.validation_fraction,
         "tokens_per_shard": data.tokens_per_shard,
     } | asked_for(data)
+    if identities.problems:
+        values["unreadable"] = [problem.key for problem in identities.problems]
     if data.where:
         values["partitions"] = [partition_values(file, selection) for file in identities.of]
     name = fingerprint(values)

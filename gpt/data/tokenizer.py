@@ -109,7 +109,8 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
     """
     byte_of = _bytes_by_character()
     ids: dict[str, int] = json.loads(checked_files(folder)["encoder.json"])
-    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != ENDOFTEXT}
+    del ids[ENDOFTEXT]
+    return {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
 
 
 def checked_files(folder: Path) -> dict[str, bytes]:
@@ -130,9 +131,9 @@ def checked_files(folder: Path) -> dict[str, bytes]:
     return contents
 
 
-def _bytes_by_character() -> dict[str, int]:
+def _bytes_by_character() -> dict[int, int]:
     """GPT-2's way to print bytes: a printable Latin-1 character stands for itself, the others
     are numbered from U+0100 on."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {b: b for b in printable} | {256 + i: b for i, b in enumerate(others)}

@@ -19,6 +19,7 @@ import base64
 import os
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt.data import tokenizer
-from gpt.data.encoders import Mismatch
+from gpt.data.encoders import Ids, Mismatch, joined
 
 SAMPLE_BYTES = 8_192
 """Compared of every chunk (1 MB), at a place drawn from its own bytes."""
-LONG_RUN = 48
+LONG_RUN = 64
 """Characters of one kind in a row that are called a long run."""
 SPECIAL = b"<|"
 """How every special token begins."""
@@ -39,6 +40,7 @@ RECYCLE_TEXT_BYTES = 512_000_000
 RECYCLE_GROWTH_BYTES = 64_000_000
 """The encoder is made anew (0.2 s) after so much text, or when the process has grown so much."""
 
+WORD = 8
 _SPACE, _BEYOND = 3, 4
 
 
@@ -64,35 +66,40 @@ class CheckedGigatoken:
     """An `Encoder`: gigatoken's ids, or `Mismatch`."""
 
     def __init__(self) -> None:
-        self._spelling = _Spelling()
-        self._ranks = _rank_file()
+        ranks = tokenizer.read_ranks(tokenizer.data_folder())
+        self._spelling = _Spelling(ranks)
+        self._rank_file = b"".join(b"%b %d\n" % (base64.b64encode(t), i) for t, i in ranks.items())
         self._fresh()
 
     def _fresh(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
-            path.write_bytes(self._ranks)
+            path.write_bytes(self._rank_file)
             # No special tokens: a literal <|endoftext|> is ordinary text here.
             load = gigatoken.gigatoken_rs.BPETokenizer.from_tiktoken
             self._encoder = load(str(path), "gpt2", {})
         self._text_bytes, self._resident = 0, resident_bytes()
 
-    def parts(self, texts: list[bytes]) -> list[NDArray[Any]]:
+    def encode(self, texts: list[bytes]) -> Ids:
         if self._text_bytes > RECYCLE_TEXT_BYTES or (
             resident_bytes() - self._resident > RECYCLE_GROWTH_BYTES
         ):
             self._fresh()
         self._text_bytes += sum(map(len, texts))
-        parts = [self._encoder.encode(text) for text in texts]
-        self._check(texts, parts)
-        return parts
+        ids, counts = joined([self._encoder.encode(text) for text in texts])
+        self._check(texts, ids, counts)
+        return ids, counts
 
-    def _check(self, texts: list[bytes], parts: list[NDArray[Any]]) -> None:
-        ids, text = np.concatenate(parts), b"".join(texts)
+    def _check(
+        self, texts: list[bytes], ids: NDArray[np.uint32], counts: NDArray[np.int64]
+    ) -> None:
+        text = b"".join(texts)
         starts = self._spelling.starts(ids, text)
         if starts is None:
             raise Mismatch("its ids do not spell the text")
         edges = np.cumsum([0, *map(len, texts)])
+        if not np.array_equal(starts[np.cumsum(counts)], edges[1:]):
+            raise Mismatch("its ids do not end where a text does")
         stretches = awkward_stretches(text, edges)
         firsts = np.searchsorted(starts, stretches[:, 0])
         lasts = np.searchsorted(starts, stretches[:, 1])
@@ -106,27 +113,44 @@ class CheckedGigatoken:
 
 
 class _Spelling:
-    """The bytes of every token, by tiktoken's ranks, in one array."""
+    """The bytes of every token, by tiktoken's ranks, as words of eight."""
 
-    def __init__(self) -> None:
-        tokens = sorted(tokenizer.read_ranks(tokenizer.data_folder()).items(), key=lambda t: t[1])
-        self._bytes = np.frombuffer(b"".join(token for token, _ in tokens), dtype=np.uint8)
-        self._lengths = np.array([len(token) for token, _ in tokens], dtype=np.int32)
-        self._starts = np.cumsum(self._lengths, dtype=np.int32) - self._lengths
+    def __init__(self, ranks: Mapping[bytes, int]) -> None:
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        self._lengths = np.array([len(token) for token in tokens], dtype=np.int32)
+        width = -(-int(self._lengths.max()) // WORD) * WORD
+        padded = b"".join(token.ljust(width, b"\0") for token in tokens)
+        self._words = np.frombuffer(padded, "<u8").reshape(len(tokens), -1).T.copy()
+        masks = np.array([(1 << 8 * size) - 1 for size in range(WORD + 1)], dtype=np.uint64)
+        rest = self._lengths - WORD * np.arange(len(self._words))[:, None]
+        self._masks = masks[np.clip(rest, 0, WORD)]
 
-    def starts(self, ids: NDArray[Any], text: bytes) -> NDArray[np.int32] | None:
+    def starts(self, ids: NDArray[Any], text: bytes) -> NDArray[np.int64] | None:
         """Where each token begins in `text`, and its end; None if the ids do not spell it."""
         if ids.size and int(ids.max()) >= self._lengths.size:
             return None
-        lengths = self._lengths[ids]
-        starts = np.zeros(ids.size + 1, dtype=np.int32)
+        tokens = ids.astype(np.intp)  # once, and not in every look-up below
+        lengths = self._lengths.take(tokens)
+        starts = np.zeros(ids.size + 1, dtype=np.int64)
         np.cumsum(lengths, out=starts[1:])
         if starts[-1] != len(text):
             return None
-        places = np.repeat(self._starts[ids] - starts[:-1], lengths)
-        places += np.arange(len(text), dtype=np.int32)
-        spelled = np.frombuffer(text, dtype=np.uint8)
-        return starts if np.array_equal(self._bytes[places], spelled) else None
+        # The eight bytes that begin at each byte of the text.
+        words: NDArray[np.uint64] = np.ndarray(len(text), "<u8", text + bytes(WORD), strides=(1,))
+        places = starts[:-1]
+        for row, (expected, masks) in enumerate(zip(self._words, self._masks, strict=True)):
+            if row:
+                longer = np.flatnonzero(lengths > row * WORD)
+                tokens, lengths = tokens.take(longer), lengths.take(longer)
+                places = places.take(longer) + WORD
+            different = words[places]
+            different ^= expected.take(tokens)
+            different &= masks.take(tokens)
+            if different.any():
+                return None
+            if not tokens.size:
+                break
+        return starts
 
 
 def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
@@ -135,21 +159,37 @@ def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
     A stretch begins and ends at an edge or where white space follows ASCII that is none.
     """
     kinds = np.frombuffer(text.translate(_KINDS), dtype=np.uint8)
-    changes = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
-    runs = np.concatenate([[0], changes])
-    run_ends = np.concatenate([changes, [len(text)]])
-    run_kinds = kinds[runs]
-    odd = (run_kinds == _BEYOND) | (run_ends - runs >= LONG_RUN)
-    before = np.concatenate([[_SPACE], run_kinds[:-1]])
-    cuts = runs[(run_kinds == _SPACE) & (before < _SPACE)]
+    cuts = np.flatnonzero((kinds[1:] == _SPACE) & (kinds[:-1] < _SPACE)) + 1
     bounds = np.sort(np.concatenate([cuts, edges]), kind="stable")
     sample = zlib.crc32(text) % max(1, len(text))
     wanted = [
-        np.stack([runs[odd], run_ends[odd]], axis=1),
+        _long_runs(kinds),
+        _beyond_ascii(kinds),
         np.array([[sample, min(sample + SAMPLE_BYTES, len(text))]]),
         _with_special(text, edges),
     ]
     return _cut_at(edges, _widened(np.concatenate(wanted), bounds))
+
+
+def _long_runs(kinds: NDArray[np.uint8]) -> Stretches:
+    """A part of every long run (and of some that are nearly long): words all of whose bytes are of
+    one kind, one after the other. No cut lies inside a run, so any part of it stands for all."""
+    needed = LONG_RUN // WORD - 2
+    words = kinds[: kinds.size // WORD * WORD].view("<u8")
+    if words.size <= needed:
+        return np.empty((0, 2), dtype=np.int64)
+    even = words == (words & 0xFF) * 0x0101010101010101
+    even[1:] &= words[1:] == words[:-1]
+    found = even[needed:].copy()
+    for back in range(1, needed):
+        found &= even[needed - back : even.size - back]
+    ends = (np.flatnonzero(found) + needed + 1) * WORD
+    return np.stack([ends - WORD, ends], axis=1)
+
+
+def _beyond_ascii(kinds: NDArray[np.uint8]) -> Stretches:
+    places = np.flatnonzero(kinds == _BEYOND)
+    return np.stack([places, places + 1], axis=1)
 
 
 def _with_special(text: bytes, edges: NDArray[Any]) -> Stretches:
@@ -203,13 +243,6 @@ def _encoded_groups(text: bytes, stretches: Stretches) -> list[tuple[range, NDAr
         encoded.append((range(position, position + len(group)), ids))
         position += len(group)
     return encoded
-
-
-def _rank_file() -> bytes:
-    """The ranks as a .tiktoken file holds them."""
-    ranks = tokenizer.read_ranks(tokenizer.data_folder())
-    lines = (b"%b %d\n" % (base64.b64encode(t), i) for t, i in ranks.items())
-    return b"".join(lines)
 
 
 def resident_bytes() -> int:
