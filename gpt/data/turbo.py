@@ -161,7 +161,7 @@ def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
     kinds = np.frombuffer(text.translate(_KINDS), dtype=np.uint8)
     cuts = np.flatnonzero((kinds[1:] == _SPACE) & (kinds[:-1] < _SPACE)) + 1
     bounds = np.sort(np.concatenate([cuts, edges]), kind="stable")
-    sample = zlib.crc32(text) % max(1, len(text))
+    sample = zlib.crc32(text) % max(1, len(text) - SAMPLE_BYTES)
     wanted = [
         _long_runs(kinds),
         _beyond_ascii(kinds),
