@@ -12,6 +12,7 @@ import typer
 
 from gpt.config import RunConfig, load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
+from gpt.training.schedule import peak_learning_rates
 
 if TYPE_CHECKING:
     from flows.pretrain import Outcome
@@ -43,15 +44,8 @@ def main() -> None:
     try:
         app()
     except GPTError as error:
-        _refuse(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
-def _refuse(error: GPTError) -> None:
-    print(error, file=sys.stderr)
-    sys.exit(CANNOT)
+        print(error, file=sys.stderr)
+        sys.exit(CANNOT)
 
 
 def _version(wanted: bool) -> None:
@@ -80,7 +74,15 @@ def run(
     ] = False,
 ) -> None:
     """Validate, tokenise, train and evaluate; the same command again goes on where it stopped."""
-    laid_over = merged({}, overrides or [])
+    try:
+        print_outcome(_pretrained(config, merged({}, overrides or []), fresh))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outcome:
+    """Run the flow. A config that cannot work is told at once, then recorded as a Failed run."""
     problem = None
     try:
         load_config(config, laid_over)
@@ -91,15 +93,15 @@ def run(
     from flows import environment
 
     environment.prepare(_root(config, laid_over))
+    environment.start_api()
     from flows.pretrain import pretrain
 
     try:
-        outcome = pretrain(config, laid_over, fresh)
+        return pretrain(config, dict(laid_over), fresh)
     except ConfigError:
         if problem is None:
             raise
-        sys.exit(CANNOT)  # said above; the flow has recorded it
-    print_outcome(outcome)
+        sys.exit(CANNOT)  # told above
 
 
 def _root(config: str, overrides: Mapping[str, Any]) -> Path:
@@ -153,13 +155,14 @@ def summary(path: str, config: RunConfig) -> str:
     """A config that is right, in a few lines."""
     model, training, schedule = config.model, config.training, config.schedule
     optimizer, tokens = config.optimizer, config.tokens_per_step
+    rate = peak_learning_rates(config).matrices
     rows = {
         "run": f"{config.run.name}, under {config.run.root}",
         "model": f"{model.architecture}, {model.n_layer} layers, {model.n_head} heads, "
         f"width {model.n_embd}, context {model.block_size:,} tokens",
         "step": f"{training.batch_size} x {training.grad_acc} sequences = {tokens:,} tokens",
         "training": f"{training.max_steps:,} steps = {training.max_steps * tokens:,} tokens",
-        "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, "
+        "optimizer": f"{optimizer.name}, learning rate {rate:.2g}, "
         f"{schedule.name} after {schedule.warmup_steps:,} steps of warm-up",
         "data": ", ".join(config.data.source),
     }

@@ -8,6 +8,7 @@ that `PREFECT_API_URL` points the same code at a server.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,3 +36,18 @@ def prepare(root: Path) -> None:
 def prefect_home(root: Path) -> Path:
     """Absolute, because Prefect's server is a process of its own."""
     return root.resolve() / "prefect"
+
+
+def start_api() -> None:
+    """Start Prefect's embedded API, if no server is set. Call after `prepare`.
+
+    The terminal sends Ctrl-C to every process of a command. The API must outlive it by the moment
+    in which the run says how it ended, so it is born with that signal blocked.
+    """
+    from prefect.client.orchestration import get_client
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from prefect import flow
@@ -101,7 +102,8 @@ def result_page(outcome: Outcome) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     samples = "\n\n".join(
-        f"**{sample.prompt}**\n\n```text\n{sample.text}\n```" for sample in report.samples
+        f"**{sample.prompt}**\n\n{indent(sample.text, ' ' * 4, lambda _: True)}"
+        for sample in report.samples
     )
     return (
         f"# {outcome.name}\n\n| | |\n|---|---|\n{table}\n\n"

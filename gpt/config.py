@@ -150,6 +150,8 @@ class TrainingSection(Section):
     computes in float32."""
     compile: bool = True
     """Compile the network and the loss; where there is no compiler, a line says so."""
+    loss_chunk_rows: Count | None = None
+    """Tokens whose logits exist at once; left out: 2,048 on CUDA, 512 on a CPU (128 uncompiled)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a
     third more work."""
@@ -363,12 +365,12 @@ def _nearest(location: Sequence[str]) -> str:
     section, *rest = location
     known = list(RunConfig.model_fields) if not rest else list(_keys(section))
     wanted = location[-1]
-    close = difflib.get_close_matches(wanted, known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
     homes = [s for s in RunConfig.model_fields if wanted in _keys(s)]
     if homes:
         return f"it belongs in [{homes[0]}]: {homes[0]}.{wanted}"
+    close = difflib.get_close_matches(wanted, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
     return f"known here: {', '.join(known)}"
 
 

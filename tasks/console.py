@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from statistics import fmean
 
 from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
@@ -87,7 +88,7 @@ class TrainDisplay:
         self._last_step = config.training.max_steps
         self._interval = config.training.log_interval
         self._ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
-        self._paces: list[float] = []
+        self._seconds_a_token: list[float] = []
 
     def show(self, record: StepRecord) -> None:
         """One record: the bar always, a line every `log_interval` steps and at the ends."""
@@ -103,8 +104,9 @@ class TrainDisplay:
 
     def _show_step(self, record: StepRecord, loss: float, counter: str) -> None:
         self._ends.append(time.monotonic())
-        self._paces.append(record.tokens_per_second or 0.0)
-        pace = sum(self._paces) / len(self._paces)
+        if record.tokens_per_second:
+            self._seconds_a_token.append(1 / record.tokens_per_second)
+        pace = 1 / fmean(self._seconds_a_token) if self._seconds_a_token else 0.0
         seconds_a_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         left = duration(seconds_a_step * (self._last_step - record.step))
         text = f"loss {loss:.4f}  {pace:,.0f} tokens/s  {left} left"
@@ -114,7 +116,7 @@ class TrainDisplay:
                 f"{counter}  loss {loss:.4f}  lr {record.learning_rate:.1e}"
                 f"  {pace:,.0f} tokens/s  {left} left"
             )
-            self._paces.clear()
+            self._seconds_a_token.clear()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from gpt.files import write_text
 from gpt.model.device import pick_device
 from gpt.model.transformer import build_model
 from gpt.training.loop import StepRecord
+from gpt.training.schedule import peak_learning_rates
 from tasks import journal
 from tasks.console import warn
 from tasks.journal import DatasetInput, Journal, Line, Outbox, Receipt
@@ -60,6 +61,9 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 UID_TAG = "overnight.uid"
 ERROR_TAG = "overnight.error"
+CHANGED = "+changes"
+TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's pages open on runs and curves, not on prompts and traces."""
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
@@ -229,7 +233,7 @@ def _outbox(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbox
         experiment=config.tracking.experiment,
         artifacts=_artifact_location(config),
         parameters=run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
-        tags={"mlflow.source.git.commit": commit} if commit else {},
+        tags={"mlflow.source.git.commit": commit.removesuffix(CHANGED)} if commit else {},
         dataset=_dataset_input(dataset),
         files={"config.json": resolved.resolve()},
     )
@@ -251,6 +255,7 @@ def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str
     derived = {
         "parameters": parameters,
         "tokens_per_step": config.tokens_per_step,
+        **{f"peak_lr.{name}": rate for name, rate in vars(peak_learning_rates(config)).items()},
         "dataset.fingerprint": dataset.fingerprint,
         "dataset.train_tokens": dataset.train.tokens,
         "dataset.validation_tokens": dataset.validation.tokens,
@@ -278,7 +283,7 @@ def git_commit() -> str:
         if Path(top) != code:
             return ""
         changes = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-        return _output([*git, "rev-parse", "HEAD"]) + ("+changes" if changes else "")
+        return _output([*git, "rev-parse", "HEAD"]) + (CHANGED if changes else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -398,7 +403,8 @@ def _experiment(client: MlflowClient, outbox: Outbox) -> str:
     experiment = client.get_experiment_by_name(outbox.experiment)
     if experiment:
         return str(experiment.experiment_id)
-    return str(client.create_experiment(outbox.experiment, outbox.artifacts or None))
+    location = outbox.artifacts or None
+    return str(client.create_experiment(outbox.experiment, location, TRAINING_EXPERIMENT))
 
 
 def _send_description(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gpt.model.compile import compiler_fault
 from gpt.model.loss import summed_loss, token_losses
 
 
@@ -61,3 +62,33 @@ def test_bfloat16_autocast_stays_near_float32():
     for mine, other in zip(grads, reference, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - other).norm() / other.norm() < 2e-2
+
+
+def test_compiled_chunks_give_what_eager_ones_give():
+    """On the machine of the tests there is a C++ compiler; without one this would run eagerly."""
+    assert compiler_fault("cpu") is None
+    hidden, head, targets = tensors(10, 6, 101, torch.float32)
+    eager = summed_loss(hidden, head, targets, 15.0, 4)
+    fused = summed_loss(hidden, head, targets, 15.0, 4, compile_chunks=True)
+    torch.testing.assert_close(fused, eager)
+    for mine, other in zip(
+        torch.autograd.grad(fused, (hidden, head)),
+        torch.autograd.grad(eager, (hidden, head)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_compiler_one_line_says_so_and_the_loss_is_the_same(monkeypatch, caplog):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler found\nlong story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiler_fault.cache_clear()
+    hidden, head, targets = tensors(10, 6, 101)
+    for _ in range(2):
+        summed_loss(hidden, head, targets, None, 4, compile_chunks=True)
+    compiler_fault.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "torch.compile does not work here, so training runs eagerly: no C++ compiler found"
+    ]

@@ -1,6 +1,7 @@
 """The loop: what a step is, and that stopping and starting changes nothing."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -26,7 +27,13 @@ def tiny_config(root, **changes):
         "data": {"source": "unused.parquet"},
         "optimizer": {"learning_rate": 1e-2},
         "schedule": {"warmup_steps": 3},
-        "training": {"batch_size": 4, "grad_acc": 2, "max_steps": 20, "checkpoint_interval": 10},
+        "training": {
+            "batch_size": 4,
+            "grad_acc": 2,
+            "max_steps": 20,
+            "checkpoint_interval": 10,
+            "compile": False,
+        },
         "evaluation": {"interval": 10, "tokens": 640, "batch_size": 4},
         "hardware": {"device": "cpu"},
     }
@@ -58,7 +65,18 @@ def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
     assert records[-1].validation.loss < records[0].validation.loss - 1
     assert [r.step for r in records if r.validation] == [0, 10, 20]
     assert records[-1].tokens_seen == 20 * 4 * 2 * 32
-    assert all(r.grad_norm > 0 and r.tokens_per_second > 0 for r in records[1:])
+    assert all(record.grad_norm > 0 for record in records[1:])
+
+
+def test_the_seconds_of_the_steps_add_up_to_the_time_that_went_by(dataset, tmp_path):
+    """Also where a checkpoint or an evaluation stands between: neither is in a step's time."""
+    config = tiny_config(tmp_path, training__max_steps=9, training__checkpoint_interval=3)
+    began = time.perf_counter()
+    records = list(train(config, dataset, tmp_path / "run"))[1:]
+    went_by = time.perf_counter() - began
+    seconds = [config.tokens_per_step / record.tokens_per_second for record in records]
+    assert 0.2 * went_by < sum(seconds) < went_by
+    assert min(seconds) > 0.02 * max(seconds)
 
 
 def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path):

@@ -9,7 +9,11 @@ import torch
 
 from gpt.errors import ConfigError, Problem
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,10 +34,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """The type of matrix products: the config's on CUDA, float16 for bfloat16 where the card has
+    no bfloat16; a CPU always computes in float32."""
+    if device.type == "cpu":
+        return torch.float32
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return DTYPES[dtype]
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Matrix products in `dtype` on CUDA; a CPU always computes in float32."""
-    lower = device.type == "cuda" and dtype != "float32"
-    return torch.autocast(device.type, dtype=DTYPES[dtype] if lower else None, enabled=lower)
+    """Matrix products in `compute_dtype`, everything that needs it in float32."""
+    chosen = compute_dtype(device, dtype)
+    lower = chosen != torch.float32
+    return torch.autocast(device.type, dtype=chosen if lower else None, enabled=lower)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's allocator, or the CPU's, had no more to give."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

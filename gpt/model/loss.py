@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ROWS = 256
+from gpt.model.compile import compiled, compiler_fault
+
+
+def default_chunk_rows(device: torch.device, compile_chunks: bool = False) -> int:
+    """Rows a chunk where the config names none: on a GPU enough that adding a chunk's gradient to
+    the whole head's (vocab_size x n_embd, float32) is small beside the chunk's own products; on a
+    CPU what measured fastest (tests/benchmarks), eager chunks staying small enough that the
+    allocator keeps their memory instead of asking the system for it again."""
+    if device.type == "cuda":
+        return 2048
+    return 512 if compile_chunks else 128
 
 
 def summed_loss(
@@ -24,16 +34,20 @@ def summed_loss(
     head: Tensor,
     targets: Tensor,
     softcap: float | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
+    compile_chunks: bool = False,
 ) -> Tensor:
     """Sum of the cross-entropy over all tokens, nats, as a float32 scalar (float64 for float64).
 
     hidden: (..., n_embd); head: (vocab_size, n_embd); targets: (...) int64. With `softcap` c the
     logits are c tanh(z / c). Differentiable in `hidden` and `head`, once. Matrix products are in
-    autocast's type where autocast is on, everything between them in float32.
+    autocast's type where autocast is on, everything between them in float32. `compile_chunks` fuses
+    what is between them.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return _SummedLoss.apply(rows, head, targets.reshape(-1), softcap, chunk_rows)
+    compile_chunks = compile_chunks and compiler_fault(rows.device.type) is None
+    chunk_rows = chunk_rows or default_chunk_rows(rows.device, compile_chunks)
+    return _SummedLoss.apply(rows, head, targets.reshape(-1), softcap, chunk_rows, compile_chunks)
 
 
 @torch.no_grad()
@@ -42,10 +56,11 @@ def token_losses(
     head: Tensor,
     targets: Tensor,
     softcap: float | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy of each token, nats: the shape of `targets`, float32. No gradient."""
     rows, head = _in_compute_dtype(hidden.reshape(-1, hidden.shape[-1]), head)
+    chunk_rows = chunk_rows or default_chunk_rows(rows.device)
     chunks = zip(rows.split(chunk_rows), targets.reshape(-1).split(chunk_rows), strict=True)
     losses = [_losses(capped_logits(chunk, head, softcap)[0], wanted) for chunk, wanted in chunks]
     return torch.cat(losses).view(targets.shape)
@@ -91,6 +106,9 @@ def _chunk(
     return loss, slope.to(rows.dtype)
 
 
+_Gradients = tuple[Tensor | None, Tensor | None, None, None, None, None]
+
+
 class _SummedLoss(torch.autograd.Function):
     """Makes its gradients in forward, chunk by chunk; backward only scales them."""
 
@@ -102,15 +120,17 @@ class _SummedLoss(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         chunk_rows: int,
+        compile_chunks: bool,
     ) -> Tensor:
         rows, weight = _in_compute_dtype(hidden, head)
         wide = torch.promote_types(rows.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=rows.device)
         row_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        make_chunk = compiled(_chunk, rows.device) if compile_chunks else _chunk
         for start in range(0, rows.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
-            chunk_loss, slope = _chunk(rows[part], weight, targets[part], softcap)
+            chunk_loss, slope = make_chunk(rows[part], weight, targets[part], softcap)
             loss += chunk_loss
             if row_grad is not None:
                 torch.mm(slope, weight, out=row_grad[part])
@@ -122,14 +142,14 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> _Gradients:
         row_grad, head_grad = ctx.saved_tensors
         hidden_dtype, head_dtype = ctx.dtypes
         if row_grad is not None:
             row_grad = (row_grad * grad).to(hidden_dtype)
         if head_grad is not None:
             head_grad = (head_grad * grad).to(head_dtype)
-        return row_grad, head_grad, None, None, None
+        return row_grad, head_grad, None, None, None, None
 
 
 def _accumulate(head_grad: Tensor, slope: Tensor, rows: Tensor) -> None:

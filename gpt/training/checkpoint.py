@@ -39,6 +39,8 @@ class Progress(BaseModel):
     position: int
     tokens_seen: int
     finished: bool
+    scaler: dict[str, float] = {}
+    """State of the float16 gradient scaler; empty for the other types."""
 
 
 def write_checkpoint(
@@ -59,7 +61,7 @@ def write_checkpoint(
         {n: p.detach().contiguous() for n, p in model.state_dict().items()}, writing / MODEL_FILE
     )
     save_file(_optimizer_tensors(model, optimizers), writing / OPTIMIZER_FILE)
-    save_file(_random_states(), writing / RANDOM_FILE)
+    save_file(random_states(), writing / RANDOM_FILE)
     (writing / PROGRESS_FILE).write_text(progress.model_dump_json(indent=2))
     (writing / CONFIG_FILE).write_text(config.model_dump_json(indent=2))
     files = sorted(writing.iterdir())
@@ -108,7 +110,7 @@ def restore(
     except RuntimeError as error:
         raise _damaged(checkpoint / MODEL_FILE, f"another model's: {error}") from error
     _load_optimizers(load_file(checkpoint / OPTIMIZER_FILE), model, optimizers)
-    _set_random_states(load_file(checkpoint / RANDOM_FILE))
+    set_random_states(load_file(checkpoint / RANDOM_FILE))
     return read_progress(checkpoint)
 
 
@@ -169,14 +171,16 @@ def _load_optimizers(
         optimizer.load_state_dict(saved)
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
+    """torch's random states, of the CPU and of the current GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _set_random_states(states: Mapping[str, Tensor]) -> None:
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Put back what `random_states` gave."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

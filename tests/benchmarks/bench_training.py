@@ -1,0 +1,317 @@
+"""Our recipes against a plain GPT-2 loop: same data, same tokens a step, several seeds.
+
+    python tests/benchmarks/bench_training.py --source corpus-*.parquet [--quick] [--json FILE]
+
+Every run is a process of its own. Prints tokens/s, peak memory and validation losses at equal
+tokens and at equal seconds; draws the curves into --picture. Training seconds leave out the
+validations of all runs. `--memory-gb 12` on a large GPU stands in for a 12 GB card.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from gpt.config import build_config
+
+ROOT = Path(__file__).parents[2]
+PLAIN, GPT2, NANOCHAT = "plain", "gpt2", "nanochat"
+
+# The learning rate of the two classic recipes: the best of 5e-4, 1e-3, 2e-3, 4e-3 for the plain
+# loop at the default size; nanoGPT's own 6e-4 at the sizes of configs/.
+SMALL_LEARNING_RATE, LEARNING_RATE = 2e-3, 6e-4
+
+
+def main():
+    options = arguments()
+    if options.worker:
+        measure_one(json.loads(options.worker))
+        return
+    if options.quick:
+        options.steps, options.seeds = [60], 1
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        dataset_root = options.root or folder
+        for seed in range(options.seeds):
+            for recipe in options.recipes:
+                for steps in options.steps:
+                    job = job_of(options, recipe, steps, seed, dataset_root)
+                    results.append(run_job(job))
+                    tell(results[-1])
+    print("\n" + table(results))
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
+    if options.picture:
+        draw(results, options.picture)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--source", nargs="+", default=[], help="Parquet files with text")
+    parser.add_argument("--recipes", nargs="+", default=[PLAIN, GPT2, NANOCHAT])
+    parser.add_argument("--steps", nargs="+", type=int, default=[400])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--n-layer", type=int, default=4)
+    parser.add_argument("--n-head", type=int, default=4)
+    parser.add_argument("--n-embd", type=int, default=128)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--grad-acc", type=int, default=1)
+    parser.add_argument("--interval", type=int, default=20, help="steps between validations")
+    parser.add_argument("--validation-tokens", type=int, default=131_072)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-gb", type=float, help="cap of the GPU's memory")
+    parser.add_argument(
+        "--seconds", type=float, help="stop each run after so many training seconds"
+    )
+    parser.add_argument("--set", action="append", default=[], help="override for our recipes")
+    parser.add_argument("--root", help="folder that keeps the tokenised data between calls")
+    parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: minutes")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--picture", metavar="FILE")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def job_of(options, recipe, steps, seed, root):
+    small = options.n_embd < 256
+    raw = {
+        "run": {"name": recipe, "root": root},
+        "model": {
+            "architecture": NANOCHAT if recipe == NANOCHAT else GPT2,
+            "n_layer": options.n_layer,
+            "n_head": options.n_head,
+            "n_embd": options.n_embd,
+            "block_size": options.block_size,
+        },
+        "data": {"source": options.source, "validation_fraction": 0.02},
+        "training": {
+            "batch_size": options.batch_size,
+            "grad_acc": options.grad_acc,
+            "max_steps": steps,
+            "seed": seed,
+            "checkpoint_interval": steps,
+        },
+        "evaluation": {
+            "interval": options.interval,
+            "tokens": options.validation_tokens,
+            "batch_size": options.batch_size,
+        },
+        "hardware": {"device": options.device},
+    }
+    rate = SMALL_LEARNING_RATE if small else LEARNING_RATE
+    if recipe == NANOCHAT:
+        raw["optimizer"] = {"name": "muon", "weight_decay": 0.05, "grad_clip": 0.0}
+        raw["schedule"] = {"name": "linear", "min_learning_rate_ratio": 0.0}
+    else:
+        raw["optimizer"] = {"learning_rate": rate}
+        raw["schedule"] = {"warmup_steps": min(100, steps // 10)}
+    return {
+        "recipe": recipe,
+        "steps": steps,
+        "seed": seed,
+        "config": raw,
+        "overrides": [] if recipe == PLAIN else options.set,
+        "memory_gb": options.memory_gb,
+        "seconds": options.seconds,
+    }
+
+
+def run_job(job):
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, env=os.environ
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {**described(job), "error": f"exit code {done.returncode}", "points": []}
+    return {**described(job), **json.loads(lines[-1])}
+
+
+def described(job):
+    return {"recipe": job["recipe"], "steps": job["steps"], "seed": job["seed"]}
+
+
+def measure_one(job):
+    """In the worker: run one recipe, print one line of JSON."""
+    import torch
+
+    from gpt.config import merged
+    from gpt.data.corpus import tokenize_corpus
+    from gpt.model.device import peak_memory_bytes
+
+    config = build_config(merged(job["config"], job["overrides"]))
+    dataset = finished(tokenize_corpus(config))
+    device = torch.device(config.hardware.device)
+    if device.type == "cuda" and job["memory_gb"]:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(job["memory_gb"] * 1e9 / whole)
+    begin = peak_memory_bytes(device)
+    try:
+        runs = plain_points if job["recipe"] == PLAIN else our_points
+        points = list(limited(runs(config, dataset), job["seconds"]))
+        error = None
+    except torch.OutOfMemoryError as failure:
+        points, error = [], str(failure).splitlines()[0]
+    print(
+        json.dumps(
+            {
+                "points": points,
+                "tokens_per_step": config.tokens_per_step,
+                "memory_before_bytes": begin,
+                "peak_memory_bytes": peak_memory_bytes(device),
+                "error": error,
+            }
+        )
+    )
+
+
+def finished(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
+
+
+def limited(points, seconds):
+    for point in points:
+        yield point
+        if seconds and point["seconds"] >= seconds:
+            return
+
+
+def plain_points(config, dataset):
+    from plain_loop import train_plain
+
+    rate, warmup = config.optimizer.learning_rate, config.schedule.warmup_steps
+    for step, seconds, loss, validation in train_plain(config, dataset, rate, warmup):
+        yield {"step": step, "seconds": seconds, "loss": loss, "validation": validation}
+
+
+def our_points(config, dataset):
+    from gpt.training.loop import train
+
+    seconds = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for record in train(config, dataset, Path(folder)):
+            if record.loss is None:
+                continue
+            seconds += config.tokens_per_step / record.tokens_per_second
+            held = record.validation
+            yield {
+                "step": record.step,
+                "seconds": seconds,
+                "loss": record.loss,
+                "validation": held.loss if held else None,
+                "mfu": getattr(record, "mfu", None),
+            }
+
+
+# --- what is told --------------------------------------------------------------------------------
+
+
+def tokens_per_second(result):
+    """Median over the steps, the first ten (compiling, warming up) left out."""
+    seconds = [point["seconds"] for point in result["points"]]
+    steps = [b - a for a, b in itertools.pairwise(seconds[9:])]
+    return result["tokens_per_step"] / statistics.median(steps) if steps else float("nan")
+
+
+def final_validation(result):
+    held = [p["validation"] for p in result["points"] if p["validation"] is not None]
+    return held[-1] if held else float("nan")
+
+
+def tell(result):
+    if result.get("error"):
+        print(f"{result['recipe']:>9} seed {result['seed']}: {result['error']}", flush=True)
+        return
+    mfu = result["points"][-1].get("mfu")
+    print(
+        f"{result['recipe']:>9} {result['steps']:>5} steps seed {result['seed']}  "
+        f"{tokens_per_second(result):>9,.0f} tokens/s  "
+        f"{result['peak_memory_bytes'] / 1e6:>7,.0f} MB  "
+        f"{result['points'][-1]['seconds']:>6,.0f} s  "
+        f"validation {final_validation(result):.4f}  mfu {f'{mfu:.1%}' if mfu else 'n/a'}",
+        flush=True,
+    )
+
+
+def table(results):
+    """Means over seeds, and ratios to the plain loop of the most steps."""
+    groups = {}
+    for result in results:
+        if result["points"]:
+            groups.setdefault((result["recipe"], result["steps"]), []).append(result)
+    plain = max((key for key in groups if key[0] == PLAIN), key=lambda key: key[1], default=None)
+    rows = [
+        "| recipe | steps | tokens/s | peak memory, MB | seconds | validation loss "
+        "| seconds to the plain loop's last loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = means(groups[plain]) if plain else None
+    for (recipe, steps), runs in groups.items():
+        mine = means(runs)
+        reached = [seconds_to(run, base["validation"]) for run in runs] if base else []
+        hit = [s for s in reached if s is not None]
+        when = f"{statistics.fmean(hit):,.0f} ({len(hit)}/{len(runs)})" if hit else "not reached"
+
+        def against(key, mine=mine):
+            return f" ({mine[key] / base[key]:.2f}x)" if base else ""
+
+        rows.append(
+            f"| {recipe} | {steps} | {mine['speed']:,.0f}{against('speed')} "
+            f"| {mine['memory'] / 1e6:,.0f}{against('memory')} "
+            f"| {mine['seconds']:,.0f}{against('seconds')} | {mine['validation']:.4f} | {when} |"
+        )
+    return "\n".join(rows)
+
+
+def means(runs):
+    return {
+        "speed": statistics.fmean(tokens_per_second(run) for run in runs),
+        "memory": statistics.fmean(run["peak_memory_bytes"] for run in runs),
+        "seconds": statistics.fmean(run["points"][-1]["seconds"] for run in runs),
+        "validation": statistics.fmean(final_validation(run) for run in runs),
+    }
+
+
+def seconds_to(result, loss):
+    for point in result["points"]:
+        if point["validation"] is not None and point["validation"] <= loss:
+            return point["seconds"]
+    return None
+
+
+def draw(results, path):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    colours = {PLAIN: "tab:grey", GPT2: "tab:blue", NANOCHAT: "tab:orange"}
+    for result in results:
+        held = [p for p in result["points"] if p["validation"] is not None]
+        label = f"{result['recipe']}, {result['steps']} steps" if result["seed"] == 0 else None
+        look = {"color": colours.get(result["recipe"]), "label": label, "alpha": 0.8}
+        losses = [p["validation"] for p in held]
+        axes[0].plot([p["step"] * result["tokens_per_step"] / 1e6 for p in held], losses, **look)
+        axes[1].plot([p["seconds"] for p in held], losses, **look)
+    axes[0].set(xlabel="tokens, millions", ylabel="validation loss, nats")
+    axes[1].set(xlabel="training seconds")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
