@@ -58,6 +58,24 @@ def warn(line: str) -> None:
     tell(f"warning: {line}", level=logging.WARNING)
 
 
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"warning: {record.getMessage()}", level=record.levelno)
+
+
+@contextmanager
+def warnings_told(name: str) -> Iterator[None]:
+    """What the library warns of in its log, as lines."""
+    logger, handler = logging.getLogger(name), _Told(logging.WARNING)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
 def duration(seconds: float) -> str:
     """Seconds as 0:01:23."""
     return str(timedelta(seconds=round(seconds)))
@@ -70,8 +88,9 @@ class TokenizeDisplay:
 
     def show(self, progress: TokenizeProgress) -> None:
         share = progress.rows_done / max(1, progress.rows_total)
-        left = progress.seconds * (1 - share) / share if share else 0.0
-        pace = progress.tokens / max(1e-9, progress.seconds)
+        done = progress.rows_done - progress.rows_kept
+        left = progress.seconds * (progress.rows_total - progress.rows_done) / max(1, done)
+        pace = (progress.tokens - progress.tokens_kept) / max(1e-9, progress.seconds)
         text = f"{progress.tokens:,} tokens  {pace:,.0f} tokens/s  {duration(left)} left"
         self._progress.update(
             self._task, completed=progress.rows_done, total=progress.rows_total, text=text
