@@ -7,6 +7,7 @@ and by row group or row.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -165,11 +166,7 @@ def refuse_without_text(source: Source, skipped: Counter[str]) -> None:
         return
     rule = f"no row has text: {skipped['null']} null, {skipped['empty']} empty"
     remedy = "leave it out of data.source, or name another data.text_column"
-    raise CorpusError(Problem(source.file.name, selection_of_rows(source), rule, remedy))
-
-
-def selection_of_rows(source: Source) -> str:
-    return f"{source.rows} row{'s' if source.rows > 1 else ''}"
+    raise CorpusError(Problem(source.file.name, f"{source.rows} rows", rule, remedy))
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -182,17 +179,19 @@ def read(source: Source, units: Sequence[Unit], selection: Selection) -> Iterato
     """
     if not units:
         return
-    row = _first_row(source, units[0].groups.start)
+    first_rows = list(itertools.accumulate((rows for rows, _ in source.groups), initial=0))
+    row = 0
     groups = sorted({group for unit in units for group in unit.groups})
     unit = 0
     try:
         with _open(source.file) as parquet:
             columns = [selection.column, *selection.columns_in(parquet.schema_arrow)]
-            for number, rows in _runs(source, groups):
-                row = number
+            for group in groups:
+                row = first_rows[group]
+                # One at a time: a reader over several keeps what it read till the last is done.
                 for batch in parquet.iter_batches(
                     batch_size=source.batch_rows(),
-                    row_groups=rows,
+                    row_groups=[group],
                     columns=list(dict.fromkeys(columns)),
                     use_threads=False,
                 ):
@@ -208,22 +207,6 @@ def read(source: Source, units: Sequence[Unit], selection: Selection) -> Iterato
                         unit += 1
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(_damaged(source, row, error)) from error
-
-
-def _first_row(source: Source, group: int) -> int:
-    return sum(rows for rows, _ in source.groups[:group])
-
-
-def _runs(source: Source, groups: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Row groups that follow one another, with the number of their first row."""
-    run: list[int] = []
-    for group in groups:
-        if run and group != run[-1] + 1:
-            yield _first_row(source, run[0]), run
-            run = []
-        run = [*run, group]
-    if run:
-        yield _first_row(source, run[0]), run
 
 
 def _damaged(source: Source, row: int, error: Exception) -> Problem:

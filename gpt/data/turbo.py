@@ -37,7 +37,7 @@ LONG_RUN = 64
 SPECIAL = b"<|"
 """How every special token begins."""
 RECYCLE_TEXT_BYTES = 512_000_000
-RECYCLE_GROWTH_BYTES = 64_000_000
+RECYCLE_GROWTH_BYTES = 48_000_000
 """The encoder is made anew (0.2 s) after so much text, or when the process has grown so much."""
 
 WORD = 8
