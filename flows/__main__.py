@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpt.config import RunConfig, load_config, merged, read_toml
+from gpt.config import merged, read_toml
 from gpt.errors import ConfigError, GPTError
-from gpt.training.schedule import peak_learning_rates
 
 if TYPE_CHECKING:
     from flows.pretrain import Outcome
+    from gpt.preflight.report import Report
 
 CANNOT = 2
 """Exit code for what the user can mend, as a config that cannot work."""
@@ -36,6 +37,9 @@ Overrides = Annotated[
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Lay a value over the config, as model.n_embd=576."
     ),
+]
+Gpu = Annotated[
+    str, typer.Option("--gpu", metavar="NAME", help="A card, as rtx-4070; auto: this machine's.")
 ]
 
 
@@ -83,12 +87,11 @@ def run(
 
 def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outcome:
     """Run the flow. A config that cannot work is told at once, then recorded as a Failed run."""
-    problem = None
-    try:
-        load_config(config, laid_over)
-    except ConfigError as error:
-        problem = error
-        print(error, file=sys.stderr, flush=True)  # now; Prefect takes seconds to start
+    from gpt.preflight.report import examine
+
+    problems = examine(config, laid_over, starting=True).problems
+    if problems:  # told now; Prefect takes seconds to start
+        print(ConfigError(*problems), file=sys.stderr, flush=True)
 
     from flows import environment
 
@@ -99,7 +102,7 @@ def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outco
     try:
         return pretrain(config, dict(laid_over), fresh)
     except ConfigError:
-        if problem is None:
+        if not problems:
             raise
         sys.exit(CANNOT)  # told above
 
@@ -137,36 +140,64 @@ def _short(path: Path) -> str:
 def validate(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="TOML configs.")],
     overrides: Overrides = None,
+    gpu: Gpu = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Check configs and say what they come to; reads and starts nothing."""
+    """Say what configs come to and whether they can work; reads no data and starts nothing."""
+    from gpt.preflight.report import examine
+
     laid_over = merged({}, overrides or [])
-    failed = False
-    for path in configs:
-        try:
-            print(summary(path, load_config(path, laid_over)))
-        except ConfigError as error:
-            failed = True
-            print(f"{path}: {error}" if len(configs) > 1 else error, file=sys.stderr)
-    if failed:
+    reports = [examine(path, laid_over, gpu) for path in configs]
+    if as_json:
+        values = [report.as_json() for report in reports]
+        print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
+    else:
+        _print_reports(reports)
+    if any(report.blocked for report in reports):
         raise typer.Exit(CANNOT)
 
 
-def summary(path: str, config: RunConfig) -> str:
-    """A config that is right, in a few lines."""
-    model, training, schedule = config.model, config.training, config.schedule
-    optimizer, tokens = config.optimizer, config.tokens_per_step
-    rate = peak_learning_rates(config).matrices
-    rows = {
-        "run": f"{config.run.name}, under {config.run.root}",
-        "model": f"{model.architecture}, {model.n_layer} layers, {model.n_head} heads, "
-        f"width {model.n_embd}, context {model.block_size:,} tokens",
-        "step": f"{training.batch_size} x {training.grad_acc} sequences = {tokens:,} tokens",
-        "training": f"{training.max_steps:,} steps = {training.max_steps * tokens:,} tokens",
-        "optimizer": f"{optimizer.name}, learning rate {rate:.2g}, "
-        f"{schedule.name} after {schedule.warmup_steps:,} steps of warm-up",
-        "data": ", ".join(config.data.source),
-    }
-    return f"{path}: good\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
+def _print_reports(reports: Sequence[Report]) -> None:
+    """One in full, several side by side. A blocked one goes to standard error."""
+    from rich.console import Console
+
+    from gpt.preflight.pages import print_comparison, print_report
+
+    if len(reports) > 1:
+        print_comparison(reports, Console(highlight=False, width=_width()))
+    else:
+        console = Console(stderr=reports[0].blocked, highlight=False, width=_width())
+        print_report(reports[0], console)
+
+
+def _width() -> int | None:
+    """The terminal's; where there is none, wide enough that no line of a table breaks."""
+    return None if sys.stdout.isatty() else 160
+
+
+@app.command()
+def import_nanogpt(
+    path: Annotated[Path, typer.Argument(metavar="FILE.py", help="A nanoGPT config file.")],
+    data: Annotated[
+        str, typer.Option("--data", metavar="PATH", help="Parquet to train on.")
+    ] = "data/fineweb.parquet",
+    gpu: Gpu = "auto",
+) -> None:
+    """Print a nanoGPT config as ours, without executing it; then check it, on standard error."""
+    from rich.console import Console
+
+    from gpt.exchange.nanogpt import read_nanogpt
+    from gpt.preflight.pages import print_report
+    from gpt.preflight.report import examine_values
+    from gpt.preflight.target import find_target
+
+    imported = read_nanogpt(path, data)
+    print(imported.toml(), end="")
+    report = examine_values(str(path), imported.values, find_target(gpu))
+    sys.stdout.flush()
+    print_report(report, Console(stderr=True, highlight=False))
+    if report.blocked:
+        raise typer.Exit(CANNOT)
 
 
 @app.command()

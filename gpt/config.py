@@ -1,4 +1,5 @@
-"""The whole configuration of a run: its sections, and every rule on a value or between values.
+"""The whole configuration of a run: its sections and every rule on a value; those between values
+are in `gpt.rules`.
 
 A config is TOML, merged with overrides while still a plain dict, then checked as a whole:
 `load_config` reports every problem at once in one `ConfigError`. Values are frozen and strict
@@ -12,13 +13,14 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gpt.errors import ConfigError, Problem
+from gpt.rules import RULES
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -239,7 +241,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         rule, remedy = f"the file cannot be read: {error.strerror}", "give a readable TOML file"
     except UnicodeDecodeError as error:
         rule, remedy = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's own, and numbers of more digits than Python reads
         rule, remedy = f"not TOML: {error}", "mend that place; text values need quotes"
     except RecursionError:
         rule, remedy = "nested too deeply", "a config is sections with plain values"
@@ -267,7 +269,7 @@ def parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")
         leaf = parsed["value"] if len(parsed) == 1 else value
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         leaf = value.strip()
     nested: Any = leaf
     for part in reversed(parts):
@@ -372,89 +374,6 @@ def _nearest(location: Sequence[str]) -> str:
     if close:
         return f"did you mean {close[0]}?"
     return f"known here: {', '.join(known)}"
-
-
-# --- rules between values ------------------------------------------------------------------------
-
-Rule = Callable[[Mapping[str, Any]], Problem | None]
-RULES: list[Rule] = []
-
-
-def rule(*keys: str) -> Callable[[Callable[..., Problem | None]], Rule]:
-    """Register a rule between the values of `keys`; asked only where all of them are sound."""
-
-    def register(check: Callable[..., Problem | None]) -> Rule:
-        def asked(values: Mapping[str, Any]) -> Problem | None:
-            if not all(key in values for key in keys):
-                return None
-            return check(*(values[key] for key in keys))
-
-        RULES.append(asked)
-        return asked
-
-    return register
-
-
-@rule("model.n_embd", "model.n_head")
-def heads_divide_the_width(n_embd: int, n_head: int) -> Problem | None:
-    if n_embd % n_head == 0:
-        return None
-    choices = ", ".join(f"{width}/{heads}" for width, heads in head_choices(n_embd, n_head))
-    return Problem(
-        "model.n_embd",
-        str(n_embd),
-        f"must be divisible by model.n_head = {n_head}: {n_embd} / {n_head} = "
-        f"{n_embd / n_head:.2f}, but every head needs a whole number of channels",
-        f"choose n_embd/n_head from {choices}",
-    )
-
-
-@rule("schedule.warmup_steps", "training.max_steps")
-def warmup_ends_before_the_run(warmup_steps: int, max_steps: int) -> Problem | None:
-    if warmup_steps < max_steps:
-        return None
-    return Problem(
-        "schedule.warmup_steps",
-        str(warmup_steps),
-        f"must be under training.max_steps = {max_steps}: the learning rate would never peak",
-        f"set schedule.warmup_steps to at most {max(0, max_steps // 10)}",
-    )
-
-
-@rule("data.min_length", "data.max_length")
-def some_length_is_allowed(min_length: int, max_length: int | None) -> Problem | None:
-    if max_length is None or min_length <= max_length:
-        return None
-    return Problem(
-        "data.min_length",
-        str(min_length),
-        f"must be at most data.max_length = {max_length}: no document could be kept",
-        f"set data.min_length to at most {max_length}, or raise data.max_length",
-    )
-
-
-def head_choices(n_embd: int, n_head: int) -> list[tuple[int, int]]:
-    """Pairs (n_embd, n_head) that divide, near one that does not: for this head count the widths
-    next below and above, then for this width the head counts next below and above.
-
-    Head sizes that are multiples of 8 come before any other, because the attention kernels of
-    GPUs pad the rest (PyTorch, scaled_dot_product_attention: last dimension a multiple of 8).
-    """
-    return _widths_near(n_embd, n_head) + _head_counts_near(n_embd, n_head)
-
-
-def _widths_near(n_embd: int, n_head: int) -> list[tuple[int, int]]:
-    stride = n_head * 8 if n_embd > n_head * 8 else n_head
-    below = n_embd // stride * stride
-    return [(width, n_head) for width in (below, below + stride) if width > 0]
-
-
-def _head_counts_near(n_embd: int, n_head: int) -> list[tuple[int, int]]:
-    divisors = [heads for heads in range(1, n_embd + 1) if n_embd % heads == 0]
-    aligned = [heads for heads in divisors if n_embd // heads % 8 == 0] or divisors
-    below = [heads for heads in aligned if heads < n_head][-1:]
-    above = [heads for heads in aligned if heads > n_head][:1]
-    return [(n_embd, heads) for heads in below + above]
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

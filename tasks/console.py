@@ -133,9 +133,16 @@ class TrainDisplay:
         if record.step in (1, self._last_step) or record.step % self._interval == 0:
             tell(
                 f"{counter}  loss {loss:.4f}  lr {record.learning_rate:.1e}"
-                f"  {pace:,.0f} tokens/s  {left} left"
+                f"  {pace:,.0f} tokens/s{_device_use(record)}  {left} left"
             )
             self._seconds_a_token.clear()
+
+
+def _device_use(record: StepRecord) -> str:
+    """Model FLOPs utilisation (n/a for a card that is not listed) and peak memory."""
+    mfu = "n/a" if record.mfu is None else f"{record.mfu:.1%}"
+    memory = f"  {record.peak_memory_bytes / 2**30:.1f} GiB" if record.peak_memory_bytes else ""
+    return f"  mfu {mfu}{memory}"
 
 
 @contextmanager

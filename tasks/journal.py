@@ -1,8 +1,8 @@
 """What a run has to tell, on disk before it is told to anyone: the metrics and the outbox.
 
 Three files in the run folder. `metrics.jsonl`, the journal: one line a step, appended, never
-changed. `mlflow_outbox.json`: what else MLflow is to know (parameters, data set, files, status).
-`mlflow_run.json`: which MLflow run it goes to and how much of it has arrived. A server that is
+changed. `tracking_outbox.json`: what else MLflow is to know (parameters, data set, files, status).
+`tracking_run.json`: which MLflow run it goes to and how much of it has arrived. A server that is
 away, slow or gone therefore loses nothing, and nothing is told twice.
 """
 
@@ -22,8 +22,8 @@ from gpt.artifacts import Artifact
 from gpt.files import write_text
 
 METRICS = "metrics.jsonl"
-OUTBOX = "mlflow_outbox.json"
-RECEIPT = "mlflow_run.json"
+OUTBOX = "tracking_outbox.json"
+RECEIPT = "tracking_run.json"
 
 T = TypeVar("T", bound=Artifact)
 

@@ -1,16 +1,37 @@
-"""Stage 1, validate-config: the config is right, or nothing else starts."""
+"""Stage 1, validate-config: the config is right and can work here, or nothing else starts."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from gpt.config import RunConfig, load_config
+from gpt.config import RunConfig
+from gpt.errors import ConfigError
+from gpt.preflight.pages import markdown_page, verdict
+from gpt.preflight.report import examine
+from tasks.console import warn
 
 
 @task(name="validate-config", task_run_name="validate-config", cache_policy=NO_CACHE)
 def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
-    """Raises `ConfigError` with every problem found; nothing has been read or started by then."""
-    return load_config(path, overrides)
+    """The preflight's report as an artifact, its warnings in the log.
+
+    Raises `ConfigError` with every problem found; nothing has been read or started by then.
+    """
+    report = examine(path, overrides, starting=True)
+    name = report.figures.config.run.name if report.figures else report.path
+    create_markdown_artifact(
+        key=f"preflight-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}",
+        markdown=markdown_page(report),
+        description=verdict(report),
+    )
+    for warning in report.warnings:
+        found = f"{warning.key} = {warning.value}" if warning.value else warning.key
+        warn(f"{found}: {warning.rule}; {warning.remedy}")
+    if report.figures is None or report.problems:
+        raise ConfigError(*report.problems)
+    return report.figures.config

@@ -82,8 +82,8 @@ def test_one_bad_config_among_good_ones_fails_and_is_named(tmp_path: Path) -> No
     bad.write_text(GOOD.read_text().replace("n_embd = 576", "n_embd = 577"))
     done = overnight("validate", GOOD, bad)
     assert done.returncode == 2
-    assert f"{GOOD}: good" in done.stdout
-    assert done.stderr.startswith(f"{bad}: ")
+    assert str(GOOD) in done.stdout
+    assert f"{bad}\n  model.n_embd = 577" in done.stdout
 
 
 def test_version() -> None:
@@ -143,5 +143,5 @@ def test_ctrl_c_ends_a_run_that_the_same_command_goes_on_with(
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
     assert flow_run_states(prefect_home, "tiny") == ["CRASHED"]
-    [receipt] = root.glob("train/*/mlflow_run.json")
+    [receipt] = root.glob("train/*/tracking_run.json")
     assert '"KILLED"' in receipt.read_text()

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from gpt.config import RunConfig, build_config, head_choices, load_config, merged, parse_override
+from gpt.config import RunConfig, build_config, load_config, merged, parse_override
 from gpt.errors import ConfigError
+from gpt.rules import head_choices
 
 
 def raw(**changes):

@@ -73,6 +73,8 @@ def test_rates_left_out_follow_batch_and_width_by_the_written_rule():
     rates = peak_learning_rates(quarter)
     assert rates.matrices == pytest.approx(0.025 / 2)
     assert rates.embedding == pytest.approx(0.7 / 2 * 2)
+    least = config_of(model={"n_embd": 768, "n_head": 12}.items())
+    assert peak_learning_rates(least).matrices == pytest.approx(0.025 * math.sqrt(1 / 8))
 
 
 def test_rates_that_are_given_stay_as_they_are():

@@ -136,6 +136,7 @@ class _SummedLoss(torch.autograd.Function):
                 torch.mm(slope, weight, out=row_grad[part])
             if head_grad is not None:
                 _accumulate(head_grad, slope, rows[part])
+            del slope  # else it lives on beside the next chunk's
         ctx.save_for_backward(row_grad, head_grad)
         ctx.dtypes = hidden.dtype, head.dtype
         return loss

@@ -249,8 +249,12 @@ def _joined(y: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor) -> Tensor:
-    """Zhang & Sennrich 2019, arXiv:1910.07467, without weights; the type of `x` stays."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON).type_as(x)
+    """Zhang & Sennrich 2019, arXiv:1910.07467, without weights; the type of `x` stays.
+
+    Sums in float32 by itself; autocast would keep whole float32 copies for backward.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
 
 
 def _rotations(time: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ from gpt.model.device import (
 )
 from gpt.model.loss import summed_loss
 from gpt.model.transformer import build_model
+from gpt.preflight.cards import find_card
+from gpt.preflight.work import flops_per_token
 from gpt.training.checkpoint import (
     Progress,
     latest_checkpoint,
@@ -59,6 +61,8 @@ class StepRecord:
     grad_norm: float | None = None
     """Global norm before clipping."""
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Share of the card's peak that `flops_per_token` account for; None where no peak is known."""
     peak_memory_bytes: int | None = None
     batch_size: int | None = None
     """Micro-batch that fitted, sequences: the config's or a part of it."""
@@ -100,7 +104,17 @@ class Trainer:
             progress = restore(checkpoint.folder, self.model, self.optimizers)
             self.step, self.batches.position = progress.step, progress.position
             self.scaler.load_state_dict(progress.scaler)
+        self._flops_share_per_token = self._share_of_peak()
         self._last_end = time.perf_counter()
+
+    def _share_of_peak(self) -> float | None:
+        """What one token a second is of the card's peak; None for a card that nobody listed."""
+        if not self._on_gpu:
+            return None
+        properties = torch.cuda.get_device_properties(self.device)
+        card = find_card(properties.name, properties.total_memory)
+        peak = card and card.peak_tflops(self.config.training.dtype)
+        return flops_per_token(self.config) / (peak * 1e12) if peak else None
 
     def _compiled_network(self) -> torch.nn.Module:
         # On a CPU the head dominates small models, and compiling the rest takes longer than it
@@ -141,14 +155,16 @@ class Trainer:
 
     def _record(self, launched: _LaunchedStep) -> StepRecord:
         loss, grad_norm, end = launched.wait()
-        seconds, self._last_end = end - self._last_end, end
+        tokens_per_second = self.config.tokens_per_step / (end - self._last_end)
+        self._last_end = end
         return StepRecord(
             step=launched.step,
             tokens_seen=launched.step * self.config.tokens_per_step,
             learning_rate=launched.learning_rate,
             loss=loss,
             grad_norm=grad_norm,
-            tokens_per_second=self.config.tokens_per_step / seconds,
+            tokens_per_second=tokens_per_second,
+            mfu=self._flops_share_per_token and self._flops_share_per_token * tokens_per_second,
             peak_memory_bytes=peak_memory_bytes(self.device),
             batch_size=self.batch_size,
         )

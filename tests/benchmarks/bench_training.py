@@ -2,6 +2,8 @@
 
     python tests/benchmarks/bench_training.py --source corpus-*.parquet [--quick] [--json FILE]
 
+On a host that only trains, give --dataset FOLDER instead of --source.
+
 Every run is a process of its own. Prints tokens/s, peak memory and validation losses at equal
 tokens and at equal seconds; draws the curves into --picture. Training seconds leave out the
 validations of all runs. `--memory-gb 12` on a large GPU stands in for a 12 GB card.
@@ -31,6 +33,9 @@ SMALL_LEARNING_RATE, LEARNING_RATE = 2e-3, 6e-4
 
 def main():
     options = arguments()
+    if options.merge:
+        report([r for path in options.merge for r in json.loads(Path(path).read_text())], options)
+        return
     if options.worker:
         measure_one(json.loads(options.worker))
         return
@@ -39,12 +44,16 @@ def main():
     results = []
     with tempfile.TemporaryDirectory() as folder:
         dataset_root = options.root or folder
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for recipe in options.recipes:
                 for steps in options.steps:
                     job = job_of(options, recipe, steps, seed, dataset_root)
                     results.append(run_job(job))
                     tell(results[-1])
+    report(results, options)
+
+
+def report(results, options):
     print("\n" + table(results))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1))
@@ -55,17 +64,19 @@ def main():
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", nargs="+", default=[], help="Parquet files with text")
+    parser.add_argument("--dataset", help="a tokenised data set's folder, instead of --source")
     parser.add_argument("--recipes", nargs="+", default=[PLAIN, GPT2, NANOCHAT])
     parser.add_argument("--steps", nargs="+", type=int, default=[400])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--n-layer", type=int, default=4)
     parser.add_argument("--n-head", type=int, default=4)
     parser.add_argument("--n-embd", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--grad-acc", type=int, default=1)
-    parser.add_argument("--interval", type=int, default=20, help="steps between validations")
-    parser.add_argument("--validation-tokens", type=int, default=131_072)
+    parser.add_argument("--interval", type=int, default=50, help="steps between validations")
+    parser.add_argument("--validation-tokens", type=int, default=65_536)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-gb", type=float, help="cap of the GPU's memory")
     parser.add_argument(
@@ -75,6 +86,7 @@ def arguments():
     parser.add_argument("--root", help="folder that keeps the tokenised data between calls")
     parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: minutes")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="tell of measured runs again")
     parser.add_argument("--picture", metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -91,7 +103,7 @@ def job_of(options, recipe, steps, seed, root):
             "n_embd": options.n_embd,
             "block_size": options.block_size,
         },
-        "data": {"source": options.source, "validation_fraction": 0.02},
+        "data": {"source": options.source or ["unused"], "validation_fraction": 0.02},
         "training": {
             "batch_size": options.batch_size,
             "grad_acc": options.grad_acc,
@@ -119,6 +131,7 @@ def job_of(options, recipe, steps, seed, root):
         "seed": seed,
         "config": raw,
         "overrides": [] if recipe == PLAIN else options.set,
+        "dataset": options.dataset,
         "memory_gb": options.memory_gb,
         "seconds": options.seconds,
     }
@@ -144,11 +157,10 @@ def measure_one(job):
     import torch
 
     from gpt.config import merged
-    from gpt.data.corpus import tokenize_corpus
     from gpt.model.device import peak_memory_bytes
 
     config = build_config(merged(job["config"], job["overrides"]))
-    dataset = finished(tokenize_corpus(config))
+    dataset = dataset_of(config, job["dataset"])
     device = torch.device(config.hardware.device)
     if device.type == "cuda" and job["memory_gb"]:
         whole = torch.cuda.get_device_properties(device).total_memory
@@ -173,10 +185,18 @@ def measure_one(job):
     )
 
 
-def finished(generator):
+def dataset_of(config, folder):
+    """Tokenised here, unless a folder is named: a host that only trains has no polars."""
+    if folder:
+        from gpt.data.shards import read_manifest
+
+        return read_manifest(Path(folder))
+    from gpt.data.corpus import tokenize_corpus
+
+    tokenizing = tokenize_corpus(config)
     while True:
         try:
-            next(generator)
+            next(tokenizing)
         except StopIteration as stop:
             return stop.value
 

@@ -1,0 +1,1 @@
+"""In from and out to other people's formats."""

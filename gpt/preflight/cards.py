@@ -1,0 +1,287 @@
+"""The GPUs that people own: memory, speed, and what torch calls them. One table for the preflight
+and for MFU.
+
+Peaks are of dense 16-bit matrix products summed in float32, which is what training does: half of
+what a GeForce's advertisement says for float16 sums, a quarter of it where that counts sparsity.
+Most are tensor cores x boost clock x operations of one core in one clock, the formula of llm.c's
+`llmc/mfu.h`. With float32 sums one tensor core does in a clock
+
+- 64 on a GeForce of Turing, 128 on other Turing cards and on Volta,
+- 128 on a GeForce of Ampere, Ada and Blackwell, 256 on workstation and server cards of those,
+- 512 on A100, 1,024 on Hopper.
+
+Checked against NVIDIA's own figures: RTX 3090 71 (GA102 whitepaper), RTX 4090 165.2 and RTX 4080
+97.5 (Ada whitepaper), RTX 5090 209.5 (RTX Blackwell whitepaper), RTX A6000 154.8, RTX 6000 Ada
+364.2, A100 312, H100 989. A laptop's boost clock is the highest of the range that NVIDIA gives:
+makers set the power, so few reach it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+GIB = 2**30
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Card:
+    key: str
+    """What a user types, as rtx-4070."""
+    name: str
+    """What `torch.cuda.get_device_name` says."""
+    memory_bytes: int
+    """All of it; where error correction takes a share, what nvidia-smi shows."""
+    bf16_tflops: float | None
+    """Dense peak with float32 sums, 10^12 operations a second; None: the card has no bfloat16."""
+    fp16_tflops: float
+    bandwidth_bytes_per_second: float
+    compute_capability: tuple[int, int]
+    source: str
+    """Where the peak comes from."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same card."""
+
+    def peak_tflops(self, dtype: str) -> float | None:
+        """Peak for `training.dtype`: bfloat16 is float16 on a card without it, float32 is TF32,
+        half of bfloat16. None: no tensor core multiplies that type."""
+        if dtype == "float32":
+            return self.bf16_tflops / 2 if self.bf16_tflops else None
+        return self.bf16_tflops if dtype == "bfloat16" and self.bf16_tflops else self.fp16_tflops
+
+
+def find_card(name: str, memory_bytes: int | None = None) -> Card | None:
+    """The card of that name: a key (`rtx-4070`, "RTX 4070 Ti Super") or what torch calls it.
+
+    Laptop, Ti, Super, PCIe and SXM variants are cards of their own, and so is a part of a card
+    (MIG). `memory_bytes`, as the driver reports it, decides between cards that torch calls alike.
+    None for a card that is not in the table: nobody guesses.
+    """
+    words, size_gb = _words(name)
+    known = _by_words().get(words, ())
+    if size_gb is not None:
+        known = tuple(card for card in known if round(card.memory_bytes / GIB) in _near(size_gb))
+    if memory_bytes is None or not known:
+        return known[0] if known else None
+    return min(known, key=lambda card: abs(card.memory_bytes - memory_bytes))
+
+
+_SILENT_WORDS = {"nvidia", "geforce", "tesla", "gpu", "generation", "edition", "workstation"}
+_SPELLINGS = {"mobile": "laptop", "sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm"}
+
+
+@cache
+def _by_words() -> dict[frozenset[str], tuple[Card, ...]]:
+    """Cards by what is left of their names; those of several memory sizes in the table's order."""
+    found: dict[frozenset[str], tuple[Card, ...]] = {}
+    for card in CARDS:
+        for words in {_words(name)[0] for name in (card.key, card.name, *card.aliases)}:
+            found[words] = (*found.get(words, ()), card)
+    return found
+
+
+def _words(name: str) -> tuple[frozenset[str], int | None]:
+    """The words that tell cards apart, and the memory, GB, where the name gives it."""
+    text = name.lower()
+    size = re.search(r"\b(\d+)\s*gi?b\b", text)
+    if size:
+        text = text.replace(size[0], " ")
+    text = re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", text)
+    text = re.sub(r"(?<=\d)(ti|super)\b", r" \1", text.replace("tisuper", "ti super"))
+    words = {_SPELLINGS.get(word, word) for word in re.findall(r"[a-z0-9]+", text)}
+    return frozenset(words - _SILENT_WORDS), int(size[1]) if size else None
+
+
+def _near(size_gb: int) -> range:
+    """A card sold as 80 GB may have 79 GiB: error correction and decimal units take some."""
+    return range(round(size_gb * 0.9), size_gb + 2)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+_MFU_H = "llm.c mfu.h"
+_COMPARE = "nvidia.com GeForce laptops, compare"
+
+
+def _geforce(
+    name: str,
+    memory_gib: int,
+    tensor_cores: int,
+    boost_mhz: int,
+    gb_per_second: float,
+    capability: tuple[int, int],
+    where: str,
+) -> Card:
+    """A GeForce: half of its tensor cores' rate where they sum in float32."""
+    turing = capability < (8, 0)
+    tflops = round(tensor_cores * boost_mhz * (64 if turing else 128) / 1e6, 1)
+    source = f"{tensor_cores} tensor cores x {boost_mhz:,} MHz x {64 if turing else 128}, {where}"
+    return Card(
+        key=_key(name),
+        name=f"NVIDIA GeForce {name}",
+        memory_bytes=memory_gib * GIB,
+        bf16_tflops=None if turing else tflops,
+        fp16_tflops=tflops,
+        bandwidth_bytes_per_second=gb_per_second * 1e9,
+        compute_capability=capability,
+        source=source,
+    )
+
+
+def _key(name: str) -> str:
+    return name.lower().replace(" laptop gpu", " laptop").replace(" ", "-")
+
+
+def _sized(card: Card) -> Card:
+    """A second memory size of a card, told apart in its key alone."""
+    return Card(**{**card.__dict__, "key": f"{card.key}-{card.memory_bytes // GIB}gb"})
+
+
+def _professional(
+    key: str,
+    name: str,
+    memory_mib: int,
+    tflops: float,
+    gb_per_second: float,
+    capability: tuple[int, int],
+    figure: str,
+    *aliases: str,
+) -> Card:
+    """A workstation or server card, its peak as the data sheet has it: `figure`, or the half of
+    what is said for sparse matrices (of 8-bit floats a quarter, of 4-bit floats an eighth)."""
+    return Card(
+        key=key,
+        name=name,
+        memory_bytes=memory_mib * MIB,
+        bf16_tflops=None if capability < (8, 0) else tflops,
+        fp16_tflops=tflops,
+        bandwidth_bytes_per_second=gb_per_second * 1e9,
+        compute_capability=capability,
+        source=f"data sheet: {figure}",
+        aliases=aliases,
+    )
+
+
+_VOLTA, _TURING, _A100, _AMPERE = (7, 0), (7, 5), (8, 0), (8, 6)
+_ADA, _HOPPER, _BLACKWELL = (8, 9), (9, 0), (12, 0)
+_TURING_PAPER = "NVIDIA Turing whitepaper"
+_BLACKWELL_PAPER = "NVIDIA RTX Blackwell whitepaper"
+
+# fmt: off
+CARDS: tuple[Card, ...] = (
+    # GeForce: name, GiB, tensor cores, boost MHz, GB/s
+    _geforce("RTX 2060", 6, 240, 1680, 336, _TURING, _TURING_PAPER),
+    _geforce("RTX 2060 Super", 8, 272, 1650, 448, _TURING, _TURING_PAPER),
+    _geforce("RTX 2070", 8, 288, 1620, 448, _TURING, _TURING_PAPER),
+    _geforce("RTX 2070 Super", 8, 320, 1770, 448, _TURING, _TURING_PAPER),
+    _geforce("RTX 2080", 8, 368, 1710, 448, _TURING, _TURING_PAPER),
+    _geforce("RTX 2080 Super", 8, 384, 1815, 496, _TURING, _TURING_PAPER),
+    _geforce("RTX 2080 Ti", 11, 544, 1545, 616, _TURING, _TURING_PAPER),
+    _geforce("RTX 3050", 8, 80, 1777, 224, _AMPERE, "nvidia.com RTX 3050"),
+    _geforce("RTX 3060", 12, 112, 1777, 360, _AMPERE, _MFU_H),
+    _geforce("RTX 3060 Ti", 8, 152, 1665, 448, _AMPERE, _MFU_H),
+    _geforce("RTX 3070", 8, 184, 1725, 448, _AMPERE, _MFU_H),
+    _geforce("RTX 3070 Ti", 8, 192, 1770, 608, _AMPERE, _MFU_H),
+    _geforce("RTX 3080", 10, 272, 1710, 760, _AMPERE, _MFU_H),
+    _sized(_geforce("RTX 3080", 12, 280, 1710, 912, _AMPERE, "nvidia.com RTX 3080 12GB")),
+    _geforce("RTX 3080 Ti", 12, 320, 1665, 912, _AMPERE, _MFU_H),
+    _geforce("RTX 3090", 24, 328, 1695, 936, _AMPERE, _MFU_H),
+    _geforce("RTX 3090 Ti", 24, 336, 1860, 1008, _AMPERE, _MFU_H),
+    _geforce("RTX 4060", 8, 96, 2460, 272, _ADA, _MFU_H),
+    _geforce("RTX 4060 Ti", 8, 136, 2535, 288, _ADA, _MFU_H),
+    _sized(_geforce("RTX 4060 Ti", 16, 136, 2535, 288, _ADA, _MFU_H)),
+    _geforce("RTX 4070", 12, 184, 2475, 504, _ADA, _MFU_H),
+    _geforce("RTX 4070 Super", 12, 224, 2475, 504, _ADA, _MFU_H),
+    _geforce("RTX 4070 Ti", 12, 240, 2610, 504, _ADA, _MFU_H),
+    _geforce("RTX 4070 Ti Super", 16, 264, 2610, 672, _ADA, _MFU_H),
+    _geforce("RTX 4080", 16, 304, 2505, 717, _ADA, _MFU_H),
+    _geforce("RTX 4080 Super", 16, 320, 2550, 736, _ADA, _MFU_H),
+    _geforce("RTX 4090 D", 24, 456, 2520, 1008, _ADA, "nvidia.cn RTX 4090 D"),
+    _geforce("RTX 4090", 24, 512, 2520, 1008, _ADA, _MFU_H),
+    _geforce("RTX 5050", 8, 80, 2572, 320, _BLACKWELL, "nvidia.com RTX 5050"),
+    _geforce("RTX 5060", 8, 120, 2497, 448, _BLACKWELL, "nvidia.com RTX 5060"),
+    _geforce("RTX 5060 Ti", 16, 144, 2572, 448, _BLACKWELL, "nvidia.com RTX 5060 Ti"),
+    _sized(_geforce("RTX 5060 Ti", 8, 144, 2572, 448, _BLACKWELL, "nvidia.com RTX 5060 Ti")),
+    _geforce("RTX 5070", 12, 192, 2512, 672, _BLACKWELL, _BLACKWELL_PAPER),
+    _geforce("RTX 5070 Ti", 16, 280, 2452, 896, _BLACKWELL, _BLACKWELL_PAPER),
+    _geforce("RTX 5080", 16, 336, 2617, 960, _BLACKWELL, _BLACKWELL_PAPER),
+    _geforce("RTX 5090", 32, 680, 2407, 1792, _BLACKWELL, _BLACKWELL_PAPER),
+    # GeForce in laptops
+    _geforce("RTX 3050 Ti Laptop GPU", 4, 80, 1695, 192, _AMPERE, _COMPARE),
+    _geforce("RTX 3060 Laptop GPU", 6, 120, 1703, 336, _AMPERE, _COMPARE),
+    _geforce("RTX 3070 Laptop GPU", 8, 160, 1620, 448, _AMPERE, _COMPARE),
+    _geforce("RTX 3070 Ti Laptop GPU", 8, 184, 1485, 448, _AMPERE, _COMPARE),
+    _geforce("RTX 3080 Laptop GPU", 8, 192, 1710, 448, _AMPERE, _COMPARE),
+    _sized(_geforce("RTX 3080 Laptop GPU", 16, 192, 1710, 448, _AMPERE, _COMPARE)),
+    _geforce("RTX 3080 Ti Laptop GPU", 16, 232, 1590, 512, _AMPERE, _COMPARE),
+    _geforce("RTX 4050 Laptop GPU", 6, 80, 2370, 192, _ADA, _COMPARE),
+    _geforce("RTX 4060 Laptop GPU", 8, 96, 2370, 256, _ADA, _COMPARE),
+    _geforce("RTX 4070 Laptop GPU", 8, 144, 2175, 256, _ADA, _COMPARE),
+    _geforce("RTX 4080 Laptop GPU", 12, 232, 2280, 432, _ADA, _COMPARE),
+    _geforce("RTX 4090 Laptop GPU", 16, 304, 2040, 576, _ADA, _COMPARE),
+    _geforce("RTX 5050 Laptop GPU", 8, 80, 2662, 384, _BLACKWELL, _COMPARE),
+    _geforce("RTX 5060 Laptop GPU", 8, 104, 2497, 384, _BLACKWELL, _COMPARE),
+    _geforce("RTX 5070 Laptop GPU", 8, 144, 2347, 384, _BLACKWELL, _COMPARE),
+    _geforce("RTX 5070 Ti Laptop GPU", 12, 184, 2220, 672, _BLACKWELL, _COMPARE),
+    _geforce("RTX 5080 Laptop GPU", 16, 240, 2287, 896, _BLACKWELL, _COMPARE),
+    _geforce("RTX 5090 Laptop GPU", 24, 328, 2160, 896, _BLACKWELL, _COMPARE),
+    # workstations: key, name, MiB, TFLOP/s, GB/s
+    _professional("titan-rtx", "NVIDIA TITAN RTX", 24_576, 130.5, 672, _TURING, "130.5"),
+    _professional("quadro-rtx-5000", "Quadro RTX 5000", 16_384, 89.2, 448, _TURING, "89.2"),
+    _professional("quadro-rtx-6000", "Quadro RTX 6000", 24_576, 130.5, 672, _TURING, "130.5"),
+    _professional("quadro-rtx-8000", "Quadro RTX 8000", 49_152, 130.5, 672, _TURING, "130.5"),
+    _professional("rtx-a2000", "NVIDIA RTX A2000", 6_138, 31.9, 288, _AMPERE, "sparse 63.9"),
+    _professional("rtx-a2000-12gb", "NVIDIA RTX A2000 12GB", 12_282, 31.9, 288, _AMPERE,
+                  "sparse 63.9"),
+    _professional("rtx-a4000", "NVIDIA RTX A4000", 16_376, 76.7, 448, _AMPERE, "sparse 153.4",
+                  "A4000"),
+    _professional("rtx-a4500", "NVIDIA RTX A4500", 20_470, 94.6, 640, _AMPERE, "sparse 189.2",
+                  "A4500"),
+    _professional("rtx-a5000", "NVIDIA RTX A5000", 24_564, 111.1, 768, _AMPERE, "sparse 222.2",
+                  "A5000"),
+    _professional("rtx-a6000", "NVIDIA RTX A6000", 49_140, 154.8, 768, _AMPERE, "sparse 309.7",
+                  "A6000"),
+    _professional("rtx-2000-ada", "NVIDIA RTX 2000 Ada Generation", 16_380, 48.0, 224, _ADA,
+                  "sparse fp8 191.9"),
+    _professional("rtx-4000-ada", "NVIDIA RTX 4000 Ada Generation", 20_475, 81.9, 360, _ADA,
+                  "sparse fp8 327.6"),
+    _professional("rtx-4500-ada", "NVIDIA RTX 4500 Ada Generation", 24_570, 158.5, 432, _ADA,
+                  "sparse fp8 634"),
+    _professional("rtx-5000-ada", "NVIDIA RTX 5000 Ada Generation", 32_760, 261.1, 576, _ADA,
+                  "sparse fp8 1,044.4"),
+    _professional("rtx-6000-ada", "NVIDIA RTX 6000 Ada Generation", 49_140, 364.2, 960, _ADA,
+                  "sparse fp8 1,457"),
+    _professional("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97_887,
+                  503.8, 1792, _BLACKWELL, "sparse fp4 4,000; 752 tensor cores x 2,617 MHz x 256",
+                  "RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Server"),
+    # servers
+    _professional("t4", "Tesla T4", 15_360, 65.0, 320, _TURING, "65"),
+    _professional("v100", "Tesla V100-SXM2-16GB", 16_160, 125.0, 900, _VOLTA, "125", "V100 SXM"),
+    _professional("v100-32gb", "Tesla V100-SXM2-32GB", 32_510, 125.0, 900, _VOLTA, "125",
+                  "V100 SXM"),
+    _professional("v100-pcie", "Tesla V100-PCIE-16GB", 16_160, 112.0, 900, _VOLTA, "112"),
+    _professional("v100-pcie-32gb", "Tesla V100-PCIE-32GB", 32_510, 112.0, 900, _VOLTA, "112"),
+    _professional("a10", "NVIDIA A10", 23_028, 125.0, 600, _AMPERE, "125"),
+    _professional("a10g", "NVIDIA A10G", 23_028, 70.0, 600, _AMPERE, "70"),
+    _professional("a16", "NVIDIA A16", 15_356, 17.9, 200, _AMPERE, "17.9 for each of its four"),
+    _professional("a30", "NVIDIA A30", 24_576, 165.0, 933, _A100, "165"),
+    _professional("a40", "NVIDIA A40", 46_068, 149.7, 696, _AMPERE, "149.7"),
+    _professional("a100", "NVIDIA A100-SXM4-40GB", 40_960, 312.0, 1555, _A100, "312", "A100 SXM"),
+    _professional("a100-80gb", "NVIDIA A100-SXM4-80GB", 81_920, 312.0, 2039, _A100, "312",
+                  "A100 SXM"),
+    _professional("a100-pcie", "NVIDIA A100-PCIE-40GB", 40_960, 312.0, 1555, _A100, "312"),
+    _professional("a100-pcie-80gb", "NVIDIA A100 80GB PCIe", 81_920, 312.0, 1935, _A100, "312"),
+    _professional("l4", "NVIDIA L4", 23_034, 121.0, 300, _ADA, "sparse 242"),
+    _professional("l40", "NVIDIA L40", 46_068, 181.0, 864, _ADA, "181.05"),
+    _professional("l40s", "NVIDIA L40S", 46_068, 362.0, 864, _ADA, "362.05"),
+    _professional("h100", "NVIDIA H100 80GB HBM3", 81_559, 989.4, 3350, _HOPPER, "sparse 1,979",
+                  "H100 SXM"),
+    _professional("h100-pcie", "NVIDIA H100 PCIe", 81_559, 756.0, 2000, _HOPPER, "sparse 1,513"),
+    _professional("h100-nvl", "NVIDIA H100 NVL", 95_830, 835.0, 3900, _HOPPER, "sparse 1,671"),
+    _professional("h200", "NVIDIA H200", 143_771, 989.4, 4800, _HOPPER, "sparse 1,979", "H200 SXM"),
+    _professional("h200-nvl", "NVIDIA H200 NVL", 143_771, 835.0, 4800, _HOPPER, "sparse 1,671"),
+    _professional("b200", "NVIDIA B200", 183_359, 2250.0, 8000, (10, 0), "sparse 4,500"),
+)
+# fmt: on

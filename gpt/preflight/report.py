@@ -1,0 +1,207 @@
+"""The report: what a run will take, whether it can work, and what to change where not.
+
+Computed from the config, the table of cards and a look at the files; nothing is read, started or
+asked of a GPU. `Report` is plain values; `gpt.preflight.pages` shows it to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt.config import RunConfig, build_config, merged, read_toml
+from gpt.errors import ConfigError, Problem
+from gpt.preflight.checks import PROBLEMS, WARNINGS, Facts, disk_needed, free_disk_bytes
+from gpt.preflight.data import DataFacts, look_at_data
+from gpt.preflight.history import measured_pace
+from gpt.preflight.memory import Memory, estimate_memory
+from gpt.preflight.parameters import Parameters, count_parameters
+from gpt.preflight.remedies import Suggestion, aligned_heads, dividing_heads, fits, smaller
+from gpt.preflight.target import Target, find_target
+from gpt.preflight.work import Pace, estimate_pace, flops_per_token, hours, total_tokens
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a config that is right comes to."""
+
+    config: RunConfig
+    parameters: Parameters
+    memory: Memory
+    fits: bool | None
+    pace: Pace
+    data: DataFacts
+    disk: Mapping[str, int]
+    free_disk_bytes: int | None
+
+    @property
+    def hours(self) -> float | None:
+        return hours(self.config, self.pace)
+
+    @property
+    def epochs(self) -> float | None:
+        """Times that each training token is seen."""
+        tokens = self.data.train_tokens
+        return total_tokens(self.config) / tokens if tokens else None
+
+
+@dataclass(frozen=True)
+class Report:
+    path: str
+    target: Target
+    figures: Figures | None
+    """None where the config itself is wrong: then the problems say why."""
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
+    suggestions: tuple[Suggestion, ...] = field(default=())
+
+    @property
+    def blocked(self) -> bool:
+        return bool(self.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values. What is not known is null, and so are the figures of a wrong config."""
+        return {
+            "config": self.path,
+            "gpu": self.target.name,
+            "blocked": self.blocked,
+            **(_figures_json(self.figures, self.target) if self.figures else _NO_FIGURES),
+            "problems": [asdict(problem) for problem in self.problems],
+            "warnings": [asdict(warning) for warning in self.warnings],
+            "suggestions": [suggestion.as_json() for suggestion in self.suggestions],
+        }
+
+
+def examine(
+    path: str,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    gpu: str = "auto",
+    starting: bool = False,
+) -> Report:
+    """The report on a config file. `starting`: a run begins now on this machine, so sources that
+    are missing stop it; asked beforehand they are a warning. Never raises for a bad config."""
+    target = find_target(gpu)
+    try:
+        raw = merged(read_toml(Path(path)), overrides)
+    except ConfigError as error:
+        return Report(path, target, None, error.problems)
+    return examine_values(path, raw, target, starting)
+
+
+def examine_values(
+    path: str, raw: Mapping[str, Any], target: Target, starting: bool = False
+) -> Report:
+    """The report on values that came from `path`, overrides laid over."""
+    try:
+        config = build_config(raw)
+    except ConfigError as error:
+        warning = target.warning
+        return Report(
+            path,
+            target,
+            None,
+            error.problems,
+            (warning,) if warning else (),
+            _suggestions_for(error.problems, raw, target.memory_bytes),
+        )
+    return _examined(path, config, target, starting)
+
+
+def _examined(path: str, config: RunConfig, target: Target, starting: bool) -> Report:
+    figures = _figures(config, target)
+    suggestions: list[Suggestion] = []
+    if figures.fits is False and target.memory_bytes is not None:
+        suggestions += smaller("training.batch_size", config, target.memory_bytes)
+    ways = tuple(suggestion.as_overrides() for suggestion in suggestions)
+    facts = Facts(config, target, figures.data, figures.memory, starting, ways)
+    problems = tuple(found for check in PROBLEMS if (found := check(facts)))
+    warnings = tuple(found for check in WARNINGS if (found := check(facts)))
+    if any(warning.key == "model.n_head" for warning in warnings):
+        suggestions += aligned_heads("model.n_head", config, target.memory_bytes)
+    return Report(path, target, figures, problems, warnings, tuple(suggestions))
+
+
+def _figures(config: RunConfig, target: Target) -> Figures:
+    memory, data = estimate_memory(config), look_at_data(config)
+    pace = estimate_pace(config, target.card, measured_pace(config, target.card))
+    on_cpu = config.hardware.device == "cpu"
+    facts = Facts(config, target, data, memory, starting=False)
+    return Figures(
+        config=config,
+        parameters=count_parameters(config.model),
+        memory=memory,
+        fits=None if on_cpu else fits(config, target.memory_bytes),
+        pace=Pace(None, "n/a: on a CPU") if on_cpu else pace,
+        data=data,
+        disk=disk_needed(facts),
+        free_disk_bytes=free_disk_bytes(config),
+    )
+
+
+def _suggestions_for(
+    problems: Sequence[Problem], raw: Mapping[str, Any], memory_bytes: int | None
+) -> tuple[Suggestion, ...]:
+    """Choices of heads, where those are what is wrong."""
+    for problem in problems:
+        if "must be divisible" in problem.rule or "channels in pairs" in problem.rule:
+            return tuple(dividing_heads(problem.key, raw, memory_bytes))
+    return ()
+
+
+# --- as JSON -------------------------------------------------------------------------------------
+
+
+def _figures_json(figures: Figures, target: Target) -> dict[str, Any]:
+    config, memory = figures.config, figures.memory
+    return {
+        "parameters": {
+            "total": figures.parameters.total,
+            "tied": figures.parameters.tied,
+            **figures.parameters.groups(),
+        },
+        "memory": {
+            "peak_bytes": memory.peak_bytes,
+            "parts": dict(memory.parts),
+            "moment": memory.moment,
+            "compiled_bytes": memory.compiled_bytes,
+            "overheads": dict(memory.overheads),
+            "evaluation_bytes": memory.evaluation_bytes,
+            "needed_bytes": memory.needed_bytes,
+            "loss_chunk_rows": memory.chunk_rows,
+            "card_bytes": target.memory_bytes,
+            "fits": figures.fits,
+        },
+        "tokens_per_step": config.tokens_per_step,
+        "steps": config.training.max_steps,
+        "tokens": total_tokens(config),
+        "flops_per_token": flops_per_token(config),
+        "tokens_per_second": figures.pace.tokens_per_second,
+        "hours": figures.hours,
+        "basis": figures.pace.basis,
+        "data": {
+            "train_tokens": figures.data.train_tokens,
+            "validation_tokens": figures.data.validation_tokens,
+            "epochs": figures.epochs,
+            "basis": figures.data.basis,
+        },
+        "disk": {**figures.disk, "free": figures.free_disk_bytes},
+    }
+
+
+_NO_FIGURES: dict[str, Any] = dict.fromkeys(
+    (
+        "parameters",
+        "memory",
+        "tokens_per_step",
+        "steps",
+        "tokens",
+        "flops_per_token",
+        "tokens_per_second",
+        "hours",
+        "basis",
+        "data",
+        "disk",
+    )
+)

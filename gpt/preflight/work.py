@@ -1,0 +1,102 @@
+"""How much a run computes and writes, and how long a card needs for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt.config import ModelSection, RunConfig
+from gpt.preflight.cards import Card
+from gpt.preflight.parameters import count_parameters
+
+GEFORCE_UTILISATION = 0.55
+SERVER_UTILISATION = 0.40
+"""Shares of a card's peak that training reaches, assumed where nobody measured: GeForce cards halve
+the rate of their tensor cores for float32 sums, so memory holds them up less."""
+UNCOMPILED_SHARE = 0.54
+"""What is left of the pace when nothing is compiled: nanoGPT's readme has 135 ms an iteration
+compiled and 250 ms not."""
+NARROW = 448
+"""Width under which launching kernels takes a share of the time that nobody has measured here."""
+MEASURED_UTILISATION = {
+    "rtx-4070": (0.82, "nanoGPT 124M at 56,000 tokens/s, a user's log"),
+    "rtx-4090": (0.55, "nanoGPT 124M at 106,000 tokens/s, nanoGPT PR 225"),
+    "h200": (0.42, "modded-nanogpt track 3 at 490,000 tokens/s"),
+}
+"""Others' runs on a card: tokens a second x `flops_per_token` / peak, and where from."""
+
+
+def flops_per_token(config: RunConfig | ModelSection) -> int:
+    """Operations that training does for one token: 6 N + 12 n_layer n_embd block_size.
+
+    The convention of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and of nanoGPT's
+    `estimate_mfu`, so that utilisations compare. N counts the weights that a token is multiplied
+    with: the matrices of the blocks and the head, which is the embedding where they are tied. An
+    untied embedding and learned positions are looked up, not multiplied, and count nothing; nor do
+    vectors. 6 are a multiplication and an addition, once forward and twice backward. The second
+    term is attention's scores and sums over the whole block, forward and backward, as if not
+    causal. Activation checkpointing computes more than this and none of it counts.
+    """
+    model = config.model if isinstance(config, RunConfig) else config
+    multiplied = 12 * model.n_layer * model.n_embd**2 + model.vocab_size * model.n_embd
+    return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a card trains a model. None: the card is not known, and nobody guesses."""
+
+    tokens_per_second: float | None
+    basis: str
+    """Where the figure comes from."""
+
+
+def estimate_pace(config: RunConfig, card: Card | None, measured: Pace | None = None) -> Pace:
+    """`measured` is this card's own, from runs before. Else the peak times a utilisation: one that
+    others measured on the card, or one assumed."""
+    if measured:
+        return measured
+    if card is None:
+        return Pace(None, "n/a: no card, or one that is not in the table")
+    peak = card.peak_tflops(config.training.dtype)
+    if peak is None:
+        return Pace(None, f"n/a: {card.name} has no tensor cores for {config.training.dtype}")
+    if card.key in MEASURED_UTILISATION:
+        share, source = MEASURED_UTILISATION[card.key]
+        basis = f"{share:.0%} of {peak:g} TFLOP/s, as {source}"
+    else:
+        share = GEFORCE_UTILISATION if "GeForce" in card.name else SERVER_UTILISATION
+        basis = f"{share:.0%} of {peak:g} TFLOP/s, assumed: nothing was measured on this card"
+    if config.model.n_embd < NARROW:
+        basis += "; narrow models reach less"
+    if not config.training.compile:
+        share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} uncompiled"
+    return Pace(share * peak * 1e12 / flops_per_token(config), basis)
+
+
+def total_tokens(config: RunConfig) -> int:
+    """Tokens that the run asks for, repeats counted."""
+    return config.training.max_steps * config.tokens_per_step
+
+
+def hours(config: RunConfig, pace: Pace) -> float | None:
+    """Of training alone: tokenising, evaluations and checkpoints come on top."""
+    if pace.tokens_per_second is None:
+        return None
+    return total_tokens(config) / pace.tokens_per_second / 3600
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Weights and optimizer states in float32; AdamW keeps two numbers a parameter, Muon one."""
+    parameters = count_parameters(config.model)
+    once = parameters.block_matrices if config.optimizer.name == "muon" else 0
+    return 4 * (3 * parameters.total - once)
+
+
+def disk_bytes(config: RunConfig, shard_tokens: int) -> dict[str, int]:
+    """What the run writes below `run.root`. `shard_tokens`: those that are not written yet."""
+    return {
+        "shards": 2 * shard_tokens,
+        # The next one is complete before the oldest goes.
+        "checkpoints": (config.training.checkpoints_kept + 1) * checkpoint_bytes(config),
+        "model": 4 * count_parameters(config.model).total,
+    }
