@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpt.config import merged, read_toml
+from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from corpus_data import TEXTS, config, dataset, parquet, reference, run, stored
 
 from gpt.data import chunks, corpus, engine, units
 from gpt.data.corpus import tokenize_corpus
-from gpt.data.encoders import Chunk, encode_chunk, open_encoder
+from gpt.data.encoders import Chunk, encode_chunk
 from gpt.data.engine import choose_engine, in_order, open_pool
+from gpt.data.worker import open_encoder
 from gpt.errors import CorpusError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests"])}
@@ -168,7 +169,7 @@ def killed_at_random(root, source, kills, seed):
 def test_killed_at_random_moments_no_finished_unit_is_done_again(tmp_path):
     root = tmp_path / "runs"
     source = parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
-    assert killed_at_random(root, source, 4, seed=0)
+    assert killed_at_random(root, source, 3, seed=0)
     assert stored(dataset(root, source, tokens_per_shard=20_000)) == reference(LONG)
     assert not list(root.glob("datasets/*.partial"))
 

@@ -57,16 +57,6 @@ def joined(parts: list[NDArray[Any]]) -> Ids:
     return np.concatenate(parts), np.array([part.size for part in parts], dtype=np.int64)
 
 
-def open_encoder(engine: EngineName) -> Encoder:
-    """Load what the engine needs; 0.2 to 0.5 s."""
-    tokenizer.load_tokenizer()
-    if engine == "gigatoken":
-        from gpt.data.turbo import CheckedGigatoken
-
-        return CheckedGigatoken()
-    return TiktokenEncoder()
-
-
 def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
     """Depends on the chunk's text alone. Raises `Mismatch`, and `ValueError` for an id that is no
     token of GPT-2's (uint16 would hide it)."""

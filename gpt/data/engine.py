@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from gpt.data.encoders import Chunk, Encoded, Encoder, EngineName, encode_chunk, open_encoder
-from gpt.data.worker import PipeClosed, receive_encoded, send_chunk
+from gpt.data.encoders import Chunk, Encoded, Encoder, EngineName, encode_chunk
+from gpt.data.worker import PipeClosed, open_encoder, receive_encoded, send_chunk
 from gpt.errors import CorpusError, Problem
 
 T = TypeVar("T")
