@@ -58,22 +58,14 @@ def warn(line: str) -> None:
     tell(f"warning: {line}", level=logging.WARNING)
 
 
-class _Told(logging.Handler):
+class _LibraryWarnings(logging.Handler):
+    """Tells what the library warns of, as a batch that was too large, where the run is told."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        tell(f"warning: {record.getMessage()}", level=record.levelno)
+        warn(record.getMessage())
 
 
-@contextmanager
-def warnings_told(name: str) -> Iterator[None]:
-    """What the library warns of in its log, as lines."""
-    logger, handler = logging.getLogger(name), _Told(logging.WARNING)
-    propagated, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagated
+logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
 from gpt.data.corpus import find_dataset, tokenize_corpus
 from gpt.data.summary import page, write_summary
-from tasks.console import TokenizeDisplay, tell, tokenize_display, warn, warnings_told
+from tasks.console import TokenizeDisplay, tell, tokenize_display, warn
 
 
 @task(name="tokenize-parquet", task_run_name="tokenize-parquet", cache_policy=NO_CACHE)
@@ -27,16 +27,16 @@ def tokenize_parquet(config: RunConfig) -> DatasetManifest:
 
 def tokenized(config: RunConfig) -> DatasetManifest:
     """The data set of a config, made or found, with a bar and lines; needs no Prefect run."""
-    with warnings_told("gpt.data"):
-        dataset = find_dataset(config)
+    dataset = find_dataset(config)
+    if dataset is None:
+        tell(f"tokenising {', '.join(config.data.source)}")
+        with tokenize_display() as display:
+            dataset = _made(config, display)
+        verb = "tokenised into"
+    else:
         verb = "already tokenised in"
-        if dataset is None:
-            tell(f"tokenising {', '.join(config.data.source)}")
-            with tokenize_display() as display:
-                dataset = _made(config, display)
-            verb = "tokenised into"
-    for note in dataset.notes:
-        warn(note)
+        for note in dataset.notes:
+            warn(note)
     if dataset.skipped_files:
         warn(f"{len(dataset.skipped_files)} files were left out; the data set's page names them")
     write_summary(dataset)

@@ -87,6 +87,7 @@ STEP_METRICS = {
     "peak_memory_bytes": "memory/peak_bytes",
     "learning_rate": "lr",
     "tokens_seen": "tokens_seen",
+    "batch_size": "batch_size",
 }
 HELDOUT_METRICS = {
     "loss": "val/loss",

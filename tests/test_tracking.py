@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from pathlib import Path
@@ -235,3 +236,8 @@ def test_the_status_tells_how_it_ended(
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert tracking.ERROR_TAG not in found.data.tags
+
+
+def test_what_the_library_warns_of_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("gpt.training.loop").warning("batch_size %d -> %d", 8, 4)
+    assert "warning: batch_size 8 -> 4" in capsys.readouterr().out
