@@ -50,10 +50,16 @@ def load_tokenizer() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         NAME,
         pat_str=r50k_pat_str,
-        mergeable_ranks=read_ranks(data_folder()),
+        mergeable_ranks=ranks(),
         special_tokens={ENDOFTEXT: END_OF_TEXT},
         explicit_n_vocab=VOCABULARY,
     )
+
+
+@functools.cache
+def ranks() -> dict[bytes, int]:
+    """The ranks of the installed package, read once a process. Raises `TokenizerError`."""
+    return read_ranks(data_folder())
 
 
 def encode(text: str) -> NDArray[np.uint32]:

@@ -40,7 +40,7 @@ RECYCLE_TEXT_BYTES = 512_000_000
 RECYCLE_GROWTH_BYTES = 48_000_000
 """The encoder is made anew (0.2 s) after so much text, or when the process has grown so much."""
 
-WORD = 8
+WORD, WORDS = 8, 2
 _SPACE, _BEYOND = 3, 4
 
 
@@ -66,7 +66,7 @@ class CheckedGigatoken:
     """An `Encoder`: gigatoken's ids, or `Mismatch`."""
 
     def __init__(self) -> None:
-        ranks = tokenizer.read_ranks(tokenizer.data_folder())
+        ranks = tokenizer.ranks()
         self._spelling = _Spelling(ranks)
         self._rank_file = b"".join(b"%b %d\n" % (base64.b64encode(t), i) for t, i in ranks.items())
         self._fresh()
@@ -113,16 +113,16 @@ class CheckedGigatoken:
 
 
 class _Spelling:
-    """The bytes of every token, by tiktoken's ranks, as words of eight."""
+    """The bytes of every token, by tiktoken's ranks: the first ones as words of eight."""
 
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
         tokens = sorted(ranks, key=ranks.__getitem__)
         self._lengths = np.array([len(token) for token in tokens], dtype=np.int32)
-        width = -(-int(self._lengths.max()) // WORD) * WORD
-        padded = b"".join(token.ljust(width, b"\0") for token in tokens)
-        self._words = np.frombuffer(padded, "<u8").reshape(len(tokens), -1).T.copy()
+        self._long = {i: token for i, token in enumerate(tokens) if len(token) > WORDS * WORD}
+        padded = b"".join(token[: WORDS * WORD].ljust(WORDS * WORD, b"\0") for token in tokens)
+        self._words = np.frombuffer(padded, "<u8").reshape(-1, WORDS).T.copy()
         masks = np.array([(1 << 8 * size) - 1 for size in range(WORD + 1)], dtype=np.uint64)
-        rest = self._lengths - WORD * np.arange(len(self._words))[:, None]
+        rest = self._lengths - WORD * np.arange(WORDS)[:, None]
         self._masks = masks[np.clip(rest, 0, WORD)]
 
     def starts(self, ids: NDArray[Any], text: bytes) -> NDArray[np.int64] | None:
@@ -142,14 +142,16 @@ class _Spelling:
             if row:
                 longer = np.flatnonzero(lengths > row * WORD)
                 tokens, lengths = tokens.take(longer), lengths.take(longer)
-                places = places.take(longer) + WORD
-            different = words[places]
+                places = places.take(longer)
+            different = words[places + row * WORD if row else places]
             different ^= expected.take(tokens)
             different &= masks.take(tokens)
             if different.any():
                 return None
-            if not tokens.size:
-                break
+        longest = np.flatnonzero(lengths > WORDS * WORD)
+        for token, place in zip(tokens[longest].tolist(), places[longest].tolist(), strict=True):
+            if not text.startswith(self._long[token], place):
+                return None
         return starts
 
 
