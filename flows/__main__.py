@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpt.config import merged, read_toml
+from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
 
 if TYPE_CHECKING:
@@ -198,6 +198,39 @@ def import_nanogpt(
     print_report(report, Console(stderr=True, highlight=False))
     if report.blocked:
         raise typer.Exit(CANNOT)
+
+
+@app.command()
+def tokenize(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Make the data set of a config, or find the one made before, and nothing else."""
+    from flows import environment
+
+    checked = load_config(config, merged({}, overrides or []))
+    environment.prepare(checked.run.root)
+    from tasks.tokenize_parquet import tokenized
+
+    try:
+        tokenized(checked)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set's folder.")],
+    count: Annotated[int, typer.Option("--samples", help="Documents to show of each side.")] = 2,
+) -> None:
+    """Check a data set's shards, say what is in it, and show how some documents begin."""
+    from gpt.data.shards import check, read_manifest
+    from gpt.data.summary import describe, samples
+
+    manifest = read_manifest(dataset.parent if dataset.is_file() else dataset)
+    check(manifest)
+    print(describe(manifest))
+    for name, split in (("training", manifest.train), ("validation", manifest.validation)):
+        for text in samples(manifest, split, count):
+            print(f"\n--- {name}\n{text}")
 
 
 @app.command()

@@ -23,6 +23,13 @@ class SourceFile(Artifact):
     rows: int
 
 
+class SkippedFile(Artifact):
+    """A file that data.on_bad_file = "skip" left out, and why."""
+
+    path: str
+    reason: str
+
+
 class Shard(Artifact):
     """One token file inside the data set's folder."""
 
@@ -56,7 +63,18 @@ class DatasetManifest(Artifact):
     train: Split
     validation: Split
     skipped: dict[str, int]
-    """Rows left out, by reason: "null", "empty"."""
+    """Rows left out, by reason: "null", "empty", and those that were asked for: "where", "short",
+    "long", "duplicate", "max_tokens"."""
+    skipped_files: tuple[SkippedFile, ...] = ()
+    settings: dict[str, str | int | float | bool | None] = {}
+    """The values of [data] that decide the tokens, beside those above."""
+    engine: str = "tiktoken"
+    """Which encoder was used; it does not decide the tokens."""
+    notes: tuple[str, ...] = ()
+    """What a person should know, as why the faster engine was given up."""
+    document_lengths: tuple[int, ...] = ()
+    """Documents by length: entry k counts those of 2^(k-1) to 2^k - 1 tokens, without their
+    end-of-text."""
 
 
 class CheckpointRef(Artifact):

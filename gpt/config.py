@@ -76,13 +76,32 @@ class DataSection(Section):
         BeforeValidator(_listed),
         Field(min_length=1),
     ]
-    """Parquet: a file, a glob, a directory, or a list of those."""
+    """Parquet: a file, a glob, a directory (hive partitions too), an address such as
+    hf://datasets/... or s3://..., or a list of those."""
     text_column: Annotated[str, Field(min_length=1)] = "text"
     """The column that holds the documents."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of documents kept out of training, chosen by a hash of their text."""
     tokens_per_shard: Annotated[int, Field(ge=1_000)] = 100_000_000
     """Most tokens in one shard file (2 bytes each)."""
+    where: str = ""
+    """Only rows for which this polars SQL condition holds, as language_score > 0.9; empty: all."""
+    min_length: Annotated[int, Field(ge=0)] = 0
+    """Fewest characters of a document; shorter ones are left out."""
+    max_length: Count | None = None
+    """Most characters of a document; longer ones are left out."""
+    drop_duplicates: bool = False
+    """Keep the first of documents whose text is exactly the same."""
+    max_tokens: Count | None = None
+    """Most tokens of the data set, both sides together: the document that would pass it and all
+    after it are left out."""
+    on_bad_file: Literal["fail", "skip"] = "fail"
+    """fail: stop at a file that cannot be used. skip: leave it out, count it and say so."""
+    engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
+    """tiktoken, or gigatoken checked against it; auto: gigatoken where it is installed. The tokens
+    are the same."""
+    workers: Annotated[int, Field(ge=1, le=1_024)] | None = None
+    """Processes that tokenise; left out: one for each CPU. The tokens are the same."""
 
 
 class OptimizerSection(Section):

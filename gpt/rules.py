@@ -76,6 +76,18 @@ def warmup_ends_before_the_run(warmup_steps: int, max_steps: int) -> Problem | N
     )
 
 
+@rule("data.min_length", "data.max_length")
+def some_length_is_allowed(min_length: int, max_length: int | None) -> Problem | None:
+    if max_length is None or min_length <= max_length:
+        return None
+    return Problem(
+        "data.min_length",
+        str(min_length),
+        f"must be at most data.max_length = {max_length}: no document could be kept",
+        f"set data.min_length to at most {max_length}, or raise data.max_length",
+    )
+
+
 def head_choices(n_embd: int, n_head: int, even: bool = False) -> list[tuple[int, int]]:
     """Pairs (n_embd, n_head) that divide, near one that does not: for this head count the widths
     next below and above, then for this width the head counts next below and above.

@@ -80,8 +80,9 @@ class TokenizeDisplay:
 
     def show(self, progress: TokenizeProgress) -> None:
         share = progress.rows_done / max(1, progress.rows_total)
-        left = progress.seconds * (1 - share) / share if share else 0.0
-        pace = progress.tokens / max(1e-9, progress.seconds)
+        done = progress.rows_done - progress.rows_kept
+        left = progress.seconds * (progress.rows_total - progress.rows_done) / max(1, done)
+        pace = (progress.tokens - progress.tokens_kept) / max(1e-9, progress.seconds)
         text = f"{progress.tokens:,} tokens  {pace:,.0f} tokens/s  {duration(left)} left"
         self._progress.update(
             self._task, completed=progress.rows_done, total=progress.rows_total, text=text

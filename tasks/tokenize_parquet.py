@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
 from gpt.data.corpus import find_dataset, tokenize_corpus
-from tasks.console import TokenizeDisplay, tell, tokenize_display
+from gpt.data.summary import page, write_summary
+from tasks.console import TokenizeDisplay, tell, tokenize_display, warn
 
 
 @task(name="tokenize-parquet", task_run_name="tokenize-parquet", cache_policy=NO_CACHE)
 def tokenize_parquet(config: RunConfig) -> DatasetManifest:
     """Raises `CorpusError` for a source that cannot be read or holds too little."""
+    dataset = tokenized(config)
+    create_markdown_artifact(
+        key=f"dataset-{dataset.fingerprint[:16]}",
+        markdown=page(dataset),
+        description=f"{dataset.train.tokens:,} tokens to train on",
+    )
+    return dataset
+
+
+def tokenized(config: RunConfig) -> DatasetManifest:
+    """The data set of a config, made or found, with a bar and lines; needs no Prefect run."""
     dataset = find_dataset(config)
     if dataset is None:
         tell(f"tokenising {', '.join(config.data.source)}")
         with tokenize_display() as display:
-            dataset = _tokenized(config, display)
+            dataset = _made(config, display)
         verb = "tokenised into"
     else:
         verb = "already tokenised in"
+        for note in dataset.notes:
+            warn(note)
+    if dataset.skipped_files:
+        warn(f"{len(dataset.skipped_files)} files were left out; the data set's page names them")
+    write_summary(dataset)
     tell(
         f"{verb} {dataset.folder}: {dataset.train.tokens:,} tokens to train on, "
         f"{dataset.validation.tokens:,} to validate"
@@ -29,7 +47,7 @@ def tokenize_parquet(config: RunConfig) -> DatasetManifest:
     return dataset
 
 
-def _tokenized(config: RunConfig, display: TokenizeDisplay) -> DatasetManifest:
+def _made(config: RunConfig, display: TokenizeDisplay) -> DatasetManifest:
     steps = tokenize_corpus(config)
     while True:
         try:

@@ -26,6 +26,8 @@ from pydantic import Field
 
 from gpt.artifacts import Artifact, DatasetManifest, EvaluationReport
 from gpt.config import RunConfig
+from gpt.data.shards import MANIFEST
+from gpt.data.summary import write_summary
 from gpt.files import write_text
 from gpt.model.device import pick_device
 from gpt.model.transformer import build_model
@@ -236,8 +238,13 @@ def _outbox(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbox
         parameters=run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
         tags={"mlflow.source.git.commit": commit.removesuffix(CHANGED)} if commit else {},
         dataset=_dataset_input(dataset),
-        files={"config.json": resolved.resolve()},
+        files={"config.json": resolved.resolve()} | _dataset_files(dataset),
     )
+
+
+def _dataset_files(dataset: DatasetManifest) -> dict[str, Path]:
+    files = {MANIFEST: dataset.folder / MANIFEST} | write_summary(dataset)
+    return {f"dataset/{name}": path.resolve() for name, path in files.items() if path.exists()}
 
 
 def _artifact_location(config: RunConfig) -> str:

@@ -2,75 +2,33 @@
 
 import logging
 import os
+import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from gpt.config import build_config
-from gpt.data import corpus
-from gpt.data.corpus import (
-    TokenizeProgress,
-    encode_unit,
-    find_dataset,
-    find_sources,
-    inspect,
-    is_validation,
-    tokenize_corpus,
-    units,
+from corpus_data import (
+    TEXTS,
+    both,
+    config,
+    dataset,
+    documents,
+    everything,
+    parquet,
+    reference,
+    run,
+    stored,
 )
-from gpt.data.shards import open_shard, verify
-from gpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt.errors import CorpusError, GPTError
+
+from gpt.data import chunks, corpus, engine, sources, units
+from gpt.data import parquet as parquet_files
+from gpt.data.chunks import is_validation
+from gpt.data.corpus import TokenizeProgress, find_dataset, tokenize_corpus
+from gpt.data.selection import Selection
+from gpt.data.shards import verify
+from gpt.data.sources import find_sources
 from gpt.files import sha256_of
-
-TEXTS = [f"Document {i}: <|endoftext|> naïve 東京 🦙 " + "word " * (i % 7) for i in range(300)]
-
-
-def config(root, source, **data):
-    return build_config(
-        {
-            "run": {"name": "t", "root": str(root)},
-            "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8},
-            "data": {"source": source, "validation_fraction": 0.1, **data},
-            "training": {"batch_size": 1, "grad_acc": 1, "max_steps": 1},
-        }
-    )
-
-
-def parquet(path, texts=TEXTS, kind=None, column="text", **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = pa.array(texts) if kind is None else pa.array(texts, pa.string()).cast(kind)
-    table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), column: values})
-    pq.write_table(table, path, **options)
-    return str(path)
-
-
-def run(made):
-    """All progress and the manifest of a tokenising."""
-    progress, generator = [], tokenize_corpus(made)
-    while True:
-        try:
-            progress.append(next(generator))
-        except StopIteration as stop:
-            return progress, stop.value
-
-
-def ids_of(manifest, split):
-    return np.concatenate([open_shard(manifest.folder / s.name, s) for s in split.shards])
-
-
-def documents(manifest, split):
-    ids = ids_of(manifest, split)
-    assert ids[0] == END_OF_TEXT
-    pieces = np.split(ids, np.flatnonzero(ids == END_OF_TEXT))[1:]
-    return [load_tokenizer().decode(piece[1:].tolist()) for piece in pieces]
-
-
-def both(manifest):
-    return documents(manifest, manifest.train), documents(manifest, manifest.validation)
 
 
 def test_shards_decode_back_to_the_rows(tmp_path):
@@ -116,25 +74,155 @@ def test_every_kind_of_string_gives_the_same_tokens(tmp_path, kind):
     assert other.skipped == {"null": 1, "empty": 1}
 
 
-def test_batches_and_units_do_not_change_the_tokens(tmp_path, monkeypatch):
-    source = parquet(tmp_path / "a.parquet", row_group_size=10)
-    whole = run(config(tmp_path / "whole", source))[1]
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 1_000)
-    monkeypatch.setattr(corpus, "BATCH_ROWS", 3)
-    progress, pieces = run(config(tmp_path / "pieces", source))
-    assert len(progress) > len(TEXTS) / 4
-    assert pieces.train.shards == whole.train.shards
+def test_the_shards_are_tiktoken_s_ids_in_order(tmp_path):
+    source = parquet(tmp_path / "a.parquet", row_group_size=64)
+    assert stored(dataset(tmp_path / "runs", source)) == reference(TEXTS)
 
 
-def test_units_cover_the_file_and_are_independent(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 1_000)
-    source = parquet(tmp_path / "a.parquet", row_group_size=30)
-    (found,) = inspect(find_sources([source]), "text")
-    cut = list(units(found, "text"))
-    assert [i for unit in cut for i in unit.groups] == list(range(10))
-    assert [unit.first_row for unit in cut] == [30 * unit.groups.start for unit in cut]
-    rows = [sum(batch.rows for batch in encode_unit(unit, 0.1)) for unit in reversed(cut)]
-    assert sum(rows) == len(TEXTS)
+def test_the_size_of_batches_chunks_units_and_shards_changes_no_token(tmp_path, monkeypatch):
+    texts = [*TEXTS, "one long text, " * 400, "東京。" * 700, "x" * 3_000]
+    source = parquet(tmp_path / "a.parquet", texts, row_group_size=101)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1_000)
+    monkeypatch.setattr(parquet_files, "BATCH_ROWS", 3)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 500)
+    progress, pieces = run(config(tmp_path / "pieces", source, tokens_per_shard=1_000))
+    assert len(progress) > len(TEXTS) / 10
+    assert stored(pieces) == reference(texts)
+    lengths = [len(corpus.tokenizer.encode(text)) for text in texts]
+    bins = [sum(n.bit_length() == bits for n in lengths) for bits in range(20)]
+    assert [*pieces.document_lengths, *[0] * 20][:20] == bins
+
+
+def test_units_are_ranges_of_row_groups_or_parts_of_large_ones():
+    def cut(*groups):
+        found = list(units.cut_into_units(groups))
+        return [(u.rows.start, u.rows.stop, u.groups.start, u.groups.stop) for u in found]
+
+    mega = 1_000_000
+    assert cut((10, mega), (10, mega)) == [(0, 20, 0, 2)]
+    assert cut((10, 9 * mega), (10, 9 * mega), (5, 1)) == [(0, 20, 0, 2), (20, 25, 2, 3)]
+    large = cut((3, 1), (4, 64 * mega), (2, 1))
+    assert large == [
+        (0, 3, 0, 1),
+        *[(i, i + 1, 1, 2) for i in range(3, 7)],
+        (7, 9, 2, 3),
+    ]
+    assert cut((1, 900 * mega)) == [(0, 1, 0, 1)]
+
+
+def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 900)
+    monkeypatch.setattr(parquet_files, "BATCH_ROWS", 7)
+    selection = Selection("text")
+    source = parquet(tmp_path / "a.parquet", row_group_size=90)
+    (found,) = [parquet_files.inspect(f, selection) for f in find_sources([source])]
+    assert len(found.units) > 10
+
+    def texts(wanted):
+        rows = list(parquet_files.read(found, wanted, selection))
+        return [str(text, "utf-8") for row in rows for text in row.texts]
+
+    assert texts(found.units) == TEXTS
+    assert [t for unit in found.units for t in texts([unit])] == TEXTS
+    some = [found.units[1], found.units[3], found.units[-1]]
+    assert texts(some) == [TEXTS[row] for unit in some for row in unit.rows]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(corpus, "TEXT_PER_WORKER", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
+    source = parquet(tmp_path / "a.parquet", row_group_size=64)
+    made = dataset(tmp_path / "runs", source, workers=workers)
+    assert stored(made) == reference(TEXTS)
+
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+
+def hive(folder):
+    for year, language in ((2023, "en"), (2024, "en"), (2024, "de")):
+        place = folder / f"year={year}" / f"language={language}"
+        texts = [f"{year} {language} number {i}" for i in range(40)]
+        parquet(place / "part.parquet", texts)
+
+
+def test_a_condition_on_columns_and_hive_partitions(tmp_path):
+    hive(tmp_path / "in")
+    made = dataset(
+        tmp_path / "runs",
+        str(tmp_path / "in"),
+        where="year >= 2024 AND language = 'en' AND id < 30",
+    )
+    assert everything(made) == sorted(f"2024 en number {i}" for i in range(30))
+    assert made.skipped == {"null": 0, "empty": 0, "where": 90}
+    assert made.settings["where"].startswith("year")
+
+
+def test_the_same_bytes_in_another_partition_are_another_data_set(tmp_path):
+    hive(tmp_path / "in")
+    where = {"where": "language = 'en'"}
+    before = dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
+    (tmp_path / "in/year=2024/language=de").rename(tmp_path / "in/year=2024/language=en2")
+    (tmp_path / "in/year=2024/language=en").rename(tmp_path / "in/year=2024/language=fr")
+    after = dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
+    assert before.folder != after.folder
+    assert everything(after) == sorted(f"2023 en number {i}" for i in range(40))
+
+
+def test_unknown_is_no(tmp_path):
+    table = pa.table({"text": [f"text {i}" for i in range(60)], "score": [None, 0.5, 0.95] * 20})
+    pq.write_table(table, tmp_path / "a.parquet")
+    made = dataset(tmp_path / "runs", str(tmp_path / "a.parquet"), where="score > 0.9")
+    assert everything(made) == sorted(f"text {i}" for i in range(2, 60, 3))
+    assert made.skipped["where"] == 40
+
+
+def test_lengths_are_characters(tmp_path):
+    texts = ["é" * n for n in range(1, 41) for _ in range(3)]
+    source = parquet(tmp_path / "a.parquet", texts)
+    made = dataset(tmp_path / "runs", source, min_length=5, max_length=30)
+    assert everything(made) == sorted(text for text in texts if 5 <= len(text) <= 30)
+    assert made.skipped == {"null": 0, "empty": 0, "short": 12, "long": 30}
+
+
+def test_exact_duplicates_are_dropped_across_files(tmp_path):
+    a = parquet(tmp_path / "a.parquet", [*TEXTS[:80], *TEXTS[:80], TEXTS[0] + " "])
+    b = parquet(tmp_path / "b.parquet", TEXTS[40:120])
+    made = dataset(tmp_path / "runs", [a, b], drop_duplicates=True)
+    assert stored(made) == reference([*TEXTS[:80], TEXTS[0] + " ", *TEXTS[80:120]])
+    assert made.skipped["duplicate"] == 120
+    assert not list(made.folder.glob("seen*"))
+
+
+@pytest.mark.parametrize("most", [1_000, 1_777, 2_345])
+def test_max_tokens_is_never_passed_and_documents_stay_whole(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 90)
+    texts = [text * (1 + i % 3) for i, text in enumerate(TEXTS)]
+    made = dataset(tmp_path / "runs", parquet(tmp_path / "a.parquet", texts), max_tokens=most)
+    sizes = [1 + len(corpus.tokenizer.encode(text)) for text in texts]
+    fitting = max(n for n in range(len(texts)) if sum(sizes[:n]) <= most)
+    assert stored(made) == reference(texts[:fitting])
+    assert made.skipped["max_tokens"] == len(texts) - fitting
+    verify(made)
+
+
+def test_files_behind_an_address(tmp_path):
+    import fsspec
+
+    source = parquet(tmp_path / "a.parquet")
+    memory = fsspec.filesystem("memory")
+    for name in ("one", "two"):
+        memory.pipe(f"/bucket/{tmp_path.name}/{name}.parquet", Path(source).read_bytes())
+    address = f"memory://bucket/{tmp_path.name}"
+    for pattern in (address, f"{address}/*.parquet"):
+        made = dataset(tmp_path / "runs", pattern)
+        assert stored(made) == reference(TEXTS * 2)
+    single = dataset(tmp_path / "runs", f"{address}/one.parquet")
+    assert stored(single) == reference(TEXTS)
+
+
+# --- order and sides -----------------------------------------------------------------------------
 
 
 def test_a_document_stays_on_its_side_in_any_order_and_company(tmp_path):
@@ -155,7 +243,7 @@ def test_files_globs_directories_and_lists(tmp_path):
     inside = tmp_path / "in"
 
     def found(*patterns):
-        return [p.relative_to(inside).as_posix() for p in find_sources([*patterns])]
+        return [Path(f.name).relative_to(inside).as_posix() for f in find_sources(patterns)]
 
     everything = ["a.parquet", "b.parquet", "deep/er/c.parquet", "plain[1].parquet"]
     assert found(str(inside)) == everything
@@ -184,13 +272,35 @@ def test_order_of_sources_is_the_order_of_documents(tmp_path):
 
 
 def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+    source = parquet(tmp_path / "a.parquet")
+    time.sleep(2 * sources.SETTLED_SECONDS)
+    made = config(tmp_path / "runs", source)
     assert find_dataset(made) is None
     _, manifest = run(made)
-    monkeypatch.setattr(corpus, "sha256_of", None)
-    monkeypatch.setattr(corpus, "encode_unit", None)
+    monkeypatch.setattr(sources, "sha256_of", None)
+    monkeypatch.setattr(parquet_files, "inspect", None)
+    monkeypatch.setattr(engine, "open_encoder", None)
     assert find_dataset(made) == manifest
     assert run(made) == ([], manifest)
+
+
+def test_a_hash_made_while_the_file_was_young_is_not_remembered(tmp_path):
+    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+    os.utime(tmp_path / "a.parquet")
+    find_dataset(made)
+    assert not (tmp_path / "runs/datasets/source-hashes.json").exists()
+
+
+def test_one_byte_with_the_old_time_put_back_is_noticed(tmp_path):
+    source = Path(parquet(tmp_path / "a.parquet", TEXTS, compression="none"))
+    before = dataset(tmp_path / "runs", str(source))
+    status = source.stat()
+    data = source.read_bytes()
+    source.write_bytes(data.replace(b"Document 7:", b"Document 8:"))
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = dataset(tmp_path / "runs", str(source))
+    assert after.folder != before.folder
+    assert stored(after) == reference([t.replace("Document 7:", "Document 8:") for t in TEXTS])
 
 
 def test_moved_and_touched_sources_are_the_same_data(tmp_path):
@@ -211,19 +321,80 @@ def test_every_setting_and_byte_that_changes_tokens_changes_the_folder(tmp_path)
     assert len(folders) == 4
 
 
-def test_damaged_and_unfinished_data_sets_are_made_anew(tmp_path, caplog):
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+def spied(monkeypatch):
+    """The texts that are encoded from now on."""
+    seen, encode = [], engine.encode_chunk
+
+    def spy(encoder, chunk):
+        seen.append(chunk.text)
+        return encode(encoder, chunk)
+
+    monkeypatch.setattr(engine, "encode_chunk", spy)
+    return seen
+
+
+def alter(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "missing": Path.unlink,
+    "short": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "altered": alter,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_shard_is_made_anew_and_nothing_else(tmp_path, monkeypatch, caplog, kind):
+    monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
+    source = parquet(tmp_path / "a.parquet", row_group_size=20)
+    made = config(tmp_path / "runs", source, tokens_per_shard=1_000)
     _, manifest = run(made)
-    (manifest.folder / "train-00000.bin").write_bytes(b"short")
+    DAMAGES[kind](manifest.folder / "train-00002.bin")
     with caplog.at_level(logging.WARNING):
         assert find_dataset(made) is None
-    assert "train-00000.bin" in caplog.text
+    assert "train-00002.bin" in caplog.text
+    encoded = spied(monkeypatch)
     assert run(made)[1] == manifest
     verify(manifest)
+    assert 0 < len(b"".join(encoded)) < sum(len(t.encode()) for t in TEXTS) / 2
+
+
+def test_without_its_manifest_it_is_no_data_set(tmp_path):
+    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+    _, manifest = run(made)
     (manifest.folder / "manifest.json").unlink()
     assert find_dataset(made) is None
     assert run(made)[1] == manifest
     verify(manifest)
+
+
+def test_only_what_depends_on_a_changed_file_is_encoded_again(tmp_path, monkeypatch):
+    places = [parquet(tmp_path / f"{i}.parquet", TEXTS[i * 60 : i * 60 + 60]) for i in range(5)]
+    dataset(tmp_path / "runs", places)
+    encoded = spied(monkeypatch)
+    changed = [f"new {text}" for text in TEXTS[120:180]]
+    parquet(tmp_path / "2.parquet", changed)
+    after = dataset(tmp_path / "runs", places)
+    assert stored(after) == reference([*TEXTS[:120], *changed, *TEXTS[180:]])
+    assert b"".join(encoded) == "".join(changed).encode()
+    encoded.clear()
+    fewer = dataset(tmp_path / "runs", [*places[3:], *places[:2]], tokens_per_shard=1_000)
+    assert stored(fewer) == reference([*TEXTS[180:], *TEXTS[:120]])
+    assert not encoded
+
+
+def test_with_duplicates_dropped_all_behind_a_change_depends_on_it(tmp_path, monkeypatch):
+    places = [parquet(tmp_path / f"{i}.parquet", TEXTS[i * 50 : i * 50 + 60]) for i in range(5)]
+    dataset(tmp_path / "runs", places, drop_duplicates=True)
+    encoded = spied(monkeypatch)
+    parquet(tmp_path / "3.parquet", [*TEXTS[:10], *TEXTS[160:200]])
+    after = dataset(tmp_path / "runs", places, drop_duplicates=True)
+    kept = [*TEXTS[:160], *TEXTS[160:200], *TEXTS[200:260]]
+    assert stored(after) == reference(kept)
+    assert b"".join(encoded) == "".join(TEXTS[160:260]).encode()
 
 
 def test_a_damaged_memory_of_hashes_is_only_forgotten(tmp_path):
@@ -234,16 +405,41 @@ def test_a_damaged_memory_of_hashes_is_only_forgotten(tmp_path):
         assert find_dataset(made) == manifest
 
 
-def test_left_early_it_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BATCH_ROWS", 10)
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+def test_left_early_it_leaves_no_data_set_and_loses_no_unit(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
+    source = parquet(tmp_path / "a.parquet", row_group_size=20)
+    made = config(tmp_path / "runs", source, tokens_per_shard=1_000)
     generator = tokenize_corpus(made)
-    next(generator)
-    assert list((tmp_path / "runs/datasets").glob("*.partial"))
+    done = [next(generator) for _ in range(9)][-1]
     generator.close()
-    left = [path.name for path in (tmp_path / "runs/datasets").iterdir()]
-    assert left == ["source-hashes.json"]
     assert find_dataset(made) is None
+    (left,) = (tmp_path / "runs/datasets").glob("*.partial")
+    assert not (left / "manifest.json").exists()
+    encoded = spied(monkeypatch)
+    progress, manifest = run(made)
+    assert stored(manifest) == reference(TEXTS)
+    assert progress[0].rows_kept >= 40
+    assert progress[0].rows_kept <= done.rows_done
+    texts = TEXTS[progress[0].rows_kept :]
+    assert b"".join(encoded) == "".join(texts).encode()
+    assert not list((tmp_path / "runs/datasets").glob("*.partial"))
+
+
+def test_an_unfinished_folder_with_other_bytes_than_its_journal_is_not_believed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
+    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet", row_group_size=20))
+    generator = tokenize_corpus(made)
+    for _ in range(9):
+        next(generator)
+    generator.close()
+    (left,) = (tmp_path / "runs/datasets").glob("*.partial")
+    path = left / "train-00000.bin.partial"
+    data = bytearray(path.read_bytes())
+    data[1_500] ^= 1
+    path.write_bytes(data)
+    assert stored(run(made)[1]) == reference(TEXTS)
 
 
 def test_folders_of_killed_runs_go_when_they_are_old(tmp_path):
@@ -253,120 +449,3 @@ def test_folders_of_killed_runs_go_when_they_are_old(tmp_path):
     os.utime(datasets / "old.partial", (1, 1))
     run(config(tmp_path / "runs", parquet(tmp_path / "a.parquet")))
     assert [path.name for path in datasets.glob("*.partial")] == ["new.partial"]
-
-
-# --- errors --------------------------------------------------------------------------------------
-
-
-def refused(made, *words):
-    with pytest.raises(CorpusError) as caught:
-        run(made)
-    for word in words:
-        assert str(word) in str(caught.value)
-    assert not list(made.run.root.glob("datasets/*.partial"))
-    return caught.value
-
-
-@pytest.mark.parametrize(
-    ("source", "rule"),
-    [
-        ("no/such.parquet", "no such file"),
-        ("no/such/*.parquet", "matches no file"),
-        ("hf://datasets/x/y.parquet", "not on this machine"),
-    ],
-)
-def test_sources_that_name_nothing(tmp_path, source, rule):
-    refused(config(tmp_path, source), source, rule)
-
-
-def test_a_directory_without_parquet(tmp_path):
-    refused(config(tmp_path / "runs", str(tmp_path)), tmp_path, "holds no *.parquet")
-
-
-def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
-    good = parquet(tmp_path / "good.parquet", compression="none")
-    data = (tmp_path / "good.parquet").read_bytes()
-    (tmp_path / "csv.parquet").write_text("text\nhello\n")
-    (tmp_path / "empty.parquet").write_bytes(b"")
-    (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
-    (tmp_path / "footer.parquet").write_bytes(data[:-40] + b"\xff" * 32 + data[-8:])
-    parquet(tmp_path / "other.parquet", column="content")
-    pq.write_table(pa.table({"text": [1, 2], "body": ["x", "y"]}), tmp_path / "ints.parquet")
-    error = refused(config(tmp_path / "runs", str(tmp_path)))
-    told = {p.key.rpartition("/")[2]: str(p) for p in error.problems}
-    assert set(told) == {path.name for path in tmp_path.glob("*.parquet")} - {"good.parquet"}
-    assert "not Parquet" in told["csv.parquet"]
-    assert "is empty" in told["empty.parquet"]
-    assert "cut short" in told["cut.parquet"]
-    assert "damaged" in told["footer.parquet"]
-    assert "no such column" in told["other.parquet"]
-    assert "content (string)" in told["other.parquet"]
-    assert "text (int64)" in told["ints.parquet"]
-    assert "body" in told["ints.parquet"]
-    assert not (tmp_path / "runs").exists()
-    run(config(tmp_path / "runs", good))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        pa.array([b"x"]),
-        pa.array([b"x"]).cast(pa.large_binary()),
-        pa.array([["x"]]),
-        pa.array([1.5]),
-        pa.array([None], pa.null()),
-        pa.array([1]).dictionary_encode(),
-    ],
-    ids=lambda values: str(values.type),
-)
-def test_only_strings_are_text(tmp_path, values):
-    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
-    made = config(tmp_path / "runs", str(tmp_path / "a.parquet"))
-    refused(made, "a.parquet", "text (", "must hold strings", "no column is text")
-
-
-def test_a_damaged_page_is_found_while_reading(tmp_path):
-    source = parquet(tmp_path / "a.parquet", compression="zstd", write_page_checksum=True)
-    data = bytearray((tmp_path / "a.parquet").read_bytes())
-    middle = len(data) * 2 // 3
-    data[middle : middle + 16] = bytes(16)
-    (tmp_path / "a.parquet").write_bytes(data)
-    refused(config(tmp_path / "runs", source), "a.parquet", "damaged")
-
-
-@pytest.mark.parametrize("texts", [[], [None, None], ["", None, ""]])
-def test_nothing_to_train_on(tmp_path, texts):
-    source = parquet(tmp_path / "a.parquet", texts, pa.string())
-    nulls = texts.count(None)
-    refused(config(tmp_path / "runs", source), "no row has text", f"{nulls} null")
-
-
-def test_an_empty_split_names_the_setting(tmp_path):
-    source = parquet(tmp_path / "a.parquet", TEXTS[:20])
-    refused(
-        config(tmp_path / "1", source, validation_fraction=1e-9), "raise data.validation_fraction"
-    )
-    refused(
-        config(tmp_path / "2", source, validation_fraction=1 - 1e-9),
-        "lower data.validation_fraction",
-    )
-
-
-@pytest.mark.parametrize("batch_rows", [1, 100])
-def test_text_that_is_not_utf8_is_told_by_its_row(tmp_path, monkeypatch, batch_rows):
-    monkeypatch.setattr(corpus, "BATCH_ROWS", batch_rows)
-    raw = pa.array([b"fine", b"caf\xe9 au lait"], pa.binary())
-    broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
-    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
-    made = config(tmp_path / "runs", str(tmp_path / "a.parquet"))
-    refused(made, "a.parquet = row 1", "not UTF-8 at its byte 3")
-
-
-def test_a_source_changed_meanwhile_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BATCH_ROWS", 100)
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
-    generator = tokenize_corpus(made)
-    next(generator)
-    os.utime(tmp_path / "a.parquet", ns=(1, 1))
-    with pytest.raises(GPTError, match="changed while it was read"):
-        list(generator)

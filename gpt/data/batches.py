@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt.artifacts import DatasetManifest, Split
-from gpt.data.shards import open_shard
+from gpt.data.shards import check, open_shard
 from gpt.errors import DatasetError, Problem
 
 Batch = tuple[Tensor, Tensor]
@@ -25,9 +25,10 @@ Batch = tuple[Tensor, Tensor]
 
 class Sequences:
     """Random access to the sequences of one split, memory-mapped. Raises `DatasetError` for a
-    shard that is missing or short, and for a split without one whole sequence."""
+    shard that is missing, short or altered, and for a split without one whole sequence."""
 
     def __init__(self, dataset: DatasetManifest, split: Split, block_size: int) -> None:
+        check(dataset)
         self.block_size = block_size
         self._shards = [open_shard(dataset.folder / shard.name, shard) for shard in split.shards]
         counts = [max(0, len(shard) - 1) // block_size for shard in self._shards]

@@ -7,8 +7,11 @@ written last: where there is a manifest, there is a whole data set.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -26,6 +29,9 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MANIFEST = "manifest.json"
+CHECKED = "checked.json"
+"""Remembers by size and times which shards have passed their SHA-256."""
+READ_TOKENS = 1 << 20
 
 REMEDY = "delete the folder and run again: the data set is rebuilt from its sources"
 
@@ -38,22 +44,28 @@ class ShardWriter:
 
     A file has a temporary name until its bytes are on the disk. Holds no more than what one
     `write` was given. `close` finishes the last file; as a context manager, an exception leaves
-    the unfinished file behind under its temporary name.
+    the unfinished file behind under its temporary name. With `kept_tokens` it goes on behind the
+    first so many tokens of the stream that lies in the folder, and drops the rest of it.
     """
 
-    def __init__(self, folder: Path, split: str, tokens_per_shard: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, tokens_per_shard: int, kept_tokens: int = 0
+    ) -> None:
         assert tokens_per_shard >= 1
         self._folder, self._split, self._capacity = folder, split, tokens_per_shard
         self._done: list[Shard] = []
         self._file: IO[bytes] | None = None
         self._hash = hashlib.sha256()
         self._count = 0
+        self._take_up(kept_tokens)
 
     def write(self, ids: NDArray[Any]) -> None:
         """Append ids. Raises `ValueError` for one that uint16 cannot hold (it would wrap)."""
         if not ids.size:
             return
-        if int(ids.min()) < 0 or int(ids.max()) > np.iinfo(np.uint16).max:
+        if ids.dtype != np.uint16 and (
+            int(ids.min()) < 0 or int(ids.max()) > np.iinfo(np.uint16).max
+        ):
             raise ValueError(f"ids must be 0 to 65535, not {ids.min()} to {ids.max()}")
         tokens = ids.astype("<u2", copy=False)
         while tokens.size:
@@ -62,6 +74,11 @@ class ShardWriter:
             tokens = tokens[room:]
             if self._count == self._capacity:
                 self._finish()
+
+    def flush(self) -> None:
+        """Hand everything to the operating system: killed after that, nothing is lost."""
+        if self._file:
+            self._file.flush()
 
     def close(self) -> tuple[Shard, ...]:
         """Finish the last file and return all of them, in order."""
@@ -81,11 +98,33 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses the rest once more
+                self._file.close()
+
+    def _take_up(self, tokens: int) -> None:
+        """Hash what is kept, delete what is not, and open the last file at its end."""
+        whole, rest = divmod(tokens, self._capacity)
+        files = stream_files(self._folder, self._split)
+        for path in files[whole + (rest > 0) :]:
+            path.unlink()
+        for file in files[:whole]:
+            path = file.rename(self._folder / self._name)
+            shard = Shard(name=path.name, tokens=self._capacity, sha256=sha256_of(path))
+            self._done.append(shard)
+        if not rest:
+            return
+        partial = files[whole].rename(self._folder / (self._name + PARTIAL))
+        self._file = partial.open("r+b")
+        self._file.truncate(HEADER_BYTES + TOKEN_BYTES * rest)
+        self._file.write(header(self._capacity))
+        self._file.seek(0)
+        while block := self._file.read(1 << 20):
+            self._hash.update(block)
+        self._count = rest
 
     @property
     def _name(self) -> str:
-        return f"{self._split}-{len(self._done):05d}.bin"
+        return shard_name(self._split, len(self._done))
 
     def _append(self, tokens: NDArray[np.uint16]) -> None:
         if not self._file:
@@ -93,10 +132,10 @@ class ShardWriter:
             self._hash = hashlib.sha256()
             self._count = 0
             self._put(header(self._capacity))
-        self._put(tokens.tobytes())
+        self._put(np.ascontiguousarray(tokens).data.cast("B"))
         self._count += tokens.size
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: bytes | memoryview) -> None:
         assert self._file
         self._file.write(data)
         self._hash.update(data)
@@ -115,6 +154,24 @@ class ShardWriter:
         partial.replace(self._folder / self._name)
         self._done.append(Shard(name=self._name, tokens=self._count, sha256=digest))
         self._file, self._count = None, 0
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.bin"
+
+
+def stream_files(folder: Path, split: str) -> list[Path]:
+    """The files of a stream in order, the last perhaps unfinished; up to the first gap."""
+    files: list[Path] = []
+    while True:
+        whole = folder / shard_name(split, len(files))
+        partial = whole.with_name(whole.name + PARTIAL)
+        if whole.is_file():
+            files.append(whole)
+        elif partial.is_file():
+            files.append(partial)
+        else:
+            return files
 
 
 def header(tokens: int) -> bytes:
@@ -146,6 +203,29 @@ def open_shard(path: Path, shard: Shard) -> np.memmap[Any, np.dtype[np.uint16]]:
     if problem:
         raise DatasetError(problem)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(shard.tokens,))
+
+
+def read_stream(
+    folder: Path, split: str, tokens_per_shard: int, first: int, count: int
+) -> Iterator[NDArray[np.uint16]]:
+    """Ids `first` to `first + count` of a stream, finished or not, about a million at a time.
+
+    Fewer when the files hold fewer; headers are not asked.
+    """
+    while count > 0:
+        index, offset = divmod(first, tokens_per_shard)
+        size = min(count, tokens_per_shard - offset, READ_TOKENS)
+        path = folder / shard_name(split, index)
+        if not path.is_file():
+            path = path.with_name(path.name + PARTIAL)
+        try:
+            ids = np.fromfile(path, "<u2", size, offset=HEADER_BYTES + TOKEN_BYTES * offset)
+        except OSError:
+            return
+        yield ids
+        if ids.size < size:
+            return
+        first, count = first + size, count - size
 
 
 def read_manifest(folder: Path) -> DatasetManifest:
@@ -186,6 +266,37 @@ def verify(manifest: DatasetManifest) -> None:
             problems.append(found)
     if problems:
         raise DatasetError(*problems)
+    remember_checked(manifest)
+
+
+def check(manifest: DatasetManifest) -> None:
+    """`verify`, but only where a shard's size or times are not those under which it passed before:
+    milliseconds, unless something was written, moved between disks or copied."""
+    try:
+        known = json.loads((manifest.folder / CHECKED).read_bytes())
+    except (OSError, ValueError):
+        known = None
+    try:
+        if known == _checked(manifest):
+            return
+    except OSError:
+        pass
+    verify(manifest)
+
+
+def remember_checked(manifest: DatasetManifest) -> None:
+    """For `check`: all shards have the manifest's SHA-256 now. Not written where nothing can be."""
+    with contextlib.suppress(OSError):
+        write_text(manifest.folder / CHECKED, json.dumps(_checked(manifest), indent=1))
+
+
+def _checked(manifest: DatasetManifest) -> dict[str, list[Any]]:
+    stamps = {}
+    for shard in _shards(manifest):
+        status = (manifest.folder / shard.name).stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        stamps[shard.name] = [shard.sha256, *stamp]
+    return stamps
 
 
 class _Manifest(DatasetManifest):

