@@ -32,7 +32,7 @@ from gpt.data.encoders import Ids, Mismatch, joined
 
 SAMPLE_BYTES = 8_192
 """Compared of every chunk (1 MB), at a place drawn from its own bytes."""
-LONG_RUN = 64
+LONG_RUN = 100
 """Bytes without a place to cut that are called a long run."""
 SPECIAL = b"<|"
 """How every special token begins."""
@@ -41,7 +41,7 @@ RECYCLE_GROWTH_BYTES = 48_000_000
 """The encoder is made anew (0.2 s) after so much text, or when the process has grown so much."""
 
 WORD, WORDS = 8, 2
-_SPACE, _BEYOND = 0x20, 0x80
+_SPACE, _NEWLINE, _BEYOND = 0x20, 0x0A, 0x80
 
 
 Stretches = NDArray[np.int64]
@@ -144,14 +144,16 @@ class _Spelling:
 def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
     """What of a chunk is to be compared. `edges` are the bounds of its texts, from 0 to its end.
 
-    A stretch begins and ends at an edge or where a space follows visible ASCII, which is a safe
-    cut. A run of one kind of character holds no such place: a long one shows as a long way between
+    A stretch begins and ends at an edge or where a space or a newline follows visible ASCII, which
+    is a safe cut. A run of one kind of character holds no such place: a long one shows as a long way between
     two of them.
     """
     data = np.frombuffer(text, dtype=np.uint8)
     before = data[:-1]
-    spaces = (data[1:] == _SPACE) & (before > _SPACE) & (before < _BEYOND)
-    bounds = np.sort(np.concatenate([np.flatnonzero(spaces) + 1, edges]), kind="stable")
+    spaces = (data[1:] == _SPACE) | (data[1:] == _NEWLINE)
+    spaces &= (before > _SPACE) & (before < _BEYOND)
+    cuts = np.flatnonzero(spaces) + 1
+    bounds = np.insert(cuts, np.searchsorted(cuts, edges), edges)
     long = np.flatnonzero(np.diff(bounds) >= LONG_RUN)
     beyond = np.flatnonzero(data >= _BEYOND)
     sample = zlib.crc32(text) % max(1, len(text) - SAMPLE_BYTES)
@@ -198,13 +200,14 @@ def _cut_at(edges: NDArray[Any], stretches: Stretches) -> Stretches:
 def _encoded_groups(text: bytes, stretches: Stretches) -> list[tuple[range, NDArray[Any]]]:
     """tiktoken's ids of the stretches, as many at once as can be.
 
-    Where one begins with a space and the one before ends with visible ASCII, the place between them is
-    a safe cut in the joined text as well.
+    Where one begins with a space or a newline and the one before ends with visible ASCII, the place
+    between them is a safe cut in the joined text as well.
     """
     groups: list[list[bytes]] = []
     for start, end in stretches.tolist():
         stretch = text[start:end]
-        joins = groups and stretch[0] == _SPACE < groups[-1][-1][-1] < _BEYOND
+        opens = stretch[0] in (_SPACE, _NEWLINE)
+        joins = opens and groups and _SPACE < groups[-1][-1][-1] < _BEYOND
         if joins:
             groups[-1].append(stretch)
         else:
