@@ -145,8 +145,8 @@ def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
     """What of a chunk is to be compared. `edges` are the bounds of its texts, from 0 to its end.
 
     A stretch begins and ends at an edge or where a space or a newline follows visible ASCII, which
-    is a safe cut. A run of one kind of character holds no such place: a long one shows as a long way between
-    two of them.
+    is a safe cut. A run of one kind of character holds no such place, so a long one shows as a long
+    way between two of them.
     """
     data = np.frombuffer(text, dtype=np.uint8)
     before = data[:-1]
