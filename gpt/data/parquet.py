@@ -234,23 +234,21 @@ def _selected(
     if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
         array = array.cast(pa.large_string())
     array = array.cast(pa.large_binary())
-    texts = _views(array)
+    # Not np.asarray: that would import pandas, if it is installed, for half a second.
+    nulls = np.array(array.is_null().to_pylist(), dtype=bool)
+    texts = _views(array, nulls)
     _check_utf8(file, array, texts, first_row)
-    kept, skipped = selection.select(file, batch, array)
+    kept, skipped = selection.select(file, batch, texts, nulls)
     return Rows(unit, len(texts), [texts[row] for row in np.flatnonzero(kept)], skipped)
 
 
-def _views(array: pa.Array) -> list[memoryview]:
+def _views(array: pa.Array, nulls: NDArray[np.bool_]) -> list[memoryview]:
     """The bytes of every row, in place; nothing for a null."""
     _, offsets, data = array.buffers()
     bounds: NDArray[np.int64] = np.frombuffer(offsets, np.int64)[
         array.offset : array.offset + len(array) + 1
     ]
-    if array.null_count:
-        # The bytes that a null may stand for are nobody's text.
-        lengths = np.diff(bounds) * np.asarray(array.is_valid())
-    else:
-        lengths = np.diff(bounds)
+    lengths = np.diff(bounds) * ~nulls  # the bytes that a null may stand for are nobody's text
     view = memoryview(data if data is not None else b"")
     pairs = zip(bounds[:-1].tolist(), lengths.tolist(), strict=True)
     return [view[start : start + length] for start, length in pairs]

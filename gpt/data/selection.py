@@ -11,7 +11,7 @@ import re
 import sqlite3
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from gpt.data.sources import CorpusFile
@@ -92,25 +91,27 @@ class Selection:
             self._holds(file, schema.empty_table().select(self.columns_in(schema)))
 
     def select(
-        self, file: CorpusFile, batch: pa.RecordBatch, text: pa.Array
+        self,
+        file: CorpusFile,
+        batch: pa.RecordBatch,
+        texts: Sequence[memoryview],
+        nulls: NDArray[np.bool_],
     ) -> tuple[NDArray[np.bool_], Counter[str]]:
-        """Which rows are kept, and how many are not by which reason. `text` as binary."""
+        """Which rows are kept, and how many are not by which reason."""
         skipped: Counter[str] = Counter()
-        kept = np.ones(len(text), dtype=bool)
+        kept = np.ones(len(texts), dtype=bool)
 
         def leave_out(reason: str, rows: NDArray[np.bool_]) -> None:
             skipped[reason] += int(np.count_nonzero(kept & rows))
             kept[rows] = False
 
-        valid = np.asarray(text.is_valid())
-        leave_out("null", ~valid)
-        leave_out("empty", np.asarray(pc.binary_length(text).fill_null(0)) == 0)
+        leave_out("null", nulls)
+        leave_out("empty", np.array([not text for text in texts], dtype=bool))
         if self.where:
             table = pa.table(batch).select(self.columns_in(batch.schema))
-            leave_out("where", ~self._holds(file, table, len(text)))
+            leave_out("where", ~self._holds(file, table, len(texts)))
         if self.min_length > 1 or self.max_length is not None:
-            characters = pc.utf8_length(text.view(pa.large_string())).fill_null(0)
-            lengths = np.asarray(characters)
+            lengths = np.array([len(str(text, "utf-8")) for text in texts])
             leave_out("short", lengths < self.min_length)
             if self.max_length is not None:
                 leave_out("long", lengths > self.max_length)

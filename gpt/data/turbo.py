@@ -32,8 +32,8 @@ from gpt.data.encoders import Ids, Mismatch, joined
 
 SAMPLE_BYTES = 8_192
 """Compared of every chunk (1 MB), at a place drawn from its own bytes."""
-LONG_RUN = 64
-"""Characters of one kind in a row that are called a long run."""
+LONG_RUN = 100
+"""Bytes without a place to cut that are called a long run."""
 SPECIAL = b"<|"
 """How every special token begins."""
 RECYCLE_TEXT_BYTES = 512_000_000
@@ -41,23 +41,9 @@ RECYCLE_GROWTH_BYTES = 48_000_000
 """The encoder is made anew (0.2 s) after so much text, or when the process has grown so much."""
 
 WORD, WORDS = 8, 2
-_SPACE, _BEYOND = 3, 4
+_SPACE, _NEWLINE, _BEYOND = 0x20, 0x0A, 0x80
 
 
-def _kinds() -> bytes:
-    """Letter, digit, other, white space or beyond ASCII, by byte."""
-    kinds = bytearray([2]) * 128 + bytearray([_BEYOND]) * 128
-    for byte in range(128):
-        if chr(byte).isalpha():
-            kinds[byte] = 0
-        elif chr(byte).isdigit():
-            kinds[byte] = 1
-        elif chr(byte) in " \t\n\v\f\r":
-            kinds[byte] = _SPACE
-    return bytes(kinds)
-
-
-_KINDS = _kinds()
 Stretches = NDArray[np.int64]
 """Rows (start, end) in bytes, in order, none touching another."""
 
@@ -158,40 +144,26 @@ class _Spelling:
 def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
     """What of a chunk is to be compared. `edges` are the bounds of its texts, from 0 to its end.
 
-    A stretch begins and ends at an edge or where white space follows ASCII that is none.
+    A stretch begins and ends at an edge or where a space or a newline follows visible ASCII, which
+    is a safe cut. A run of one kind of character holds no such place, so a long one shows as a long
+    way between two of them.
     """
-    kinds = np.frombuffer(text.translate(_KINDS), dtype=np.uint8)
-    cuts = np.flatnonzero((kinds[1:] == _SPACE) & (kinds[:-1] < _SPACE)) + 1
-    bounds = np.sort(np.concatenate([cuts, edges]), kind="stable")
+    data = np.frombuffer(text, dtype=np.uint8)
+    before = data[:-1]
+    spaces = (data[1:] == _SPACE) | (data[1:] == _NEWLINE)
+    spaces &= (before > _SPACE) & (before < _BEYOND)
+    cuts = np.flatnonzero(spaces) + 1
+    bounds = np.insert(cuts, np.searchsorted(cuts, edges), edges)
+    long = np.flatnonzero(np.diff(bounds) >= LONG_RUN)
+    beyond = np.flatnonzero(data >= _BEYOND)
     sample = zlib.crc32(text) % max(1, len(text) - SAMPLE_BYTES)
     wanted = [
-        _long_runs(kinds),
-        _beyond_ascii(kinds),
+        np.stack([bounds[long], bounds[long + 1]], axis=1),
+        np.stack([beyond, beyond + 1], axis=1),
         np.array([[sample, min(sample + SAMPLE_BYTES, len(text))]]),
         _with_special(text, edges),
     ]
     return _cut_at(edges, _widened(np.concatenate(wanted), bounds))
-
-
-def _long_runs(kinds: NDArray[np.uint8]) -> Stretches:
-    """A part of every long run (and of some that are nearly long): words all of whose bytes are of
-    one kind, one after the other. No cut lies inside a run, so any part of it stands for all."""
-    needed = LONG_RUN // WORD - 2
-    words = kinds[: kinds.size // WORD * WORD].view("<u8")
-    if words.size <= needed:
-        return np.empty((0, 2), dtype=np.int64)
-    even = words == (words & 0xFF) * 0x0101010101010101
-    even[1:] &= words[1:] == words[:-1]
-    found = even[needed:].copy()
-    for back in range(1, needed):
-        found &= even[needed - back : even.size - back]
-    ends = (np.flatnonzero(found) + needed + 1) * WORD
-    return np.stack([ends - WORD, ends], axis=1)
-
-
-def _beyond_ascii(kinds: NDArray[np.uint8]) -> Stretches:
-    places = np.flatnonzero(kinds == _BEYOND)
-    return np.stack([places, places + 1], axis=1)
 
 
 def _with_special(text: bytes, edges: NDArray[Any]) -> Stretches:
@@ -228,13 +200,14 @@ def _cut_at(edges: NDArray[Any], stretches: Stretches) -> Stretches:
 def _encoded_groups(text: bytes, stretches: Stretches) -> list[tuple[range, NDArray[Any]]]:
     """tiktoken's ids of the stretches, as many at once as can be.
 
-    Where one begins with white space and the one before ends with none, the place between them is
-    a safe cut in the joined text as well.
+    Where one begins with a space or a newline and the one before ends with visible ASCII, the place
+    between them is a safe cut in the joined text as well.
     """
     groups: list[list[bytes]] = []
     for start, end in stretches.tolist():
         stretch = text[start:end]
-        joins = groups and _KINDS[stretch[0]] == _SPACE and _KINDS[groups[-1][-1][-1]] < _SPACE
+        opens = stretch[0] in (_SPACE, _NEWLINE)
+        joins = opens and groups and _SPACE < groups[-1][-1][-1] < _BEYOND
         if joins:
             groups[-1].append(stretch)
         else:
