@@ -16,8 +16,8 @@ autocast, else 4), autograd keeps
 - gpt2: the inputs of both norms (4 C each: the residual stream is float32), what the four linear
   layers multiply (e C, e C, e C, 4 e C), queries, keys and values (3 e C), the input of GELU
   (4 e C); attention's logsumexp (4 H), mean and deviation of both norms (16).
-- nanochat: the inputs of the norms (e C each for the two of the stream, for queries and for keys),
-  what the linear layers multiply (e C, e C, e C, 4 e C), queries, keys, values and
+- nanochat: the inputs of the norms in float32 (4 C each for the two of the stream, for queries and
+  for keys), what the linear layers multiply (e C, e C, e C, 4 e C), queries, keys, values and
   attention's output (4 e C), ReLU's output (4 e C); logsumexp and deviations (8 + 12 H).
 Attention is FlashAttention (Dao 2023, arXiv:2307.08691), so no tokens x tokens matrix exists; its
 16-bit kernels on CUDA pad heads to a multiple of 8 channels, and the padded copies are what is
@@ -28,8 +28,9 @@ for our own layers.
 
 `peak_bytes` is what a step holds that is not compiled, the figure that
 `torch.distributed._tools.mem_tracker.MemTracker` gives under fake tensors (tests hold it within
-10% of that) and `torch.cuda.max_memory_allocated` on a card. Compiled, of a chunk only its logits
-and their gradient exist: `compiled_bytes`.
+10% of that) and `torch.cuda.max_memory_allocated` on a card. Compiled, nanochat's norms keep their
+inputs in the type that is multiplied in, and of a chunk only its logits and their gradient exist:
+`compiled_bytes`.
 
 What lies on top is not measured by either, and assumed: `overheads`. The CUDA context with
 cuBLAS's and cuDNN's code, some 0.5 GB; what torch's caching allocator holds without use, 4% with
@@ -171,6 +172,12 @@ class _Step:
         return 4 if self._gpt2 else self.width
 
     @property
+    def _norm_width(self) -> int:
+        """Bytes in which nanochat's norms keep their inputs: not compiled they are made of parts
+        that work in float32."""
+        return self.width if self.compiled else 4
+
+    @property
     def _values(self) -> int:
         """Values in one tensor of hidden states."""
         return self.tokens * self.model.n_embd
@@ -185,7 +192,7 @@ class _Step:
         if self._gpt2:
             kept, small = 8 + 14 * e, 16 + 4 * heads
         else:
-            kept, small = 19 * e, 8 + 12 * heads
+            kept, small = 4 * self._norm_width + 15 * e, 8 + 12 * heads
         masks = 2 if self.model.dropout else 0
         return (kept + masks) * self._values + small * self.tokens + self._padding()
 
@@ -205,7 +212,7 @@ class _Step:
             masks = self._values if model.dropout else 0
             return ids + 8 * model.block_size + 4 * self._values + masks
         rotations = self.width * model.block_size * (model.n_embd // model.n_head)
-        return ids + rotations + 2 * self.width * self._values
+        return ids + rotations + 2 * self._norm_width * self._values
 
     def _activations(self) -> int:
         """All that autograd keeps of the network at the end of forward."""
