@@ -95,7 +95,11 @@ def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
     assert history(mlflow_client, run.run_id, "mfu") == []
     [dataset] = found.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.tags[0].value) == ("pages", "training")
-    assert [a.path for a in mlflow_client.list_artifacts(run.run_id)] == ["config.json", "samples"]
+    assert [a.path for a in mlflow_client.list_artifacts(run.run_id)] == [
+        "config.json",
+        "dataset",
+        "samples",
+    ]
 
 
 def test_sending_the_journal_again_doubles_nothing(
