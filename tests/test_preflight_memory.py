@@ -47,6 +47,8 @@ GRID: list[RunConfig] = [
     config_of("nanochat", "adamw", "bfloat16", (2, 2, 128), (1, 256)),
     config_of("nanochat", "muon", "float32", (2, 16, 1024), (32, 2048)),
     config_of("nanochat", "muon", "bfloat16", (2, 12, 768), (4, 1024)),
+    # Deep, so that what every block keeps weighs more than the loss.
+    config_of("nanochat", "muon", "bfloat16", (12, 12, 576), (8, 1024)),
     config_of("nanochat", "adamw", "float32", (2, 8, 512), (8, 512), grad_acc=1),
     config_of(
         "nanochat", "muon", "bfloat16", (2, 8, 512), (32, 256), activation_checkpointing=True
