@@ -24,7 +24,7 @@ EMBEDDED = {
 }
 COMPUTE = {
     # Threads that wait for work sleep instead of spinning, which takes the cores from whoever has
-    # some: with both cores shared a training step took 1.7 times as long without it.
+    # some: with both cores shared the loss took 1.7 times as long without it.
     "OMP_WAIT_POLICY": "PASSIVE",
     # Segments that grow hardly fragment, so that more of a small card can be used.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",

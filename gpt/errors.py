@@ -69,12 +69,6 @@ class CheckpointError(GPTError):
     headline = "the checkpoint cannot be used"
 
 
-class NonFiniteLossError(GPTError):
-    """The loss or a gradient became NaN or infinite and stayed so."""
-
-    headline = "training stopped on a non-finite loss"
-
-
 class OutOfMemoryError(GPTError):
     """The device ran out of memory at the smallest batch that can be tried."""
 

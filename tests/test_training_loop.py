@@ -1,7 +1,6 @@
 """The loop: what a step is, and that stopping and starting changes nothing."""
 
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from gpt.config import build_config
 from gpt.errors import CheckpointError, ConfigError
+from gpt.training import loop
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.loop import Trainer, train
 from gpt.training.run_folder import open_run_folder
@@ -68,15 +68,29 @@ def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
     assert all(record.grad_norm > 0 for record in records[1:])
 
 
-def test_the_seconds_of_the_steps_add_up_to_the_time_that_went_by(dataset, tmp_path):
-    """Also where a checkpoint or an evaluation stands between: neither is in a step's time."""
+def test_a_step_s_time_is_its_own(dataset, tmp_path, monkeypatch):
+    """By a clock that only work moves: a micro-step takes 1 s, and what stands between steps, a
+    checkpoint or an evaluation, takes 100 s that are in no step's time."""
+    now = 0.0
+
+    def slow(name, seconds):
+        real = getattr(Trainer, name)
+
+        def taking(self, *rest):
+            nonlocal now
+            now += seconds
+            return real(self, *rest)
+
+        monkeypatch.setattr(Trainer, name, taking)
+
+    slow("_micro_step", 1.0)
+    slow("_checkpoint", 100.0)
+    slow("_validate", 100.0)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
     config = tiny_config(tmp_path, training__max_steps=9, training__checkpoint_interval=3)
-    began = time.perf_counter()
     records = list(train(config, dataset, tmp_path / "run"))[1:]
-    went_by = time.perf_counter() - began
     seconds = [config.tokens_per_step / record.tokens_per_second for record in records]
-    assert 0.2 * went_by < sum(seconds) < went_by
-    assert min(seconds) > 0.02 * max(seconds)
+    assert seconds == pytest.approx([config.training.grad_acc] * 9)
 
 
 def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path):
