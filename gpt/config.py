@@ -162,7 +162,14 @@ class TrainingSection(Section):
     checkpoint_interval: Count = 250
     """Steps between checkpoints; the last step always writes one."""
     checkpoints_kept: Count = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk, beside the one with the best validation loss."""
+    checkpoint_keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of every so many steps stay on disk for good; 0: none does."""
+    spike_sigma: Annotated[float, Field(ge=0.0)] = 6.0
+    """Standard deviations above the mean of the last 128 losses from which a loss is a spike that
+    sends the run back to the last checkpoint and over that batch; 0: none is."""
+    recovery_attempts: Annotated[int, Field(ge=0)] = 3
+    """Returns to a checkpoint after numbers went wrong in the same place before training stops."""
     log_interval: Count = 10
     """Steps between lines in the terminal; every step goes to MLflow."""
 

@@ -73,3 +73,15 @@ class OutOfMemoryError(GPTError):
     """The device ran out of memory at the smallest batch that can be tried."""
 
     headline = "out of memory"
+
+
+class NonFiniteLossError(GPTError):
+    """Losses or gradients that are not finite, again and again from every checkpoint there is."""
+
+    headline = "the numbers went wrong"
+
+
+class RunLockedError(GPTError):
+    """Another process is working in the run's folder."""
+
+    headline = "the run is taken"

@@ -56,7 +56,8 @@ def measured_peak_bytes(config: RunConfig) -> int:
     with FakeTensorMode():
         model = ARCHITECTURES[config.model.architecture](config.model)
         model.checkpoint_blocks = config.training.activation_checkpointing
-        optimizers = build_optimizers(model, config)
+        # Those of a GPU: a CPU's Muon works in another type.
+        optimizers = build_optimizers(model, config, torch.device("cuda"))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         _update(optimizers)

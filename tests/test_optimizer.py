@@ -7,6 +7,7 @@ import torch
 
 from gpt.config import ScheduleSection, build_config
 from gpt.model.transformer import build_model
+from gpt.training.muon import Float32Muon, orthogonalized
 from gpt.training.optimizer import build_optimizers, set_step
 from gpt.training.schedule import learning_rate_factor, muon_momentum, peak_learning_rates
 
@@ -132,3 +133,24 @@ def test_the_update_of_muon_has_the_size_that_its_rate_says():
     muon.step()
     rms = (weight.detach() - before).norm().item() / math.sqrt(weight.shape[0])
     assert rms == pytest.approx(muon.param_groups[0]["lr"], rel=0.3)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 48)])
+def test_muon_in_float32_is_torch_s_but_for_rounding(shape):
+    generator = torch.Generator().manual_seed(1)
+    start, *gradients = (torch.randn(shape, generator=generator) for _ in range(4))
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}
+    for parameter, kind in ((ours, Float32Muon), (theirs, torch.optim.Muon)):
+        optimizer = kind([parameter], **options)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() / (start - theirs).norm() < 0.02
+
+
+def test_orthogonalized_has_singular_values_near_one():
+    matrix = torch.randn(24, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    values = torch.linalg.svdvals(orthogonalized(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+    assert values.min() > 0.6
+    assert values.max() < 1.3

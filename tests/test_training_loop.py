@@ -8,11 +8,12 @@ from token_data import token_dataset
 from torch.nn import functional as F
 
 from gpt.config import build_config
-from gpt.errors import CheckpointError, ConfigError
+from gpt.errors import ConfigError
 from gpt.training import loop
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.loop import Trainer, train
 from gpt.training.run_folder import open_run_folder
+from gpt.training.stepper import Stepper
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,11 @@ def tiny_config(root, **changes):
     return build_config(raw)
 
 
+def small_config(root, **changes):
+    """As `tiny_config`, with a quarter of the tokens: for tests that train often."""
+    return tiny_config(root, **{"model__block_size": 8, "evaluation__tokens": 64, **changes})
+
+
 def numbers(records):
     """What must be equal in two runs: everything but speed and memory."""
     return [
@@ -59,13 +65,14 @@ def weights(folder):
 
 def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
     records = list(train(tiny_config(tmp_path), dataset, tmp_path / "run"))
-    assert [record.step for record in records] == list(range(21))
-    assert records[0].loss is None
-    assert records[0].validation.loss > 10
-    assert records[-1].validation.loss < records[0].validation.loss - 1
-    assert [r.step for r in records if r.validation] == [0, 10, 20]
-    assert records[-1].tokens_seen == 20 * 4 * 2 * 32
-    assert all(record.grad_norm > 0 for record in records[1:])
+    steps = [record for record in records if record.loss]
+    assert [record.step for record in steps] == list(range(1, 21))
+    held = [record for record in records if record.validation]
+    assert [record.step for record in held] == [0, 10, 20]
+    assert held[0].validation.loss > 10
+    assert held[-1].validation.loss < held[0].validation.loss - 1
+    assert steps[-1].tokens_seen == 20 * 4 * 2 * 32
+    assert all(record.grad_norm > 0 for record in steps)
 
 
 def test_a_step_s_time_is_its_own(dataset, tmp_path, monkeypatch):
@@ -73,39 +80,79 @@ def test_a_step_s_time_is_its_own(dataset, tmp_path, monkeypatch):
     checkpoint or an evaluation, takes 100 s that are in no step's time."""
     now = 0.0
 
-    def slow(name, seconds):
-        real = getattr(Trainer, name)
+    def slow(owner, name, seconds):
+        real = getattr(owner, name)
 
         def taking(self, *rest):
             nonlocal now
             now += seconds
             return real(self, *rest)
 
-        monkeypatch.setattr(Trainer, name, taking)
+        monkeypatch.setattr(owner, name, taking)
 
-    slow("_micro_step", 1.0)
-    slow("_checkpoint", 100.0)
-    slow("_validate", 100.0)
+    slow(Stepper, "micro_step", 1.0)
+    slow(Trainer, "_write", 100.0)
+    slow(Trainer, "_validate", 100.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
     config = tiny_config(tmp_path, training__max_steps=9, training__checkpoint_interval=3)
-    records = list(train(config, dataset, tmp_path / "run"))[1:]
+    records = [r for r in train(config, dataset, tmp_path / "run") if r.loss]
     seconds = [config.tokens_per_step / record.tokens_per_second for record in records]
     assert seconds == pytest.approx([config.training.grad_acc] * 9)
 
 
-def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path):
+@pytest.mark.parametrize("stopped_after", [1, 7, 10, 13])
+def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path, stopped_after):
     config = tiny_config(tmp_path)
     whole = numbers(train(config, dataset, tmp_path / "whole"))
     first = []
-    for record in train(config, dataset, tmp_path / "parts"):
-        first.append(record)
-        if record.step == 10:
-            break  # dropped here like a killed process: nothing after step 10 was saved
+
+    def stop():
+        return any(record.step == stopped_after for record in first)
+
+    first.extend(train(config, dataset, tmp_path / "parts", stop))
+    assert latest_checkpoint(tmp_path / "parts").step == stopped_after
     rest = numbers(train(config, dataset, tmp_path / "parts"))
-    assert rest[0].step == 11
-    assert numbers(first) + rest == whole
+    first = numbers(first)
+    if stopped_after == 10:  # an evaluation is done again after a start
+        assert rest[0] == first.pop()
+    assert first + rest == whole
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_stop_inside_a_step_drops_that_step(dataset, tmp_path):
+    config = tiny_config(tmp_path)
+    asked = 0
+
+    def stop():
+        nonlocal asked
+        asked += 1
+        return asked > 2 * 5 + 1  # before the second micro-batch of step 6
+
+    told = list(train(config, dataset, tmp_path / "parts", stop))
+    assert told[-1].step == 5
+    rest = list(train(config, dataset, tmp_path / "parts"))
+    whole = numbers(train(config, dataset, tmp_path / "whole"))
+    assert numbers(told + rest) == whole
+
+
+def test_an_error_and_a_consumer_that_leaves_keep_what_is_done(dataset, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    for record in train(config, dataset, tmp_path / "left"):
+        if record.step == 7:
+            break
+    assert latest_checkpoint(tmp_path / "left").step == 7
+    real = Stepper.micro_step
+
+    def failing(self, batch):
+        if self.batches.position > 6 * 8:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Stepper, "micro_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        list(train(config, dataset, tmp_path / "thrown"))
+    assert latest_checkpoint(tmp_path / "thrown").step == 6
 
 
 def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
@@ -119,7 +166,7 @@ def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
 def test_micro_batches_add_up_to_one_big_batch(dataset, tmp_path, batch_size, grad_acc):
     def first_steps(**split):
         config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4, **split)
-        return list(train(config, dataset, tmp_path / str(split)))[1:]
+        return [r for r in train(config, dataset, tmp_path / str(split)) if r.loss]
 
     big = first_steps(training__batch_size=8, training__grad_acc=1)
     small = first_steps(training__batch_size=batch_size, training__grad_acc=grad_acc)
@@ -131,45 +178,14 @@ def test_micro_batches_add_up_to_one_big_batch(dataset, tmp_path, batch_size, gr
 def test_the_first_loss_and_gradient_are_those_of_plain_torch(dataset, tmp_path):
     config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4)
     record = list(train(config, dataset, tmp_path / "run"))[1]
-    trainer = Trainer(config, dataset, tmp_path / "untrained")
-    inputs, targets = trainer.batches.take(8)
-    logits = trainer.model(inputs) @ trainer.model.head.T
+    stepper = Stepper(config, dataset)
+    inputs, targets = stepper.batches.take(8)
+    logits = stepper.model(inputs) @ stepper.model.head.T
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    gradients = torch.autograd.grad(loss, list(stepper.model.parameters()))
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert record.loss == pytest.approx(loss.item(), rel=1e-6)
     assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
-
-
-def test_the_last_checkpoints_are_kept(dataset, tmp_path):
-    config = tiny_config(
-        tmp_path,
-        training__max_steps=6,
-        training__checkpoint_interval=1,
-        training__checkpoints_kept=2,
-    )
-    list(train(config, dataset, tmp_path / "run"))
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-00000005", "step-00000006"]
-
-
-def test_an_altered_checkpoint_is_refused_by_name(dataset, tmp_path):
-    config = tiny_config(tmp_path, training__max_steps=4)
-    list(train(config, dataset, tmp_path / "run"))
-    path = latest_checkpoint(tmp_path / "run").folder / "optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
-        Trainer(config, dataset, tmp_path / "run")
-
-
-def test_what_was_not_finished_writing_does_not_count(dataset, tmp_path):
-    config = tiny_config(tmp_path, training__max_steps=4, training__checkpoint_interval=2)
-    list(train(config, dataset, tmp_path / "run"))
-    (tmp_path / "run" / "checkpoints" / "step-00000004" / "COMPLETE").unlink()
-    assert latest_checkpoint(tmp_path / "run").step == 2
-    assert [record.step for record in train(config, dataset, tmp_path / "run")] == [3, 4]
 
 
 def test_a_device_that_is_not_there_is_a_config_error(dataset, tmp_path):

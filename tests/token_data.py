@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gpt.artifacts import DatasetManifest, Split
+from gpt.artifacts import DatasetManifest, SourceFile, Split
 from gpt.data.shards import ShardWriter, write_manifest
 
 
@@ -16,7 +16,7 @@ def token_dataset(folder, train_tokens=20_000, validation_tokens=4_000, tokens_p
         ranks_sha256="0" * 64,
         text_column="text",
         validation_fraction=0.1,
-        sources=(),
+        sources=(SourceFile(path="made/up.parquet", size_bytes=1, sha256="1" * 64, rows=1),),
         train=_split(folder, "train", train_tokens, tokens_per_shard),
         validation=_split(folder, "validation", validation_tokens, tokens_per_shard),
         skipped={},

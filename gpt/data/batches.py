@@ -9,7 +9,8 @@ comes next, whatever the batch size and the number of restarts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -60,25 +61,41 @@ class Sequences:
 
 
 class TrainingBatches:
-    """Endless training batches from `position` (sequences already taken) on."""
+    """Endless training batches from `position` (sequences taken or passed over) on."""
 
     def __init__(self, sequences: Sequences, seed: int, position: int = 0) -> None:
         self.sequences = sequences
         self.seed = seed
         self.position = position
+        self._passed_over: list[tuple[int, int]] = []
         self._order_epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     def take(self, count: int) -> Batch:
         """The next `count` sequences; moves the position."""
-        places = np.arange(self.position, self.position + count)
+        places = self._next_places(count)
         epochs, offsets = np.divmod(places, len(self.sequences))
         # Sorted already: a batch that crosses an epoch's end takes the rest of one order first.
         indices = [
             self._epoch_order(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)
         ]
-        self.position += count
         return self.sequences.read(np.concatenate(indices))
+
+    def pass_over(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Positions, first and one after the last, that are never taken; replaces those before."""
+        self._passed_over = sorted(ranges)
+
+    def _next_places(self, count: int) -> np.ndarray:
+        """Positions of the next `count` sequences; moves the position."""
+        places = []
+        for start, end in [*self._passed_over, (sys.maxsize, sys.maxsize)]:
+            free = min(count, max(0, start - self.position))
+            places.append(np.arange(self.position, self.position + free))
+            self.position, count = self.position + free, count - free
+            if not count:
+                break
+            self.position = max(self.position, end)
+        return np.concatenate(places)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpt.config import ModelSection, RunConfig
+from gpt.config import ModelSection, RunConfig, TrainingSection
 from gpt.preflight.cards import Card
 from gpt.preflight.parameters import count_parameters
 
@@ -97,6 +97,12 @@ def disk_bytes(config: RunConfig, shard_tokens: int) -> dict[str, int]:
     return {
         "shards": 2 * shard_tokens,
         # The next one is complete before the oldest goes.
-        "checkpoints": (config.training.checkpoints_kept + 1) * checkpoint_bytes(config),
+        "checkpoints": _checkpoints_at_once(config.training) * checkpoint_bytes(config),
         "model": 4 * count_parameters(config.model).total,
     }
+
+
+def _checkpoints_at_once(training: TrainingSection) -> int:
+    """The newest, the best, the one being written, and those kept for good."""
+    every = training.checkpoint_keep_every
+    return training.checkpoints_kept + 2 + (training.max_steps // every if every else 0)

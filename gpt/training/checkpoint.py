@@ -1,26 +1,28 @@
-"""Everything that a run needs to go on, written so that a crash never costs the one before.
+"""The checkpoints of a run: which there are, whether they are sound, which stay. Without torch.
 
-A checkpoint is a folder `checkpoints/step-00000250`: safetensors and JSON, nothing pickled. It is
-written under a hidden name, every file fsynced, `COMPLETE` with the checksums last, then renamed;
-what has no `COMPLETE` under its final name does not exist.
+A checkpoint is a folder `checkpoints/step-00000250`: safetensors and JSON, nothing pickled
+(`gpt.training.snapshot`). It is written under a hidden name, every file fsynced, `COMPLETE` with
+the checksums last, then renamed; what has no `COMPLETE` under its final name does not exist. One
+that fails its checksums is set aside, and the one before it counts.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from gpt.artifacts import CheckpointRef
-from gpt.config import RunConfig
+from gpt.config import TrainingSection
 from gpt.errors import CheckpointError, Problem
-from gpt.files import sha256_of, sync
+from gpt.files import sha256_of, write_text
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -28,10 +30,13 @@ RANDOM_FILE = "random.safetensors"
 PROGRESS_FILE = "progress.json"
 CONFIG_FILE = "config.json"
 MARKER_FILE = "COMPLETE"
+BEST_FILE = "best.json"
+DAMAGED = "damaged-"
+ABANDONED = "abandoned-"
 
 
 class Progress(BaseModel):
-    """How far the run has come. `position` counts training sequences taken."""
+    """How far the run has come. `position` counts training sequences taken or passed over."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,53 +44,139 @@ class Progress(BaseModel):
     position: int
     tokens_seen: int
     finished: bool
+    dataset_fingerprint: str
     scaler: dict[str, float] = {}
     """State of the float16 gradient scaler; empty for the other types."""
+    skipped_steps: int = 0
+    recent_losses: tuple[float, ...] = ()
+    """What the next losses are held against (gpt.training.recovery)."""
 
 
-def write_checkpoint(
-    folder: Path,
-    config: RunConfig,
-    model: nn.Module,
-    optimizers: Iterable[torch.optim.Optimizer],
-    progress: Progress,
-    keep: int,
-) -> CheckpointRef:
-    """Write a checkpoint below the run's `folder`, then remove all but the newest `keep`."""
-    parent = folder / "checkpoints"
-    final = parent / f"step-{progress.step:08d}"
-    writing = parent / f".writing-{final.name}"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    save_file(
-        {n: p.detach().contiguous() for n, p in model.state_dict().items()}, writing / MODEL_FILE
-    )
-    save_file(_optimizer_tensors(model, optimizers), writing / OPTIMIZER_FILE)
-    save_file(random_states(), writing / RANDOM_FILE)
-    (writing / PROGRESS_FILE).write_text(progress.model_dump_json(indent=2))
-    (writing / CONFIG_FILE).write_text(config.model_dump_json(indent=2))
-    files = sorted(writing.iterdir())
-    for path in files:
-        sync(path)
-    checksums = {path.name: sha256_of(path) for path in files}
-    (writing / MARKER_FILE).write_text(json.dumps(checksums, indent=2))
-    sync(writing / MARKER_FILE)
-    sync(writing)
-    if final.exists():  # set aside by nobody, so damaged or from before a rewind
-        shutil.rmtree(final)
-    writing.rename(final)
-    sync(parent)
-    for old in sorted(parent.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return _reference(final, progress)
+class Best(BaseModel):
+    """The checkpoint with the lowest validation loss of the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    loss: float
+
+
+# --- kept or not ----------------------------------------------------------------------------------
+
+
+def refuse_without_room(parent: Path, size_bytes: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        rule = f"{os.strerror(errno.ENOSPC)}: {size_bytes:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC, rule, str(parent))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a process left behind that was killed while it wrote or removed a checkpoint."""
+    for path in (folder / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_surplus(folder: Path, training: TrainingSection) -> None:
+    """Keeps the newest `checkpoints_kept`, every `checkpoint_keep_every`-th step, and the best."""
+    complete, best = complete_checkpoints(folder), read_best(folder)
+    for path in complete[training.checkpoints_kept :]:
+        step, every = step_of(path), training.checkpoint_keep_every
+        if not (best and step == best.step) and not (every and step % every == 0):
+            _remove_checkpoint(path)
+    for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
+        if path.name.removeprefix(ABANDONED) <= complete[0].name:
+            _remove_checkpoint(path)
+
+
+def abandon_newest(folder: Path) -> None:
+    """Set aside the newest checkpoint, if there is one before it, until a newer one is written."""
+    complete = complete_checkpoints(folder)
+    if len(complete) > 1:
+        complete[0].rename(complete[0].with_name(ABANDONED + complete[0].name))
+
+
+def bring_back(folder: Path) -> None:
+    """Undo what `abandon_newest` did."""
+    for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
+        back = path.with_name(path.name.removeprefix(ABANDONED))
+        if not back.exists():
+            path.rename(back)
+
+
+def _remove_checkpoint(path: Path) -> None:
+    """Out of sight first: killed half-way, this leaves nothing that looks like a checkpoint."""
+    removing = path.with_name(f".removing-{path.name}")
+    path.rename(removing)
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def note_best(folder: Path, step: int, loss: float) -> None:
+    """Tell of the validation loss of a step that has a checkpoint."""
+    best = read_best(folder)
+    if best is None or loss < best.loss or best.step == step:  # the same step after a return
+        path = folder / "checkpoints" / BEST_FILE
+        write_text(path, Best(step=step, loss=loss).model_dump_json(indent=2))
+
+
+def read_best(folder: Path) -> Best | None:
+    """The best so far of those that `note_best` was told of, where it is still there."""
+    try:
+        best = Best.model_validate_json((folder / "checkpoints" / BEST_FILE).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return best if is_complete(folder / "checkpoints" / f"step-{best.step:08d}") else None
+
+
+# --- found ---------------------------------------------------------------------------------------
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Below the run's `folder`, newest first; complete, but not checked."""
+    return sorted(filter(is_complete, (folder / "checkpoints").glob("step-*")), reverse=True)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / MARKER_FILE).is_file()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest_checkpoint(folder: Path) -> CheckpointRef | None:
-    """The newest complete checkpoint below the run's `folder`, if any."""
-    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
-        if (path / MARKER_FILE).is_file():
-            return _reference(path, read_progress(path))
+    """The newest complete checkpoint below the run's `folder`, if any; its files unchecked."""
+    for path in complete_checkpoints(folder):
+        return reference(path, read_progress(path))
     return None
+
+
+def sound_checkpoint(folder: Path) -> CheckpointRef | None:
+    """The newest checkpoint whose files are what was written. A newer one that fails is set aside
+    under another name, with a warning."""
+    for path in complete_checkpoints(folder):
+        try:
+            verify(path)
+            return reference(path, read_progress(path))
+        except CheckpointError as error:
+            aside = _unused(path.with_name(DAMAGED + path.name))
+            path.rename(aside)
+            problem = error.problems[0]
+            logger.warning(
+                "%s: %s; the checkpoint is set aside as %s and the one before it is used",
+                problem.key,
+                problem.rule,
+                aside.name,
+            )
+    return None
+
+
+def _unused(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -94,24 +185,7 @@ def read_progress(checkpoint: Path) -> Progress:
     try:
         return Progress.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from error
-
-
-def restore(
-    checkpoint: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
-) -> Progress:
-    """Load weights, optimizer and random states in place, after their checksums were checked.
-
-    Raises `CheckpointError` for a missing or altered file, or one made by another model.
-    """
-    verify(checkpoint)
-    try:
-        model.load_state_dict(load_file(checkpoint / MODEL_FILE))
-    except RuntimeError as error:
-        raise _damaged(checkpoint / MODEL_FILE, f"another model's: {error}") from error
-    _load_optimizers(load_file(checkpoint / OPTIMIZER_FILE), model, optimizers)
-    set_random_states(load_file(checkpoint / RANDOM_FILE))
-    return read_progress(checkpoint)
+        raise damaged(path, str(error).splitlines()[0]) from error
 
 
 def verify(checkpoint: Path) -> None:
@@ -120,16 +194,16 @@ def verify(checkpoint: Path) -> None:
     try:
         checksums = json.loads(marker.read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(marker, "missing or unreadable") from error
+        raise damaged(marker, "missing or unreadable") from error
     for name, checksum in checksums.items():
         path = checkpoint / name
         if not path.is_file():
-            raise _damaged(path, "missing")
+            raise damaged(path, "missing")
         if sha256_of(path) != checksum:
-            raise _damaged(path, "its sha256 is not the one written down when it was made")
+            raise damaged(path, "its sha256 is not the one written down when it was made")
 
 
-def _reference(path: Path, progress: Progress) -> CheckpointRef:
+def reference(path: Path, progress: Progress) -> CheckpointRef:
     return CheckpointRef(
         folder=path,
         step=progress.step,
@@ -138,49 +212,6 @@ def _reference(path: Path, progress: Progress) -> CheckpointRef:
     )
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Path, what: str) -> CheckpointError:
     remedy = f"remove {path.parent} to go on from the checkpoint before it"
     return CheckpointError(Problem(str(path), "", what, remedy))
-
-
-def _optimizer_tensors(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    """State by parameter name, as `h.0.attn.c_attn.weight/exp_avg`."""
-    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value.detach().contiguous()
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def _load_optimizers(
-    tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
-) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    states: dict[str, dict[str, Tensor]] = {}
-    for path, value in tensors.items():
-        name, key = path.rsplit("/", 1)
-        states.setdefault(name, {})[key] = value
-    for optimizer in optimizers:
-        saved = optimizer.state_dict()
-        order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        saved["state"] = {i: states[name] for i, name in enumerate(order) if name in states}
-        optimizer.load_state_dict(saved)
-
-
-def random_states() -> dict[str, Tensor]:
-    """torch's random states, of the CPU and of the current GPU."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: Mapping[str, Tensor]) -> None:
-    """Put back what `random_states` gave."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

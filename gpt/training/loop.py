@@ -1,63 +1,60 @@
 """The night: a generator that trains and tells of every optimizer step.
 
-It starts from the run folder's latest complete checkpoint or from scratch, so that a retry is a
-resume. Within a step nothing waits for the device: a step's numbers are read only after the next
-one has been launched. A step that does not fit into memory is done again in smaller micro-batches,
-over the same sequences.
+It starts from the run folder's newest sound checkpoint or from scratch, so that a retry is a
+resume. Asked to stop, or thrown out, it leaves a checkpoint of the last whole step. A step whose
+numbers are not finite is skipped; where that does not help, the run goes back to a checkpoint and
+over the batches that did it (`gpt.training.recovery`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
-from gpt.data.batches import Batch, Sequences, TrainingBatches
-from gpt.errors import OutOfMemoryError, Problem
+from gpt.errors import NonFiniteLossError, Problem
 from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
-from gpt.model.compile import compiled
-from gpt.model.device import (
-    autocast,
-    compute_dtype,
-    is_out_of_memory,
-    peak_memory_bytes,
-    pick_device,
-)
-from gpt.model.loss import summed_loss
-from gpt.model.transformer import build_model
+from gpt.model.device import peak_memory_bytes
 from gpt.preflight.cards import find_card
 from gpt.preflight.work import flops_per_token
 from gpt.training.checkpoint import (
     Progress,
-    latest_checkpoint,
-    random_states,
-    restore,
-    set_random_states,
-    write_checkpoint,
+    abandon_newest,
+    bring_back,
+    complete_checkpoints,
+    note_best,
+    sound_checkpoint,
+    step_of,
 )
-from gpt.training.optimizer import build_optimizers, set_step
+from gpt.training.checkpoint_writer import CheckpointWriter
+from gpt.training.optimizer import set_step
+from gpt.training.recovery import LossWatch, Recovery, read_recoveries, write_recoveries
+from gpt.training.run_lock import run_lock
 from gpt.training.schedule import peak_learning_rates
+from gpt.training.snapshot import restore, take_snapshot
+from gpt.training.stepper import Gradients, Stepper
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step did. Step 0 is the evaluation before the first."""
+    """What one optimizer step did, or with `validation` the evaluation after it, which is told on
+    its own. Step 0 is the evaluation before the first."""
 
     step: int
     tokens_seen: int
     learning_rate: float
     loss: float | None = None
-    """Mean cross-entropy over the step's tokens, nats, before its update."""
+    """Mean cross-entropy over the step's tokens, nats, before its update; None where the step was
+    skipped because this or the gradient was not finite."""
     grad_norm: float | None = None
     """Global norm before clipping."""
     tokens_per_second: float | None = None
@@ -66,291 +63,305 @@ class StepRecord:
     peak_memory_bytes: int | None = None
     batch_size: int | None = None
     """Micro-batch that fitted, sequences: the config's or a part of it."""
+    skipped_steps: int | None = None
+    """Steps without an update so far."""
+    recoveries: int | None = None
+    """Returns to a checkpoint so far."""
     validation: HeldoutLoss | None = None
 
 
-def train(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Iterator[StepRecord]:
-    """Train from where `folder` stands to `training.max_steps`, one record a step.
+def never() -> bool:
+    return False
 
-    Checkpoints are complete before the record of their step is yielded, and written before the
-    evaluation of that step. Raises `ConfigError` for a device that is not there, `DatasetError`
-    and `CheckpointError` for files that fail their checks, `OutOfMemoryError` when a micro-batch
-    of one sequence is too much.
+
+def train(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    folder: Path,
+    stop: Callable[[], bool] = never,
+) -> Iterator[StepRecord]:
+    """Train from where `folder` stands to `training.max_steps`, or until `stop` turns true, which
+    is asked between micro-batches.
+
+    A step's record comes before its checkpoint is begun, its evaluation after that; so a start
+    from that checkpoint has lost neither. Raises `ConfigError` for a device that is not there,
+    `DatasetError` for shards that fail their checks, `CheckpointError` for a checkpoint of another
+    run, `OutOfMemoryError` when a micro-batch of one sequence is too much, `NonFiniteLossError`
+    when going back did not help, `RunLockedError` while another process trains in `folder`.
     """
-    return Trainer(config, dataset, folder).run()
+    with run_lock(folder):
+        yield from Trainer(config, dataset, folder, stop).run()
 
 
 class Trainer:
-    def __init__(self, config: RunConfig, dataset: DatasetManifest, folder: Path) -> None:
-        self.config, self.dataset, self.folder = config, dataset, folder
-        self.device = pick_device(config.hardware.device)
-        self.batch_size = config.training.batch_size
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
-        torch.manual_seed(config.training.seed)
-        # Drawn on the CPU, so that every device begins with the same weights.
-        self.model = build_model(config.model).to(self.device)
-        self.model.checkpoint_blocks = config.training.activation_checkpointing
-        self.network = self._compiled_network()
-        self.optimizers = build_optimizers(self.model, config)
-        # Gradients in float16 vanish unless scaled; the other types need no scaler.
-        scaled = compute_dtype(self.device, config.training.dtype) == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        sequences = Sequences(dataset, dataset.train, config.model.block_size)
-        self.batches = TrainingBatches(sequences, config.training.seed)
-        self.step = 0
-        checkpoint = latest_checkpoint(folder)
-        if checkpoint:
-            progress = restore(checkpoint.folder, self.model, self.optimizers)
-            self.step, self.batches.position = progress.step, progress.position
-            self.scaler.load_state_dict(progress.scaler)
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: DatasetManifest,
+        folder: Path,
+        stop: Callable[[], bool] = never,
+    ) -> None:
+        self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop
+        self.writer = CheckpointWriter(folder)
+        self.stepper = Stepper(config, dataset)
+        self.watch = LossWatch(config.training.spike_sigma)
+        self.recoveries = read_recoveries(folder)
+        self.step = self.saved_step = self.skipped_steps = 0
+        self._previous_position = 0
+        if sound_checkpoint(folder):
+            self._load()
         self._flops_share_per_token = self._share_of_peak()
         self._last_end = time.perf_counter()
 
+    def _load(self) -> None:
+        """Stand where the newest sound checkpoint stood, or at the beginning."""
+        stepper = self.stepper
+        checkpoint = sound_checkpoint(self.folder)
+        if checkpoint is None:
+            progress = stepper.restart(self.dataset.fingerprint)
+        else:
+            progress = restore(
+                checkpoint.folder,
+                self.config,
+                self.dataset.fingerprint,
+                stepper.model,
+                stepper.optimizers,
+            )
+            stepper.scaler.load_state_dict(progress.scaler)
+        stepper.batches.position = self._previous_position = progress.position
+        self.step = self.saved_step = progress.step
+        self.skipped_steps = progress.skipped_steps
+        self.watch = LossWatch(self.config.training.spike_sigma, progress.recent_losses)
+
     def _share_of_peak(self) -> float | None:
         """What one token a second is of the card's peak; None for a card that nobody listed."""
-        if not self._on_gpu:
+        if not self.stepper.on_gpu:
             return None
-        properties = torch.cuda.get_device_properties(self.device)
+        properties = torch.cuda.get_device_properties(self.stepper.device)
         card = find_card(properties.name, properties.total_memory)
         peak = card and card.peak_tflops(self.config.training.dtype)
         return flops_per_token(self.config) / (peak * 1e12) if peak else None
 
-    def _compiled_network(self) -> torch.nn.Module:
-        # On a CPU the head dominates small models, and compiling the rest takes longer than it
-        # saves in the minutes that a CPU run lasts.
-        if self.config.training.compile and self.device.type == "cuda":
-            return compiled(self.model, self.device)
-        return self.model
-
     # --- the run ---------------------------------------------------------------------------------
 
     def run(self) -> Iterator[StepRecord]:
+        try:
+            yield from self._steps()
+            self._save()
+        except NonFiniteLossError:
+            raise
+        except BaseException:  # an error, a signal, or a consumer that leaves
+            self._save_what_can_be()
+            raise
+        finally:
+            self.writer.close()
+
+    def _steps(self) -> Iterator[StepRecord]:
         max_steps = self.config.training.max_steps
         if self.step < max_steps:
-            self._fit()
-        if self.step == 0:
-            yield StepRecord(0, 0, self._peak_learning_rate(), validation=self._validate())
-        launched: _LaunchedStep | None = None
+            self.stepper.fit()
+            self._pass_over()
+            if self._evaluation_is_due():  # at the very start, or cut off after its checkpoint
+                yield self._validated()
+        self._last_end = time.perf_counter()
         while self.step < max_steps:
-            following = self._launch_step()
-            if launched:
-                yield self._record(launched)
-            launched = following
-            checkpoint, evaluation = self._due()
-            if checkpoint or evaluation:
-                record = self._record(launched)
-                if checkpoint:
-                    self._checkpoint()
-                validation = self._validate() if evaluation else None
-                yield dataclasses.replace(record, validation=validation)
-                launched = None
-                self._last_end = time.perf_counter()
+            record = self._take_step()
+            if record is None:
+                return
+            yield record
+            if self.step != record.step:  # gone back
+                continue
+            if self._checkpoint_is_due() and not self._save():
+                self._go_back("weights are not finite", self._previous_position)
+                continue
+            if self._evaluation_is_due():
+                yield self._validated()
+            self.writer.wait_while_stalled(self.stop)
 
-    def _due(self) -> tuple[bool, bool]:
-        """Whether the step just launched is followed by a checkpoint, by an evaluation."""
+    def _checkpoint_is_due(self) -> bool:
+        training = self.config.training
+        return self.step % training.checkpoint_interval == 0 or self.step == training.max_steps
+
+    def _evaluation_is_due(self) -> bool:
         last = self.step == self.config.training.max_steps
-        checkpoint = self.step % self.config.training.checkpoint_interval == 0
-        return last or checkpoint, last or self.step % self.config.evaluation.interval == 0
+        return last or self.step % self.config.evaluation.interval == 0
 
-    def _record(self, launched: _LaunchedStep) -> StepRecord:
-        loss, grad_norm, end = launched.wait()
+    def _take_step(self) -> StepRecord | None:
+        """None where it was stopped before the step was whole."""
+        stepper, position = self.stepper, self.stepper.batches.position
+        factor = set_step(stepper.optimizers, self.config, self.step)
+        gradients = stepper.gradients(self.stop)
+        if gradients is None:
+            return None
+        end, learning_rate = time.perf_counter(), self._peak_learning_rate() * factor
+        self.step += 1
+        if gradients.usable:
+            stepper.update()
+        else:
+            stepper.drop_gradients()
+            self.skipped_steps += 1
+        record = self._record(gradients, learning_rate, end)
+        previous, self._previous_position = self._previous_position, position
+        self._judge(gradients, position, previous)
+        return record
+
+    def _judge(self, gradients: Gradients, position: int, previous: int) -> None:
+        """Go back where this step shows that it is needed. Its sequences began at `position`, those
+        of the step before at `previous`."""
+        if gradients.usable:
+            if spike := self.watch.taken(gradients.loss):
+                self._go_back(spike, position, is_spike=True)
+            return
+        reason = f"loss {gradients.loss} and gradient norm {gradients.norm} are not both finite"
+        logger.warning("step %d is skipped: %s", self.step, reason)
+        bad_from = self.watch.skipped(position)
+        if not self.stepper.weights_are_finite():  # no batch helps any more
+            bad_from = previous
+        if bad_from is not None:
+            self._go_back(reason, bad_from)
+
+    def _record(self, gradients: Gradients, learning_rate: float, end: float) -> StepRecord:
         tokens_per_second = self.config.tokens_per_step / (end - self._last_end)
         self._last_end = end
         return StepRecord(
-            step=launched.step,
-            tokens_seen=launched.step * self.config.tokens_per_step,
-            learning_rate=launched.learning_rate,
-            loss=loss,
-            grad_norm=grad_norm,
+            step=self.step,
+            tokens_seen=self._tokens_seen,
+            learning_rate=learning_rate,
+            loss=gradients.loss if gradients.usable else None,
+            grad_norm=gradients.norm if gradients.usable else None,
             tokens_per_second=tokens_per_second,
             mfu=self._flops_share_per_token and self._flops_share_per_token * tokens_per_second,
-            peak_memory_bytes=peak_memory_bytes(self.device),
-            batch_size=self.batch_size,
+            peak_memory_bytes=peak_memory_bytes(self.stepper.device),
+            batch_size=self.stepper.batch_size,
+            skipped_steps=self.skipped_steps,
+            recoveries=len(self.recoveries),
         )
 
-    def _validate(self) -> HeldoutLoss:
-        heldout = heldout_loss(self.model, self.config, self.dataset)
-        self._last_end = time.perf_counter()
-        return heldout
-
-    def _checkpoint(self) -> None:
-        progress = Progress(
-            step=self.step,
-            position=self.batches.position,
-            tokens_seen=self.step * self.config.tokens_per_step,
-            finished=self.step == self.config.training.max_steps,
-            scaler=self.scaler.state_dict(),
-        )
-        keep = self.config.training.checkpoints_kept
-        write_checkpoint(self.folder, self.config, self.model, self.optimizers, progress, keep)
+    @property
+    def _tokens_seen(self) -> int:
+        return self.step * self.config.tokens_per_step
 
     def _peak_learning_rate(self) -> float:
         return peak_learning_rates(self.config).matrices
 
-    # --- one step --------------------------------------------------------------------------------
+    def _validated(self) -> StepRecord:
+        """The record of an evaluation; the checkpoint of this step, if it has one, may be the best
+        so far."""
+        held = self._validate()
+        if self.saved_step == self.step > 0:
+            self._noted(note_best, self.step, held.loss)
+        self._last_end = time.perf_counter()
+        return StepRecord(self.step, self._tokens_seen, self._peak_learning_rate(), validation=held)
 
-    def _launch_step(self) -> _LaunchedStep:
-        """Enqueue one optimizer step; on a GPU this returns before the step is done."""
-        factor = set_step(self.optimizers, self.config, self.step)
-        loss = self._accumulate_gradients()
-        grad_norm = self._update()
-        self.step += 1
-        return _LaunchedStep(self.step, self._peak_learning_rate() * factor, loss, grad_norm)
+    def _validate(self) -> HeldoutLoss:
+        return heldout_loss(self.stepper.model, self.config, self.dataset)
 
-    def _accumulate_gradients(self) -> Tensor:
-        """Gradients of the step's mean loss, and that loss; in smaller micro-batches, from the
-        step's beginning, where the device runs out of memory."""
-        position, random = self.batches.position, random_states()
-        while True:
-            try:
-                grad_acc = self.config.sequences_per_step // self.batch_size
-                loss = torch.zeros((), device=self.device)
-                for _ in range(grad_acc):
-                    loss += self._micro_step(self.batches.take(self.batch_size))
-                return loss
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                where = f"at step {self.step + 1}"
-            # Outside the handler: its traceback would keep the step's tensors alive.
-            self._take_smaller_batches(where)
-            self.batches.position = position
-            set_random_states(random)
+    # --- checkpoints -----------------------------------------------------------------------------
 
-    def _micro_step(self, batch: Batch) -> Tensor:
-        """Add the gradients of one micro-batch; its share of the step's mean loss."""
-        inputs, targets = (self._to_device(part) for part in batch)
-        with autocast(self.device, self.config.training.dtype):
-            summed = summed_loss(
-                self.network(inputs),
-                self.model.head,
-                targets,
-                self.model.logit_softcap,
-                self.config.training.loss_chunk_rows,
-                self.config.training.compile,
-            )
-        # Over the tokens of the whole step, so that micro-batches of any split weigh the same.
-        share = summed / self.config.tokens_per_step
-        self.scaler.scale(share).backward()
-        return share.detach()
+    def _save(self) -> bool:
+        """Begin to write a checkpoint of this step, unless it has one. False, and nothing written,
+        where weights are not finite."""
+        if self.step == self.saved_step:
+            return True
+        if not self.stepper.weights_are_finite():
+            return False
+        self._write()
+        self._last_end = time.perf_counter()
+        return True
 
-    def _update(self) -> Tensor:
-        """Clip and step; the gradients' norm before clipping."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        limit = self.config.optimizer.grad_clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-        return grad_norm
+    def _save_what_can_be(self) -> None:
+        """On the way out of an error, which this must not hide."""
+        try:
+            if self.stepper.consistent:
+                self._save()
+        except Exception as error:  # as a device that answers no more
+            logger.warning("no checkpoint of step %d could be written: %s", self.step, error)
 
-    def _to_device(self, part: Tensor) -> Tensor:
-        # From pinned memory the copy runs beside the work that is already enqueued.
-        return part.pin_memory().to(self.device, non_blocking=True) if self._on_gpu else part
+    def _write(self) -> None:
+        stepper = self.stepper
+        progress = Progress(
+            step=self.step,
+            position=stepper.batches.position,
+            tokens_seen=self._tokens_seen,
+            finished=self.step == self.config.training.max_steps,
+            dataset_fingerprint=self.dataset.fingerprint,
+            scaler=stepper.scaler.state_dict(),
+            skipped_steps=self.skipped_steps,
+            recent_losses=self.watch.losses,
+        )
+        snapshot = take_snapshot(self.config, stepper.model, stepper.optimizers, progress)
+        self.writer.write(snapshot)
+        self.saved_step = self.step
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+    def _noted(self, write: Callable[..., None], *values: Any) -> None:
+        """`write` into the run's folder; a disk that does not take it stops nothing."""
+        try:
+            write(self.folder, *values)
+        except OSError as error:
+            logger.warning("not noted in %s: %s", self.folder, error)
 
-    # --- fitting into memory ---------------------------------------------------------------------
+    # --- when numbers went wrong -----------------------------------------------------------------
 
-    def _fit(self) -> None:
-        """Before any work counts: two micro-steps, an update and an evaluation at full size, in
-        smaller micro-batches until they fit. Leaves no trace in weights, states or data order."""
-        position, random = self.batches.position, random_states()
-        while True:
-            try:
-                self._trial()
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._take_smaller_batches("in the trial before the first step")
-        self.batches.position = position
-        set_random_states(random)
+    def _pass_over(self) -> None:
+        self.stepper.batches.pass_over([r.sequences_passed_over for r in self.recoveries])
+
+    def _go_back(self, reason: str, bad_from: int, is_spike: bool = False) -> None:
+        """To the newest sound checkpoint, and from the second time in the same place on to the one
+        before it; never again to the sequences from `bad_from` on to here.
+
+        Raises `NonFiniteLossError` after `recovery_attempts` in the same place; a spike is lived
+        with then.
+        """
+        self.writer.wait()
+        attempts, allowed = self._attempts_here(), self.config.training.recovery_attempts
+        if attempts >= allowed and is_spike:
+            logger.warning("step %d: %s. Going back did not help; going on", self.step, reason)
+            self.watch.forget()
+            return
+        if attempts >= allowed:
+            bring_back(self.folder)
+            raise self._hopeless(reason, attempts)
+        if attempts:
+            abandon_newest(self.folder)
+        failed_step, passed_over = self.step, (bad_from, self.stepper.batches.position)
+        self.stepper.drop_gradients()
+        self._load()
+        logger.warning(
+            "step %d: %s. Going back to step %d and over %d sequences of the data, return %d of %d",
+            failed_step,
+            reason,
+            self.step,
+            passed_over[1] - passed_over[0],
+            attempts + 1,
+            allowed,
+        )
+        recovery = Recovery(
+            step=failed_step,
+            back_to_step=self.step,
+            reason=reason,
+            sequences_passed_over=passed_over,
+        )
+        self.recoveries = (*self.recoveries, recovery)
+        self._noted(write_recoveries, self.recoveries)
+        self._pass_over()
         self._last_end = time.perf_counter()
 
-    def _trial(self) -> None:
-        fresh = not any(optimizer.state for optimizer in self.optimizers)
-        self._micro_step(self.batches.take(self.batch_size))
-        if fresh:
-            self._allocate_optimizer_states()
-        # The second stands at the peak of every later one: gradients and optimizer states exist.
-        self._micro_step(self.batches.take(self.batch_size))
-        self._zero_gradients()
-        heldout_loss(self.model, self._one_evaluation_batch(), self.dataset)
-        if fresh:
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
+    def _attempts_here(self) -> int:
+        """Returns since the newest checkpoint: none of them led to another one."""
+        complete = complete_checkpoints(self.folder)
+        newest = step_of(complete[0]) if complete else 0
+        return sum(recovery.step > newest for recovery in self.recoveries)
 
-    def _allocate_optimizer_states(self) -> None:
-        """An update of nothing: learning rate 0 and gradients 0."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-                for parameter in group["params"]:
-                    parameter.grad.zero_()
-            optimizer.step()
-
-    def _one_evaluation_batch(self) -> RunConfig:
-        tokens = self.config.evaluation.batch_size * self.config.model.block_size
-        evaluation = self.config.evaluation.model_copy(update={"tokens": tokens})
-        return self.config.model_copy(update={"evaluation": evaluation})
-
-    def _take_smaller_batches(self, where: str) -> None:
-        """At most half the micro-batch, the tokens of a step unchanged; raises `OutOfMemoryError`
-        when it was one sequence already."""
-        self._zero_gradients()
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-        before, total = self.batch_size, self.config.sequences_per_step
-        if before == 1:
-            raise OutOfMemoryError(
-                Problem(
-                    "training.batch_size",
-                    "1",
-                    f"{self.device} ran out of memory {where} with one sequence at a time",
-                    "set training.activation_checkpointing = true or a smaller "
-                    "training.loss_chunk_rows, or train a smaller model or model.block_size",
-                )
+    def _hopeless(self, reason: str, attempts: int) -> NonFiniteLossError:
+        complete = complete_checkpoints(self.folder)
+        last = f"; the last good checkpoint is {complete[0]}" if complete else ""
+        return NonFiniteLossError(
+            Problem(
+                "training.recovery_attempts",
+                str(attempts),
+                f"step {self.step}: {reason}, and going back so many times did not help",
+                "lower the learning rates (optimizer.learning_rate and its fellows), lengthen "
+                "schedule.warmup_steps, set optimizer.grad_clip = 1.0 or training.dtype = "
+                f'"float32", or look at the data{last}',
             )
-        self.batch_size = next(b for b in range(before // 2, 0, -1) if total % b == 0)
-        logger.warning(
-            "out of memory %s: batch_size %d -> %d, grad_acc %d -> %d; the tokens of a step and "
-            "their order stay the same",
-            where,
-            before,
-            self.batch_size,
-            total // before,
-            total // self.batch_size,
         )
-
-    def _zero_gradients(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-
-class _LaunchedStep:
-    """A step whose numbers may still be on their way from the device."""
-
-    def __init__(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
-        self.step, self.learning_rate = step, learning_rate
-        numbers = torch.stack((loss, grad_norm.to(loss.dtype)))
-        self._event: torch.cuda.Event | None = None
-        self._end = time.perf_counter()  # on a CPU a launched step is a finished one
-        if numbers.device.type == "cuda":
-            numbers = numbers.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._numbers = numbers
-
-    def wait(self) -> tuple[float, float, float]:
-        """Loss, gradient norm and the time of the step's end, once the device has come so far."""
-        if self._event:
-            self._event.synchronize()
-            self._end = time.perf_counter()
-        loss, grad_norm = self._numbers.tolist()
-        return loss, grad_norm, self._end

@@ -10,6 +10,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from gpt.config import OptimizerSection, RunConfig
 from gpt.model.transformer import GPT
+from gpt.training.muon import Float32Muon
 from gpt.training.schedule import (
     PeakLearningRates,
     learning_rate_factor,
@@ -23,16 +24,22 @@ _EPSILON_BESIDE_MUON = 1e-10
 _DECAY_BESIDE_MUON = 0.001
 
 
-def build_optimizers(model: GPT, config: RunConfig) -> list[Optimizer]:
+def build_optimizers(
+    model: GPT, config: RunConfig, device: torch.device | None = None
+) -> list[Optimizer]:
     """adamw: fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decay on matrices alone.
     muon: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside
     blocks, fused AdamW for embedding, head and vectors.
 
-    Each group keeps its highest learning rate in `initial_lr`; `set_step` scales from there.
+    `device` is where the updates will be made; left out: where the model is. Each group keeps its
+    highest learning rate in `initial_lr`; `set_step` scales from there.
     """
     rates = peak_learning_rates(config)
-    build = _muon_and_adamw if config.optimizer.name == "muon" else _adamw
-    optimizers = build(model, config.optimizer, rates)
+    if config.optimizer.name == "muon":
+        on_cpu = (device or model.head.device).type == "cpu"
+        optimizers = _muon_and_adamw(model, config.optimizer, rates, on_cpu)
+    else:
+        optimizers = _adamw(model, config.optimizer, rates)
     _assert_partition(model, optimizers)
     for group in _groups(optimizers):
         group["initial_lr"] = group["lr"]
@@ -61,7 +68,7 @@ def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) ->
 
 
 def _muon_and_adamw(
-    model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates
+    model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates, on_cpu: bool
 ) -> list[Optimizer]:
     inside = [p for block in model.blocks for p in block.parameters()]
     blocks = {id(parameter) for parameter in inside}
@@ -73,7 +80,8 @@ def _muon_and_adamw(
         {"params": tied, "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
         {"params": _vectors(inside + outside), "lr": rates.head, "weight_decay": 0.0},
     ]
-    muon = Muon(
+    kind = Float32Muon if on_cpu else Muon
+    muon = kind(
         _matrices(inside),
         lr=rates.matrices,
         weight_decay=optimizer.weight_decay,

@@ -1,8 +1,7 @@
 """Which folder a run lives in: starting is resuming, and a changed run is a new one by itself.
 
-A run's identity is its name and the fingerprint of everything that shapes its weights: model,
-data, optimizer, schedule, seed and the tokens of a step. What may change on the way (steps,
-intervals, how a step is split into micro-batches, device, tracking) is not part of it.
+A run's identity is its name and the fingerprint of what shapes its weights
+(`gpt.training.identity`).
 """
 
 from __future__ import annotations
@@ -13,19 +12,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from gpt.artifacts import DatasetManifest
-from gpt.config import RunConfig, fingerprint
+from gpt.config import RunConfig
 from gpt.files import write_text
 from gpt.training.checkpoint import latest_checkpoint
-
-_FREE_SECTIONS = ("run", "data", "evaluation", "tracking", "hardware")
-_FREE_KEYS = (
-    "training.max_steps",
-    "training.batch_size",
-    "training.grad_acc",
-    "training.checkpoint_interval",
-    "training.checkpoints_kept",
-    "training.log_interval",
-)
+from gpt.training.identity import run_identity
 
 
 class RunRecord(BaseModel):
@@ -38,18 +28,6 @@ class RunRecord(BaseModel):
     dataset_fingerprint: str
 
 
-def run_identity(config: RunConfig, dataset: DatasetManifest) -> str:
-    """Fingerprint of what shapes the weights, at every step."""
-    kept = {
-        key: value
-        for key, value in config.flat().items()
-        if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
-    }
-    kept["sequences_per_step"] = config.sequences_per_step
-    kept["dataset"] = dataset.fingerprint
-    return fingerprint(kept)
-
-
 def open_run_folder(config: RunConfig, dataset: DatasetManifest, fresh: bool = False) -> Path:
     """`<root>/train/<name>-<8 hex>`: the folder of this run where it was started before, else new.
 
@@ -57,7 +35,7 @@ def open_run_folder(config: RunConfig, dataset: DatasetManifest, fresh: bool = F
     interrupted before reaching them. `fresh` always begins a new folder and leaves the old alone.
     """
     parent = config.run.root / "train"
-    identity = run_identity(config, dataset)
+    identity = run_identity(config, dataset.fingerprint)
     folder = None if fresh else _started_before(parent, config, identity)
     folder = folder or _unused(parent, f"{config.run.name}-{identity[:8]}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,251 @@
+"""One optimizer step on the device: micro-batches that fit into its memory, then one update.
+
+Between the micro-batches of a step nothing waits for the device. A step that does not fit is done
+again in smaller micro-batches, over the same sequences.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.artifacts import DatasetManifest
+from gpt.config import RunConfig
+from gpt.data.batches import Batch, Sequences, TrainingBatches
+from gpt.errors import OutOfMemoryError, Problem
+from gpt.evaluation.heldout import heldout_loss
+from gpt.model.compile import compiled
+from gpt.model.device import autocast, compute_dtype, is_out_of_memory, pick_device
+from gpt.model.loss import summed_loss
+from gpt.model.transformer import build_model
+from gpt.training.checkpoint import Progress
+from gpt.training.optimizer import build_optimizers
+from gpt.training.snapshot import random_states, set_random_states
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a step's micro-batches came to. `loss` is the mean over its tokens, nats; `norm` the
+    global norm of its gradient before clipping."""
+
+    loss: float
+    norm: float
+    usable: bool
+    """Whether the update may be made: both numbers are finite, or float16 overflowed, for which the
+    scaler skips the update by itself and lowers its scale."""
+
+
+class Stepper:
+    """Network, optimizers and data of a run, new from the seed."""
+
+    def __init__(self, config: RunConfig, dataset: DatasetManifest) -> None:
+        self.config, self.dataset = config, dataset
+        self.device = pick_device(config.hardware.device)
+        self.batch_size = config.training.batch_size
+        if self.on_gpu:
+            torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
+        torch.manual_seed(config.training.seed)
+        # Drawn on the CPU, so that every device begins with the same weights.
+        self.model = build_model(config.model).to(self.device)
+        self.model.checkpoint_blocks = config.training.activation_checkpointing
+        self.network = self._compiled_network()
+        self.optimizers = build_optimizers(self.model, config)
+        # Gradients in float16 vanish unless scaled; the other types need no scaler.
+        scaled = compute_dtype(self.device, config.training.dtype) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        sequences = Sequences(dataset, dataset.train, config.model.block_size)
+        self.batches = TrainingBatches(sequences, config.training.seed)
+        self.consistent = True
+        """False in the middle of an update: weights and states are of no step then."""
+
+    def restart(self, dataset_fingerprint: str) -> Progress:
+        """Weights, states and data order as `__init__` left them; the progress of that."""
+        torch.manual_seed(self.config.training.seed)
+        self.model.load_state_dict(build_model(self.config.model).state_dict())
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        return Progress(
+            step=0,
+            position=0,
+            tokens_seen=0,
+            finished=False,
+            dataset_fingerprint=dataset_fingerprint,
+        )
+
+    def _compiled_network(self) -> torch.nn.Module:
+        # On a CPU the head dominates small models, and compiling the rest takes longer than it
+        # saves in the minutes that a CPU run lasts.
+        if self.config.training.compile and self.on_gpu:
+            return compiled(self.model, self.device)
+        return self.model
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def gradients(self, stop: Callable[[], bool]) -> Gradients | None:
+        """Of the next `sequences_per_step` sequences, clipped; None, with nothing taken, where
+        `stop` turned true between two micro-batches. Waits once for the device, at the end."""
+        position, random = self.batches.position, random_states()
+        while True:
+            try:
+                loss = self._accumulated(stop)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler: its traceback would keep the step's tensors alive.
+            self._take_smaller_batches("in training")
+            self._go_back(position, random)
+        if loss is None:
+            self.drop_gradients()
+            self._go_back(position, random)
+            return None
+        return self._clipped(loss)
+
+    def _accumulated(self, stop: Callable[[], bool]) -> Tensor | None:
+        loss = torch.zeros((), device=self.device)
+        for _ in range(self.config.sequences_per_step // self.batch_size):
+            if stop():
+                return None
+            loss += self.micro_step(self.batches.take(self.batch_size))
+        return loss
+
+    def micro_step(self, batch: Batch) -> Tensor:
+        """Add the gradients of one micro-batch; its share of the step's mean loss."""
+        inputs, targets = (self._to_device(part) for part in batch)
+        with autocast(self.device, self.config.training.dtype):
+            summed = summed_loss(
+                self.network(inputs),
+                self.model.head,
+                targets,
+                self.model.logit_softcap,
+                self.config.training.loss_chunk_rows,
+                self.config.training.compile,
+            )
+        # Over the tokens of the whole step, so that micro-batches of any split weigh the same.
+        share = summed / self.config.tokens_per_step
+        self.scaler.scale(share).backward()
+        return share.detach()
+
+    def _clipped(self, summed: Tensor) -> Gradients:
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        limit = self.config.optimizer.grad_clip or float("inf")
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        # The one place where a step waits: what is wrong must be known before the update.
+        loss, norm = torch.stack((summed, gradient_norm.to(summed.dtype))).tolist()
+        usable = math.isfinite(loss) and (math.isfinite(norm) or self._overflow_is_expected())
+        return Gradients(loss, norm, usable)
+
+    def _overflow_is_expected(self) -> bool:
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+    def update(self) -> None:
+        """One step of the optimizers with the gradients that are there; on a GPU this returns
+        before it is done."""
+        self.consistent = False
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.drop_gradients()
+        self.consistent = True
+
+    def drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def weights_are_finite(self) -> bool:
+        """Waits for the device."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def _to_device(self, part: Tensor) -> Tensor:
+        # From pinned memory the copy runs beside the work that is already enqueued.
+        return part.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else part
+
+    def _go_back(self, position: int, random: dict[str, Tensor]) -> None:
+        self.batches.position = position
+        set_random_states(random)
+
+    # --- fitting into memory ---------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Before any work counts: two micro-steps, an update and an evaluation at full size, in
+        smaller micro-batches until they fit. Leaves no trace in weights, states or data order."""
+        position, random = self.batches.position, random_states()
+        while True:
+            try:
+                self._trial()
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._take_smaller_batches("in the trial before the first step")
+        self._go_back(position, random)
+
+    def _trial(self) -> None:
+        fresh = not any(optimizer.state for optimizer in self.optimizers)
+        self.consistent = not fresh
+        self.micro_step(self.batches.take(self.batch_size))
+        if fresh:
+            self._allocate_optimizer_states()
+        # The second stands at the peak of every later one: gradients and optimizer states exist.
+        self.micro_step(self.batches.take(self.batch_size))
+        self.drop_gradients()
+        heldout_loss(self.model, self._one_evaluation_batch(), self.dataset)
+        if fresh:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        self.consistent = True
+
+    def _allocate_optimizer_states(self) -> None:
+        """An update of nothing: learning rate 0 and gradients 0."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad.zero_()
+            optimizer.step()
+
+    def _one_evaluation_batch(self) -> RunConfig:
+        tokens = self.config.evaluation.batch_size * self.config.model.block_size
+        evaluation = self.config.evaluation.model_copy(update={"tokens": tokens})
+        return self.config.model_copy(update={"evaluation": evaluation})
+
+    def _take_smaller_batches(self, where: str) -> None:
+        """At most half the micro-batch, the tokens of a step unchanged; raises `OutOfMemoryError`
+        when it was one sequence already."""
+        self.drop_gradients()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        before, total = self.batch_size, self.config.sequences_per_step
+        if before == 1:
+            raise OutOfMemoryError(
+                Problem(
+                    "training.batch_size",
+                    "1",
+                    f"{self.device} ran out of memory {where} with one sequence at a time",
+                    "set training.activation_checkpointing = true or a smaller "
+                    "training.loss_chunk_rows, or train a smaller model or model.block_size",
+                )
+            )
+        self.batch_size = next(b for b in range(before // 2, 0, -1) if total % b == 0)
+        logger.warning(
+            "out of memory %s: batch_size %d -> %d, grad_acc %d -> %d; the tokens of a step and "
+            "their order stay the same",
+            where,
+            before,
+            self.batch_size,
+            total // before,
+            total // self.batch_size,
+        )
