@@ -226,20 +226,24 @@ def plain_points(config, dataset):
 def our_points(config, dataset):
     from gpt.training.loop import train
 
-    seconds = 0.0
+    seconds, point = 0.0, None
     with tempfile.TemporaryDirectory() as folder:
         for record in train(config, dataset, Path(folder)):
+            if record.validation and point:  # told after its step
+                point["validation"] = record.validation.loss
             if record.loss is None:
                 continue
+            if point:
+                yield point
             seconds += config.tokens_per_step / record.tokens_per_second
-            held = record.validation
-            yield {
+            point = {
                 "step": record.step,
                 "seconds": seconds,
                 "loss": record.loss,
-                "validation": held.loss if held else None,
-                "mfu": getattr(record, "mfu", None),
+                "validation": None,
+                "mfu": record.mfu,
             }
+        yield point
 
 
 # --- what is told --------------------------------------------------------------------------------
