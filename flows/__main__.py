@@ -15,7 +15,7 @@ from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
 
 if TYPE_CHECKING:
-    from flows.pretrain import Outcome
+    from flows.outcome import Outcome
     from gpt.preflight.report import Report
 
 CANNOT = 2
@@ -80,31 +80,45 @@ def run(
     """Validate, tokenise, train and evaluate; the same command again goes on where it stopped."""
     try:
         print_outcome(_pretrained(config, merged({}, overrides or []), fresh))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt:  # before the flow could take it
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 
 def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outcome:
-    """Run the flow. A config that cannot work is told at once, then recorded as a Failed run."""
+    """Run the flow, unless the run is finished already. A config that cannot work is told at once,
+    then recorded as a Failed run."""
     from gpt.preflight.report import examine
 
     problems = examine(config, laid_over, starting=True).problems
     if problems:  # told now; Prefect takes seconds to start
         print(ConfigError(*problems), file=sys.stderr, flush=True)
+    elif not fresh and (finished := _finished(config, laid_over)):
+        return finished
 
     from flows import environment
 
     environment.prepare(_root(config, laid_over))
-    environment.start_api()
-    from flows.pretrain import pretrain
+    from flows.session import run_flow
 
     try:
-        return pretrain(config, dict(laid_over), fresh)
+        return run_flow(config, dict(laid_over), fresh)
     except ConfigError:
         if not problems:
             raise
         sys.exit(CANNOT)  # told above
+
+
+def _finished(config: str, laid_over: Mapping[str, Any]) -> Outcome | None:
+    from flows.outcome import finished_outcome
+
+    outcome = finished_outcome(config, laid_over)
+    if outcome:
+        print(
+            f"already finished at step {outcome.report.step} in {_short(outcome.folder)}; "
+            "start anew with --fresh or another run.name"
+        )
+    return outcome
 
 
 def _root(config: str, overrides: Mapping[str, Any]) -> Path:
@@ -214,6 +228,28 @@ def tokenize(config: ConfigPath, overrides: Overrides = None) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def sync(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name.")],
+    root: Annotated[Path, typer.Option("--root", help="Where runs lie (run.root).")] = Path("runs"),
+    uri: Annotated[
+        str, typer.Option("--uri", help="An MLflow server; left out: the one the run began with.")
+    ] = "",
+) -> None:
+    """Send MLflow what it has missed of a run: metrics, files, status. Again, it sends nothing."""
+    from flows import environment
+    from gpt.training.run_folder import named_run_folder
+
+    folder = named_run_folder(run, root)
+    environment.prepare(root)
+    from gpt.training.run_lock import run_lock
+    from tasks.tracking import sync_run
+
+    with run_lock(folder):
+        sent = sync_run(folder, uri)
+    print(f"{_short(folder.resolve())}: {sent}")
 
 
 @app.command()

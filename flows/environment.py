@@ -8,7 +8,6 @@ that `PREFECT_API_URL` points the same code at a server.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ EMBEDDED = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
+    # A server that is away is given up after 6 s and not after a minute, at each call.
+    "PREFECT_CLIENT_MAX_RETRIES": "2",
     # The terminal belongs to the run's own lines; the run's page still gets every log line.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
@@ -44,18 +45,3 @@ def prepare(root: Path) -> None:
 def prefect_home(root: Path) -> Path:
     """Absolute, because Prefect's server is a process of its own."""
     return root.resolve() / "prefect"
-
-
-def start_api() -> None:
-    """Start Prefect's embedded API, if no server is set. Call after `prepare`.
-
-    The terminal sends Ctrl-C to every process of a command. The API must outlive it by the moment
-    in which the run says how it ended, so it is born with that signal blocked.
-    """
-    from prefect.client.orchestration import get_client
-
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        get_client(sync_client=True)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -85,3 +85,9 @@ class RunLockedError(GPTError):
     """Another process is working in the run's folder."""
 
     headline = "the run is taken"
+
+
+class TrackingError(GPTError):
+    """A tracking server that cannot be reached, or has nothing to be told."""
+
+    headline = "the run cannot be tracked"

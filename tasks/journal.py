@@ -8,6 +8,7 @@ away, slow or gone therefore loses nothing, and nothing is told twice.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -45,6 +46,8 @@ class Outbox(Artifact):
     """Tags the MLflow run, so that one that was made is found again, whatever was interrupted."""
     name: str
     experiment: str
+    uri: str = ""
+    """The server that the run began with."""
     artifacts: str
     """Where a new experiment keeps its files; empty: where its server keeps them."""
     parameters: dict[str, str]
@@ -84,19 +87,34 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         _cut_torn_line(self.path)
-        lines, _ = read_lines(self.path)
+        lines, self._end = read_lines(self.path)
         self._known = {(key, line.step) for line in lines for key in line.metrics}
+        self._waiting: list[bytes] = []
 
     def append(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Write what is new of `metrics`; whether there was any. Raises OSError (a full disk)."""
+        """Write what is new of `metrics`; whether there was any. Raises OSError where the disk
+        takes no more: the line waits in memory for the next call."""
         new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
-        if not new:
-            return False
-        line = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._known.update((key, step) for key in new)
-        return True
+        if new:
+            line = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
+            self._waiting.append(json.dumps(line).encode() + b"\n")
+            self._known.update((key, step) for key in new)
+        self.flush()
+        return bool(new)
+
+    def flush(self) -> None:
+        """Write what waits. Raises OSError where the disk does not take it."""
+        if not self._waiting:
+            return
+        waiting = b"".join(self._waiting)
+        with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as file:
+            # A full disk may have taken half a line before.
+            file.truncate(self._end)
+            file.seek(self._end)
+            if file.write(waiting) < len(waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._end += len(waiting)
+        self._waiting.clear()
 
 
 def read_lines(path: Path, start: int = 0, most: int | None = None) -> tuple[list[Line], int]:

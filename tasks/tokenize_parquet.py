@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import DatasetManifest
@@ -11,17 +10,15 @@ from gpt.config import RunConfig
 from gpt.data.corpus import find_dataset, tokenize_corpus
 from gpt.data.summary import page, write_summary
 from tasks.console import TokenizeDisplay, tell, tokenize_display, warn
+from tasks.prefect_api import show_page
 
 
 @task(name="tokenize-parquet", task_run_name="tokenize-parquet", cache_policy=NO_CACHE)
 def tokenize_parquet(config: RunConfig) -> DatasetManifest:
     """Raises `CorpusError` for a source that cannot be read or holds too little."""
     dataset = tokenized(config)
-    create_markdown_artifact(
-        key=f"dataset-{dataset.fingerprint[:16]}",
-        markdown=page(dataset),
-        description=f"{dataset.train.tokens:,} tokens to train on",
-    )
+    tokens = f"{dataset.train.tokens:,} tokens to train on"
+    show_page(f"dataset-{dataset.fingerprint[:16]}", page(dataset), tokens)
     return dataset
 
 

@@ -11,31 +11,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from gpt.artifacts import Artifact, DatasetManifest, EvaluationReport
 from gpt.config import RunConfig
-from gpt.data.shards import MANIFEST
-from gpt.data.summary import write_summary
-from gpt.files import write_text
-from gpt.model.device import pick_device
-from gpt.model.transformer import build_model
+from gpt.errors import Problem, TrackingError
 from gpt.training.loop import StepRecord
-from gpt.training.schedule import peak_learning_rates
 from tasks import journal
 from tasks.console import warn
+from tasks.description import describe, local_store, tracking_uri
 from tasks.journal import DatasetInput, Journal, Line, Outbox, Receipt
+from tasks.stopping import stopping
 
 # Read by MLflow at import or at each call. A call that cannot reach a server gives up soon, since
 # the courier tries again by itself.
@@ -63,20 +55,20 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 UID_TAG = "overnight.uid"
 ERROR_TAG = "overnight.error"
-CHANGED = "+changes"
 TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 """Makes MLflow's pages open on runs and curves, not on prompts and traces."""
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
 """Longest wait at the end of a stage for what has not been sent."""
+STOPPED_FLUSH_SECONDS = 3.0
+"""The same when the run was asked to stop, and will be killed if it takes long."""
 SEND_SECONDS = 2.0
 RETRY_SECONDS = 60.0
 """Longest pause between attempts while MLflow is away; they begin at SEND_SECONDS and double."""
 LINES_A_BATCH = 100
 """At about ten metrics a line this is MLflow's limit of 1,000 metrics a call."""
 PARAMETERS_A_BATCH = 100
-DIGEST_LENGTH = 36
 TAG_LENGTH = 5_000
 
 STEP_METRICS = {
@@ -88,6 +80,8 @@ STEP_METRICS = {
     "learning_rate": "lr",
     "tokens_seen": "tokens_seen",
     "batch_size": "batch_size",
+    "skipped_steps": "skipped_steps",
+    "recoveries": "recoveries",
 }
 HELDOUT_METRICS = {
     "loss": "val/loss",
@@ -108,12 +102,6 @@ class RunRef(Artifact):
 # --- what the stages call ------------------------------------------------------------------------
 
 
-def tracking_uri(config: RunConfig) -> str:
-    """The config's server, else MLFLOW_TRACKING_URI, else SQLite under the run's root."""
-    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    return given or f"sqlite:///{_local_store(config.run.root) / 'mlflow.db'}"
-
-
 def open_run(config: RunConfig, dataset: DatasetManifest, folder: Path) -> RunRef:
     """The MLflow run of this run folder: made, or the one that the folder names.
 
@@ -121,9 +109,9 @@ def open_run(config: RunConfig, dataset: DatasetManifest, folder: Path) -> RunRe
     """
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
-        (_local_store(config.run.root) / "artifacts").mkdir(parents=True, exist_ok=True)
+        (local_store(config.run.root) / "artifacts").mkdir(parents=True, exist_ok=True)
     if journal.read_outbox(folder) is None:
-        journal.write_outbox(folder, _outbox(config, dataset, folder))
+        journal.write_outbox(folder, describe(config, dataset, folder))
     run = RunRef(folder=folder, uri=uri)
     with _courier(run, OPEN_SECONDS, warns=True):
         pass
@@ -148,11 +136,10 @@ class Recorder:
 
     def step(self, record: StepRecord) -> None:
         values = vars(record)
-        metrics = {key: values.get(name) for name, key in STEP_METRICS.items()}
-        if record.loss is None:
-            metrics = {}
         if record.validation:
-            metrics |= {key: getattr(record.validation, n) for n, key in HELDOUT_METRICS.items()}
+            metrics = {key: getattr(record.validation, n) for n, key in HELDOUT_METRICS.items()}
+        else:
+            metrics = {key: values[name] for name, key in STEP_METRICS.items()}
         self._append(record.step, metrics)
 
     def report(self, report: EvaluationReport) -> None:
@@ -164,11 +151,18 @@ class Recorder:
             known = {key: float(value) for key, value in metrics.items() if value is not None}
             if self._journal.append(step, known):
                 _set_status(self._folder, "RUNNING")
+            self._tell_of(None)
         except OSError as error:
-            if not self._failed:
-                path = self._journal.path
-                warn(f"metrics cannot be written to {path}: {error.strerror}; training goes on")
-            self._failed = True
+            self._tell_of(error)
+
+    def _tell_of(self, fault: OSError | None) -> None:
+        """Once when the disk takes no more metrics, once when it does again."""
+        path = self._journal.path
+        if fault and not self._failed:
+            warn(f"metrics cannot be written to {path} and wait in memory: {fault.strerror}")
+        elif self._failed and not fault:
+            warn(f"metrics are written to {path} again; none is lost")
+        self._failed = fault is not None
 
 
 def attach(run: RunRef, files: Mapping[str, Path]) -> None:
@@ -192,6 +186,31 @@ def ended_by_outcome(run: RunRef) -> Iterator[None]:
     _end(run, "FINISHED")
 
 
+def sync_run(folder: Path, uri: str) -> str:
+    """Send what MLflow at `uri` (empty: the server that the run began with) has missed of a run;
+    says what was sent. Raises `TrackingError` where there is nothing to send or no way to."""
+    outbox, before = journal.read_outbox(folder), journal.read_receipt(folder)
+    uri = uri or (before.uri if before else "") or (outbox.uri if outbox else "")
+    if outbox is None or not uri:
+        rule = "nothing of this run was to be tracked yet" if outbox is None else "names no server"
+        raise TrackingError(Problem(str(folder), "", rule, "start the run, or give --uri"))
+    known = before if before and before.uri == uri else None
+    lines = journal.unsent_lines(folder, known)
+    try:
+        deliver(folder, uri)
+    except Exception as error:  # whatever MLflow raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        remedy = "start that server, or name another one with --uri; nothing is lost"
+        raise TrackingError(
+            Problem("--uri", uri, f"cannot be reached: {reason}", remedy)
+        ) from error
+    after = journal.read_receipt(folder)
+    if after == before:
+        return f"MLflow at {uri} has all of it already"
+    files = len(after.files if after else {}) - len(known.files if known else {})
+    return f"sent {lines} steps and {files} files to MLflow at {uri}"
+
+
 def _end(run: RunRef, status: str, error: str = "") -> None:
     _set_status(run.folder, status, error)
     with _courier(run, FLUSH_SECONDS):
@@ -202,7 +221,8 @@ def _end(run: RunRef, status: str, error: str = "") -> None:
         warn(
             f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent. "
             f"Nothing is lost, {run.folder / journal.METRICS} has them; "
-            "start the same run again when MLflow is back and they are sent"
+            f"when MLflow is back, `overnight sync {run.folder}` sends them, and so does starting "
+            "the same run again"
         )
 
 
@@ -219,106 +239,6 @@ def _outbox_of(folder: Path) -> Outbox:
     return outbox
 
 
-def _local_store(root: Path) -> Path:
-    return root.resolve() / "mlflow"
-
-
-# --- what a run is, in MLflow's words ------------------------------------------------------------
-
-
-def _outbox(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbox:
-    resolved = folder / "config.json"
-    write_text(resolved, config.model_dump_json(indent=2) + "\n")
-    commit = git_commit()
-    return Outbox(
-        uid=uuid.uuid4().hex,
-        name=config.run.name,
-        experiment=config.tracking.experiment,
-        artifacts=_artifact_location(config),
-        parameters=run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
-        tags={"mlflow.source.git.commit": commit.removesuffix(CHANGED)} if commit else {},
-        dataset=_dataset_input(dataset),
-        files={"config.json": resolved.resolve()} | _dataset_files(dataset),
-    )
-
-
-def _dataset_files(dataset: DatasetManifest) -> dict[str, Path]:
-    files = {MANIFEST: dataset.folder / MANIFEST} | write_summary(dataset)
-    return {f"dataset/{name}": path.resolve() for name, path in files.items() if path.exists()}
-
-
-def _artifact_location(config: RunConfig) -> str:
-    """Beside the SQLite store; a server has a place of its own."""
-    if not tracking_uri(config).startswith("sqlite:///"):
-        return ""
-    return (_local_store(config.run.root) / "artifacts").as_uri()
-
-
-def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:
-    """Every config value, and what follows from the config, the data and the machine."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config.model).parameters())
-    device = pick_device(config.hardware.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    derived = {
-        "parameters": parameters,
-        "tokens_per_step": config.tokens_per_step,
-        **{f"peak_lr.{name}": rate for name, rate in vars(peak_learning_rates(config)).items()},
-        "dataset.fingerprint": dataset.fingerprint,
-        "dataset.train_tokens": dataset.train.tokens,
-        "dataset.validation_tokens": dataset.validation.tokens,
-        "device": f"{device.type}: {name}",
-        "versions.python": platform.python_version(),
-    }
-    derived |= {
-        f"versions.{package}": version(package)
-        for package in ("overnight", "torch", "mlflow", "prefect", "polars", "tiktoken")
-    }
-    return {key: _text(value) for key, value in (config.flat() | derived).items()}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def git_commit() -> str:
-    """The commit of the code, with "+changes" where files differ from it; "" outside of git."""
-    code = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(code)]
-    try:
-        # The tree must be the code's own: an installed package may lie inside another one.
-        top = _output([*git, "rev-parse", "--show-toplevel"])
-        if Path(top) != code:
-            return ""
-        changes = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-        return _output([*git, "rev-parse", "HEAD"]) + (CHANGED if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
-
-
-def _dataset_input(dataset: DatasetManifest) -> DatasetInput:
-    sources = tuple(source.path for source in dataset.sources)
-    first = Path(sources[0])
-    return DatasetInput(
-        name=first.stem if len(sources) == 1 else first.parent.name or "parquet",
-        digest=dataset.fingerprint[:DIGEST_LENGTH],
-        sources=sources,
-        text_column=dataset.text_column,
-        profile={
-            "documents": dataset.train.documents + dataset.validation.documents,
-            "train_tokens": dataset.train.tokens,
-            "validation_tokens": dataset.validation.tokens,
-            "text_bytes": dataset.train.text_bytes + dataset.validation.text_bytes,
-            "tokenizer": dataset.tokenizer,
-        },
-    )
-
-
 # --- carrying it to MLflow -----------------------------------------------------------------------
 
 
@@ -329,7 +249,7 @@ def _courier(run: RunRef, flush_seconds: float, warns: bool = False) -> Iterator
     try:
         yield
     finally:
-        courier.close(flush_seconds)
+        courier.close(STOPPED_FLUSH_SECONDS if stopping.requested() else flush_seconds)
 
 
 class Courier(threading.Thread):

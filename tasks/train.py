@@ -7,16 +7,20 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config import RunConfig
-from gpt.training.checkpoint import latest_checkpoint
+from gpt.training.checkpoint import latest_checkpoint, sound_checkpoint
 from gpt.training.loop import train as training_steps
 from tasks.console import tell, train_display
+from tasks.stopping import stopping
 from tasks.tracking import RunRef, recording
 
 
 @task(name="train", task_run_name="train", cache_policy=NO_CACHE)
 def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> CheckpointRef:
-    """Train to the config's last step, from the run folder's latest checkpoint if it has one."""
-    checkpoint = latest_checkpoint(run.folder)
+    """Train to the config's last step, from the run folder's newest sound checkpoint if it has one.
+
+    Raises `StopRequested` after a checkpoint when a signal asks for it.
+    """
+    checkpoint = sound_checkpoint(run.folder)
     if checkpoint and checkpoint.finished:
         tell(
             f"already finished at step {checkpoint.step} in {run.folder}; "
@@ -27,8 +31,8 @@ def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> Checkpoin
         tell(f"going on after step {checkpoint.step} in {run.folder}")
     else:
         tell(f"training in {run.folder}")
-    with recording(run) as recorder, train_display(config) as display:
-        for record in training_steps(config, dataset, run.folder):
+    with recording(run) as recorder, train_display(config) as display, stopping.gracefully():
+        for record in training_steps(config, dataset, run.folder, stopping.requested):
             recorder.step(record)
             display.show(record)
     checkpoint = latest_checkpoint(run.folder)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from gpt.config import RunConfig
@@ -14,6 +12,7 @@ from gpt.errors import ConfigError
 from gpt.preflight.pages import markdown_page, verdict
 from gpt.preflight.report import examine
 from tasks.console import warn
+from tasks.prefect_api import show_page
 
 
 @task(name="validate-config", task_run_name="validate-config", cache_policy=NO_CACHE)
@@ -24,11 +23,7 @@ def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
     """
     report = examine(path, overrides, starting=True)
     name = report.figures.config.run.name if report.figures else report.path
-    create_markdown_artifact(
-        key=f"preflight-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}",
-        markdown=markdown_page(report),
-        description=verdict(report),
-    )
+    show_page(f"preflight-{name}", markdown_page(report), verdict(report))
     for warning in report.warnings:
         found = f"{warning.key} = {warning.value}" if warning.value else warning.key
         warn(f"{found}: {warning.rule}; {warning.remedy}")

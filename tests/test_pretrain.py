@@ -97,15 +97,15 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(
     from gpt.training import loop
 
     overrides = {"run": {"name": "broken-off"}}
-    launch = loop.Trainer._launch_step
+    take = loop.Trainer._take_step
 
     def fails(self: loop.Trainer) -> Any:
         if self.step == 8:
             raise RuntimeError("the machine went away")
-        return launch(self)
+        return take(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_launch_step", fails)
+        patch.setattr(loop.Trainer, "_take_step", fails)
         with pytest.raises(RuntimeError, match="went away"):
             pretrain(str(tiny_config), overrides)
     [run] = named(mlflow_client, "broken-off")

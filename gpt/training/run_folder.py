@@ -7,15 +7,19 @@ A run's identity is its name and the fingerprint of what shapes its weights
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
+from gpt.errors import ConfigError, Problem
 from gpt.files import write_text
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.identity import run_identity
+
+RUN_FILE = "run.json"
 
 
 class RunRecord(BaseModel):
@@ -45,15 +49,38 @@ def open_run_folder(config: RunConfig, dataset: DatasetManifest, fresh: bool = F
         dataset_fingerprint=dataset.fingerprint,
     )
     text = json.dumps(record.model_dump() | {"config": config.model_dump(mode="json")}, indent=2)
-    write_text(folder / "run.json", text)
+    write_text(folder / RUN_FILE, text)
     return folder
+
+
+def find_run_folder(config: RunConfig, dataset: DatasetManifest) -> Path | None:
+    """The folder that `open_run_folder` would go on in, if there is one; writes nothing."""
+    identity = run_identity(config, dataset.fingerprint)
+    return _started_before(config.run.root / "train", config, identity)
+
+
+def named_run_folder(name: str, root: Path) -> Path:
+    """The folder that `name` is the path of, or the newest of a run of that name, or of that folder
+    name, below `root`. Raises `ConfigError` where there is none."""
+    parent = root / "train"
+    candidates = [Path(name), parent / name, *_newest_first(parent.glob(f"{name}-*"))]
+    for folder in candidates:
+        if (folder / RUN_FILE).is_file():
+            return folder
+    known = ", ".join(path.name for path in _newest_first(parent.glob("*"))) or "none"
+    rule = f"is neither a run's folder nor the name of a run in {parent}"
+    raise ConfigError(Problem("RUN", name, rule, f"give one of: {known}, or another --root"))
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    return sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _started_before(parent: Path, config: RunConfig, identity: str) -> Path | None:
     """The newest folder of this identity that `config` may go on in."""
     wanted = config.training.max_steps
     candidates = []
-    for path in parent.glob(f"{config.run.name}-*/run.json"):
+    for path in parent.glob(f"{config.run.name}-*/{RUN_FILE}"):
         record = RunRecord.model_validate_json(path.read_text())
         if record.identity == identity and _may_go_on(path.parent, record, wanted):
             candidates.append((record.max_steps == wanted, path.stat().st_ctime_ns, path.parent))

@@ -1,0 +1,124 @@
+"""What a run reached, where it lies, and how to look at it. Without Prefect and MLflow, so that a
+finished run is told of in a second."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from flows.environment import prefect_home
+from gpt.artifacts import Artifact, CheckpointRef, EvaluationReport
+from gpt.config import RunConfig, load_config
+from gpt.data.corpus import find_dataset
+from gpt.evaluation.kept import kept_report
+from gpt.training.checkpoint import latest_checkpoint
+from gpt.training.run_folder import find_run_folder
+from tasks.journal import Receipt, read_receipt, unsent_lines
+
+
+class Outcome(Artifact):
+    name: str
+    report: EvaluationReport
+    tokens_seen: int
+    folder: Path
+    model: Path
+    mlflow_uri: str
+    mlflow_run_id: str | None
+    look_prefect: str
+    """Shows Prefect's pages on this run: a command, or an address where a server runs."""
+    look_mlflow: str
+    """The same for MLflow."""
+
+
+def outcome_of(
+    config: RunConfig,
+    folder: Path,
+    checkpoint: CheckpointRef,
+    report: EvaluationReport,
+    mlflow_uri: str,
+    mlflow_run_id: str | None,
+) -> Outcome:
+    return Outcome(
+        name=config.run.name,
+        report=report,
+        tokens_seen=checkpoint.tokens_seen,
+        folder=folder.resolve(),
+        model=(checkpoint.folder / "model.safetensors").resolve(),
+        mlflow_uri=mlflow_uri,
+        mlflow_run_id=mlflow_run_id,
+        look_prefect=_look_prefect(config),
+        look_mlflow=_look_mlflow(mlflow_uri),
+    )
+
+
+def finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | None:
+    """Of a run that is finished, evaluated and told to MLflow; None where something is left to do.
+
+    Raises `ConfigError` for a config that cannot work, and what `find_dataset` raises.
+    """
+    config = load_config(path, overrides)
+    dataset = find_dataset(config)
+    folder = dataset and find_run_folder(config, dataset)
+    checkpoint = folder and latest_checkpoint(folder)
+    if not (folder and checkpoint and checkpoint.finished):
+        return None
+    report, receipt = kept_report(folder, config, checkpoint.step), read_receipt(folder)
+    if report is None or receipt is None or not _all_is_told(folder, receipt):
+        return None
+    return outcome_of(config, folder, checkpoint, report, receipt.uri, receipt.run_id)
+
+
+def _all_is_told(folder: Path, receipt: Receipt) -> bool:
+    return receipt.status == "FINISHED" and not unsent_lines(folder, receipt)
+
+
+def result_page(outcome: Outcome) -> str:
+    """The run's result as Markdown."""
+    report = outcome.report
+    rows = {
+        "validation loss": f"{report.loss:.4f} nats a token, over {report.tokens:,} tokens",
+        "perplexity": f"{report.perplexity:,.2f}",
+        "bits per byte": f"{report.bits_per_byte:.4f}",
+        "trained": f"{report.step:,} steps, {outcome.tokens_seen:,} tokens",
+        "run folder": f"`{outcome.folder}`",
+        "model": f"`{outcome.model}`",
+        "MLflow run": f"`{outcome.mlflow_run_id or 'not made yet: MLflow was away'}`",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    samples = "\n\n".join(
+        f"**{sample.prompt}**\n\n{indent(sample.text, ' ' * 4, lambda _: True)}"
+        for sample in report.samples
+    )
+    return (
+        f"# {outcome.name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"## Look at it\n\n```sh\n{outcome.look_prefect}\n{outcome.look_mlflow}\n```\n\n"
+        f"## What it writes\n\n{samples}\n"
+    )
+
+
+def _look_prefect(config: RunConfig) -> str:
+    api = os.environ.get("PREFECT_API_URL", "")
+    if api:
+        return api.removesuffix("/api")
+    home = os.environ.get("PREFECT_HOME", str(prefect_home(config.run.root)))
+    settings = f"PREFECT_HOME={shlex.quote(home)} PREFECT_SERVER_ANALYTICS_ENABLED=false"
+    return f"{settings} {_program('prefect')} server start"
+
+
+def _look_mlflow(uri: str) -> str:
+    if uri.startswith("http"):
+        return uri
+    return f"DO_NOT_TRACK=1 {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _program(name: str) -> str:
+    """How this environment's program is called from anywhere: by name where the shell finds it."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    return name if found and Path(found) == own else shlex.quote(str(own))

@@ -1,0 +1,33 @@
+"""Prefect's API is a page to look at, not a thing to depend on: what it misses stops nothing."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import PrefectHTTPStatusError
+
+from tasks.console import warn
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether the error, or one behind it, is that the API cannot be reached or does not work."""
+    while error is not None:
+        if isinstance(error, httpx.TransportError):
+            return True
+        if isinstance(error, PrefectHTTPStatusError):
+            return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def show_page(key: str, markdown: str, description: str) -> None:
+    """A markdown artifact of this run, under `key` with all but letters and digits as dashes."""
+    name = re.sub("[^a-z0-9]+", "-", key.lower()).strip("-")
+    try:
+        create_markdown_artifact(key=name, markdown=markdown, description=description)
+    except Exception as error:
+        if not is_away(error):
+            raise
+        warn(f"Prefect's API is away, so it does not get the page {name}; the run goes on")

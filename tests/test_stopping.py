@@ -1,0 +1,153 @@
+"""Stopped from outside, wherever it stands: quickly, said, resumable; through the real command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from stop_at import PLACES
+
+from gpt.training.checkpoint import latest_checkpoint
+from tasks.stopping import Stopping, StopRequested
+from tasks.tracking import MlflowClient
+
+ROOT = Path(__file__).resolve().parent.parent
+EXIT_SECONDS = 25.0
+KILLED_BY_SIGTERM = 128 + signal.SIGTERM
+
+
+def environment() -> dict[str, str]:
+    """As a person has it: nothing of the tests' own Prefect."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+
+
+def command(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def flow_states(root: Path) -> list[str]:
+    """Of all flow runs, oldest first, as Prefect's database has them."""
+    with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as database:
+        rows = database.execute("SELECT state_type FROM flow_run ORDER BY created").fetchall()
+    return [state for (state,) in rows]
+
+
+def mlflow_run(root: Path):
+    client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    return client, run
+
+
+def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, tmp_path: Path) -> None:
+    """One run, stopped by SIGTERM to all its processes at one place after the other."""
+    root = tmp_path / "runs"
+    arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
+    for place in PLACES:
+        process = command("tests/stop_at.py", place, *arguments)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == KILLED_BY_SIGTERM, (place, output)
+        assert "stopped by SIGTERM" in output, place
+        assert "the same command goes on" in output, place
+        assert "Traceback" not in output, place
+        assert flow_states(root)[-1] == "CANCELLED", place
+        if place != "tokenising":
+            assert mlflow_run(root)[1].info.status == "KILLED", place
+    assert "after step 12" in output
+    process = command("-m", "flows", *arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert flow_states(root)[-1] == "COMPLETED"
+    client, run = mlflow_run(root)
+    assert run.info.status == "FINISHED"
+    for key, steps in {"train/loss": range(1, 13), "val/loss": [0, 6, 12]}.items():
+        points = client.get_metric_history(run.info.run_id, key)
+        assert [point.step for point in points] == list(steps), key
+    # Once more: told in a second, without Prefect.
+    process = command("-m", "flows", *arguments)
+    again, _ = process.communicate(timeout=120)
+    assert "already finished at step 12" in again
+    assert again.splitlines()[-1] == output.splitlines()[-1]
+    assert len(flow_states(root)) == len(PLACES) + 1
+
+
+def test_ctrl_c_while_training_saves_the_last_whole_step(tiny_config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    long = [f"run.root={root}", "training.max_steps=100000", "evaluation.interval=100000"]
+    process = command(
+        "-m", "flows", "run", str(tiny_config), *(w for value in long for w in ("--set", value))
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step ") and "loss" in line and int(line.split("/")[0][5:]) >= 8:
+            break
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=EXIT_SECONDS)
+    assert time.monotonic() - begin < EXIT_SECONDS
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in output
+    (folder,) = (root / "train").iterdir()
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint
+    assert f"stopped by SIGINT after step {checkpoint.step}" in output
+    assert flow_states(root) == ["CANCELLED"]
+    client, run = mlflow_run(root)
+    assert run.info.status == "KILLED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == list(range(1, checkpoint.step + 1))
+
+
+class TestStopping:
+    """The handlers themselves, with signals that this process sends itself."""
+
+    def test_outside_of_training_it_raises_at_once_and_puts_the_handlers_back(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with Stopping() as stopping:
+            with pytest.raises(StopRequested, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping.requested()
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    @staticmethod
+    def trained(stopping: Stopping, *signals: int, seconds: float = 0.0) -> bool:
+        """Whether the training, which gets these signals, came to its own end."""
+        ended = False
+        try:
+            with stopping.gracefully():
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                time.sleep(seconds)
+                ended = stopping.requested()
+        except StopRequested:
+            return ended
+        raise AssertionError("nobody was told of the stop")
+
+    def test_training_comes_to_its_own_end(self) -> None:
+        with Stopping() as stopping:
+            assert self.trained(stopping, signal.SIGINT)
+
+    def test_the_same_signal_twice_at_once_is_one(self) -> None:
+        with Stopping() as stopping:
+            assert self.trained(stopping, signal.SIGTERM, signal.SIGTERM)
+
+    def test_what_takes_too_long_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tasks.stopping.GRACE_SECONDS", 0.2)
+        monkeypatch.setattr("tasks.stopping.REPEATED_SECONDS", 0.1)
+        with Stopping() as stopping:
+            assert not self.trained(stopping, signal.SIGTERM, seconds=60.0)
