@@ -22,6 +22,8 @@ EMBEDDED = {
     # The terminal belongs to the run's own lines; the run's page still gets every log line.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    # What it says of an API that is away, we say in one line.
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
 }
 COMPUTE = {
     # Threads that wait for work sleep instead of spinning, which takes the cores from whoever has

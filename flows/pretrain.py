@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import State, flow
+from prefect import State, Task, flow
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
@@ -50,22 +50,43 @@ def pretrain(
         overrides: Values laid over the config, key by key: {"training": {"max_steps": 20}}.
         fresh: Begin a new run folder even where this run can be gone on with.
     """
+    return _stopped_or(lambda: _stages(config, overrides or {}, fresh, _as_task))
+
+
+def pretrain_without_prefect(
+    config: str, overrides: dict[str, Any], fresh: bool
+) -> Outcome | State:
+    """The same stages, told to nobody."""
+    return _stopped_or(lambda: _stages(config, overrides, fresh, _as_function))
+
+
+def _as_task(stage: Task) -> Callable[..., Any]:
+    return stage
+
+
+def _as_function(stage: Task) -> Callable[..., Any]:
+    return stage.fn
+
+
+def _stopped_or(run: Callable[[], Outcome]) -> Outcome | State:
     with stopping:
         try:
-            return _stages(config, overrides or {}, fresh)
+            return run()
         except StopRequested as stop:
             return Cancelled(message=f"{stop}; the same command goes on from there")
 
 
-def _stages(config: str, overrides: dict[str, Any], fresh: bool) -> Outcome:
-    checked = validate_config(config, overrides)
-    dataset = tokenize_parquet(checked)
+def _stages(
+    config: str, overrides: dict[str, Any], fresh: bool, call: Callable[[Task], Callable[..., Any]]
+) -> Outcome:
+    checked = call(validate_config)(config, overrides)
+    dataset = call(tokenize_parquet)(checked)
     folder = open_run_folder(checked, dataset, fresh=fresh)
     with run_lock(folder), _standing_told(folder):
         run = open_run(checked, dataset, folder)
         with ended_by_outcome(run):
-            checkpoint = train(checked, dataset, run)
-            report = evaluate(checked, dataset, checkpoint, run)
+            checkpoint = call(train)(checked, dataset, run)
+            report = call(evaluate)(checked, dataset, checkpoint, run)
     outcome = outcome_of(checked, folder, checkpoint, report, run.uri, run.run_id)
     reached = f"Validation loss {report.loss:.4f} after {report.step} steps"
     show_page(f"result-{outcome.name}", result_page(outcome), reached)

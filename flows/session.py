@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +18,9 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import CancelledRun
 
 from flows.outcome import Outcome
-from flows.pretrain import pretrain
+from flows.pretrain import pretrain, pretrain_without_prefect
+from gpt.config import load_config
+from gpt.errors import ConfigError
 from tasks.console import warn
 from tasks.prefect_api import is_away
 from tasks.stopping import stopping
@@ -31,6 +35,8 @@ def run_flow(config: str, overrides: dict[str, Any], fresh: bool) -> Outcome:
     Every stage finds what it has done before, so beginning again costs next to nothing. Exits with
     128 plus the signal's number, after a line, where a signal stopped the run.
     """
+    # Python's switch for production: a log line that cannot be delivered is nobody's business.
+    logging.raiseExceptions = False
     try:
         return _run(config, overrides, fresh)
     except CancelledRun as cancelled:
@@ -41,15 +47,24 @@ def run_flow(config: str, overrides: dict[str, Any], fresh: bool) -> Outcome:
 def _run(config: str, overrides: dict[str, Any], fresh: bool) -> Outcome:
     if fault := _start_api():
         _warn_of(fault)
-        return _result(pretrain.fn(config, overrides, fresh))
+        return _result(pretrain_without_prefect(config, overrides, fresh))
+    before = _run_folders(config, overrides)
     try:
         return _result(pretrain(config, overrides, fresh))
     except Exception as error:
         if not is_away(error):
             raise
         _warn_of(error)
-    # It was there when the run began: even one that began fresh is gone on with.
-    return _result(pretrain.fn(config, overrides))
+    # What has begun fresh is gone on with.
+    begun = _run_folders(config, overrides) - before
+    return _result(pretrain_without_prefect(config, overrides, fresh and not begun))
+
+
+def _run_folders(config: str, overrides: dict[str, Any]) -> set[Path]:
+    try:
+        return set((load_config(config, overrides).run.root / "train").glob("*"))
+    except ConfigError:  # which the flow tells
+        return set()
 
 
 def _warn_of(fault: Exception) -> None:

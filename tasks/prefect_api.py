@@ -6,15 +6,21 @@ import re
 
 import httpx
 from prefect.artifacts import create_markdown_artifact
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.context import get_run_context
+from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 
+from gpt.errors import GPTError
 from tasks.console import warn
+
+UNREACHABLE = ("Failed to reach API", "Timed out while attempting to connect")
+"""How Prefect's own errors begin that say so and nothing else."""
 
 
 def is_away(error: BaseException | None) -> bool:
-    """Whether the error, or one behind it, is that the API cannot be reached or does not work."""
-    while error is not None:
-        if isinstance(error, httpx.TransportError):
+    """Whether the error, or one behind it, is that the API cannot be reached or does not work. An
+    error of ours is not, whatever network is behind it."""
+    while error is not None and not isinstance(error, GPTError):
+        if isinstance(error, httpx.TransportError) or str(error).startswith(UNREACHABLE):
             return True
         if isinstance(error, PrefectHTTPStatusError):
             return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
@@ -23,7 +29,12 @@ def is_away(error: BaseException | None) -> bool:
 
 
 def show_page(key: str, markdown: str, description: str) -> None:
-    """A markdown artifact of this run, under `key` with all but letters and digits as dashes."""
+    """A markdown artifact of this run, under `key` with all but letters and digits as dashes;
+    nothing outside of a Prefect run."""
+    try:
+        get_run_context()
+    except MissingContextError:
+        return
     name = re.sub("[^a-z0-9]+", "-", key.lower()).strip("-")
     try:
         create_markdown_artifact(key=name, markdown=markdown, description=description)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -112,36 +111,3 @@ def test_a_bad_run_says_so_once_and_is_recorded_as_failed(
     assert "Traceback" not in done.stdout + done.stderr
     assert flow_run_states(prefect_home, "gpt-576") == ["FAILED"]
     assert not list(tmp_path.glob("runs/*"))
-
-
-def test_ctrl_c_ends_a_run_that_the_same_command_goes_on_with(
-    tiny_config: Path, prefect_home: Path
-) -> None:
-    """The terminal sends the signal to all of the command's processes, Prefect's API among them."""
-    root = tiny_config.parent / "runs"
-    command = [sys.executable, "-m", "flows", "run", str(tiny_config)]
-    command += ["--set", "training.max_steps=100000", "--set", f"run.root={root}"]
-    settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PREFECT_HOME": str(prefect_home)}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=OUTSIDE | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout
-        assert any("validation loss" in line for line in process.stdout)
-        assert any("step     12/" in line for line in process.stdout)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "the same command goes on" in errors
-    assert "Traceback" not in errors
-    assert flow_run_states(prefect_home, "tiny") == ["CRASHED"]
-    [receipt] = root.glob("train/*/tracking_run.json")
-    assert '"KILLED"' in receipt.read_text()

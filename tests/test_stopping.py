@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from stop_at import PLACES
+from fault_at import PLACES
 
 from gpt.training.checkpoint import latest_checkpoint
 from tasks.stopping import Stopping, StopRequested
@@ -28,11 +28,11 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
 
 
-def command(*words: str) -> subprocess.Popen[str]:
+def command(*words: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -59,7 +59,7 @@ def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, tmp_
     root = tmp_path / "runs"
     arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
     for place in PLACES:
-        process = command("tests/stop_at.py", place, *arguments)
+        process = command("tests/fault_at.py", "stop", place, *arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == KILLED_BY_SIGTERM, (place, output)
         assert "stopped by SIGTERM" in output, place

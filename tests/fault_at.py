@@ -1,8 +1,8 @@
-"""Run `overnight` and, at one place of it, send SIGTERM to all processes of the command.
+"""Run `overnight` with a fault at one place of it.
 
-    python tests/stop_at.py PLACE run CONFIG ...
+    python tests/fault_at.py FAULT PLACE run CONFIG ...
 
-Starts no earlier or later than that place is reached, so a test of it needs no luck.
+It comes no earlier or later than that place is reached, so a test of it needs no luck.
 """
 
 import importlib
@@ -23,7 +23,25 @@ PLACES = {
 """Module, function, and which of its calls."""
 
 
+def stop_all():
+    """SIGTERM to all processes of the command, as `timeout` sends it."""
+    os.killpg(os.getpgrp(), signal.SIGTERM)
+
+
+def kill_prefect():
+    """kill -9 for the embedded API."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    for server in SubprocessASGIServer._instances.values():
+        server.server_process.kill()
+        server.server_process.wait()
+
+
+FAULTS = {"stop": stop_all, "kill prefect": kill_prefect}
+
+
 def main():
+    fault = FAULTS[sys.argv.pop(1)]
     module, name, nth = PLACES[sys.argv.pop(1)]
     from flows import environment
 
@@ -31,7 +49,7 @@ def main():
 
     def then_patch(root):
         prepare(root)
-        stop_at_call(importlib.import_module(module), name, nth)
+        at_call(importlib.import_module(module), name, nth, fault)
 
     environment.prepare = then_patch
     from flows.__main__ import main as overnight
@@ -39,14 +57,14 @@ def main():
     overnight()
 
 
-def stop_at_call(owner, name, nth):
+def at_call(owner, name, nth, fault):
     real, calls = getattr(owner, name), 0
 
     def counted(*arguments, **named):
         nonlocal calls
         calls += 1
         if calls == nth:
-            os.killpg(os.getpgrp(), signal.SIGTERM)
+            fault()
         return real(*arguments, **named)
 
     setattr(owner, name, counted)
