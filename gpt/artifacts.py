@@ -93,7 +93,8 @@ class Sample(Artifact):
 
 
 class EvaluationReport(Artifact):
-    """The morning's numbers for one checkpoint on one fixed slice of validation tokens."""
+    """The morning's numbers for one checkpoint on one fixed slice of validation tokens. What came
+    in later has a default, so that older reports can be read."""
 
     step: int
     tokens: int
@@ -103,3 +104,9 @@ class EvaluationReport(Artifact):
     perplexity: float
     bits_per_byte: float
     samples: tuple[Sample, ...]
+    standard_error: float | None = None
+    """Of `loss`, nats, over the sequences of the slice (gpt.evaluation.heldout)."""
+    loss_by_position: tuple[float, ...] = ()
+    """Mean loss in equal parts of the context, the beginning first."""
+    slice_fingerprint: str = ""
+    """Equal for two reports on the same tokens."""

@@ -28,11 +28,4 @@ def evaluate(
         Sample(prompt=prompt, text=generate(model, prompt, sampling))
         for prompt in config.evaluation.prompts
     )
-    return EvaluationReport(
-        step=checkpoint.step,
-        tokens=heldout.tokens,
-        loss=heldout.loss,
-        perplexity=heldout.perplexity,
-        bits_per_byte=heldout.bits_per_byte,
-        samples=samples,
-    )
+    return EvaluationReport(step=checkpoint.step, samples=samples, **vars(heldout))
