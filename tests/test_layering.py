@@ -107,6 +107,7 @@ def test_packages_hold_a_docstring_and_nothing_else(path: Path) -> None:
         ("gpt.preflight.report", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.exchange.nanogpt", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.training.loop", {"polars", "pyarrow", "prefect", "mlflow"}),
+        ("gpt.evaluation.benchmarks", {"polars", "pyarrow", "prefect", "mlflow"}),
     ],
 )
 def test_light_modules_load_nothing_heavy(module: str, heavy: set[str]) -> None:
