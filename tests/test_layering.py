@@ -25,6 +25,7 @@ MAY_IMPORT = {
     ),
     "gpt.training.schedule": GROUND,
     "gpt.preflight": ("gpt.preflight", "gpt.training.schedule", *GROUND),
+    "gpt.exchange": ("gpt.exchange", "gpt.model", "gpt.data", *GROUND),
     "gpt.exchange.nanogpt": GROUND,
     "gpt.evaluation": ("gpt.evaluation", "gpt.model", "gpt.data", *GROUND),
     "gpt.model": ("gpt.model", "gpt.data", *GROUND),
