@@ -34,14 +34,16 @@ def sentence(chance, low, high):
     return " ".join(chance.choice(WORDS, chance.integers(low, high)))
 
 
-def hellaswag_table(examples, seed=0):
+def hellaswag_table(examples, seed=0, longest=13):
     chance = np.random.default_rng(seed)
     return polars.DataFrame(
         {
             "ind": list(range(examples)),
             "activity_label": [sentence(chance, 1, 3) for _ in range(examples)],
             "ctx": [sentence(chance, 2, 25) for _ in range(examples)],
-            "endings": [[sentence(chance, 1, 14) + "." for _ in range(4)] for _ in range(examples)],
+            "endings": [
+                [sentence(chance, 1, longest + 1) + "." for _ in range(4)] for _ in range(examples)
+            ],
             "label": chance.integers(0, 4, examples),
         }
     )
@@ -139,7 +141,7 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
 def test_a_random_model_scores_near_a_quarter(architecture, tmp_path):
     torch.manual_seed(1)
     network = shaken(build_model(section(architecture, n_embd=16, n_layer=1, block_size=64)))
-    path = written(hellaswag_table(200, seed=5), tmp_path / "h.parquet")
+    path = written(hellaswag_table(200, seed=5, longest=4), tmp_path / "h.parquet")
     result = finish(hellaswag(network, path, 4, "float32"))
     for accuracy in (result.accuracy, result.normalized_accuracy):
         assert accuracy == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 200) ** 0.5)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from gpt.errors import BenchmarkError, Problem
 
 ENDINGS = 4
+_GET = "copy or download the benchmark's Parquet file again"
+_REMEDY = (
+    "give HellaSwag with activity_label, ctx (or ctx_a and ctx_b), endings and label, and LAMBADA "
+    "with text"
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,6 @@ def _rows(path: str, columns: Sequence[str], limit: int | None) -> Iterator[dict
             left -= rows.num_rows
 
 
-_GET = "copy or download the benchmark's Parquet file again"
-
-
 def _check_columns(path: str, there: Sequence[str], rows: int, wanted: Sequence[str]) -> None:
     problems = [
         Problem(path, column, f"there is no such column; there are {', '.join(there)}", _REMEDY)
@@ -102,38 +105,26 @@ def _check_columns(path: str, there: Sequence[str], rows: int, wanted: Sequence[
         raise BenchmarkError(*problems)
 
 
-_REMEDY = (
-    "give HellaSwag with activity_label, ctx (or ctx_a and ctx_b), endings and label, and LAMBADA "
-    "with text"
-)
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The Parquet file behind a path or an address."""
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-
-class _opened:  # noqa: N801 - a context manager, used like a function
-    """The Parquet file behind a path or an address; closed at the end."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> Any:
-        import fsspec
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    try:
+        file = fsspec.open(path, "rb").open()
+    except Exception as error:  # every store has errors of its own
+        rule = f"cannot be opened: {_first_line(error)}"
+        remedy = "give the path or address of the benchmark's Parquet file"
+        raise BenchmarkError(Problem(path, "", rule, remedy)) from error
+    with file:
         try:
-            self._file = fsspec.open(self._path, "rb").open()
-        except Exception as error:  # every store has errors of its own
-            rule = f"cannot be opened: {_first_line(error)}"
-            remedy = "give the path or address of the benchmark's Parquet file"
-            raise BenchmarkError(Problem(self._path, "", rule, remedy)) from error
-        try:
-            return pq.ParquetFile(self._file, page_checksum_verification=True)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
-            self._file.close()
             rule = f"is no whole Parquet file: {_first_line(error)}"
-            raise BenchmarkError(Problem(self._path, "", rule, _GET)) from error
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+            raise BenchmarkError(Problem(path, "", rule, _GET)) from error
+        yield parquet
 
 
 def _first_line(error: BaseException) -> str:
