@@ -5,6 +5,6 @@ Reading order: `config` (what can be decided), `errors`, `artifacts` (what passe
 `data.tokenizer`, `data.corpus`, `data.shards`, `data.batches` (text to batches);
 `model.transformer`, `model.loss`, `model.generation` (the network);
 `training.loop` with `optimizer`, `schedule`, `checkpoint` (the night);
-`evaluation.heldout` (the morning). Beside them: `preflight` (what a run will need, before it is
-started) and `exchange` (other people's formats).
+`evaluation.heldout`, `evaluation.benchmarks` (the morning). Beside them: `preflight` (what a run
+will need, before it is started) and `exchange` (other people's formats).
 """

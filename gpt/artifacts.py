@@ -92,8 +92,38 @@ class Sample(Artifact):
     text: str
 
 
+class HellaSwagResult(Artifact):
+    """Which of four endings a model finds likeliest (gpt.evaluation.benchmarks)."""
+
+    examples: int
+    accuracy: float
+    """Share of examples whose right ending has the highest log-likelihood; chance is 0.25."""
+    accuracy_error: float | None
+    """Standard error of `accuracy`; None for one example."""
+    normalized_accuracy: float
+    """The same by log-likelihood a byte of the ending: the figure that is usually quoted."""
+    normalized_accuracy_error: float | None
+    fingerprint: str
+    """Equal for two results on the same examples: 16 hexadecimal digits."""
+
+
+class LambadaResult(Artifact):
+    """How well a model predicts the last word of a passage (gpt.evaluation.benchmarks)."""
+
+    examples: int
+    accuracy: float
+    """Share of examples in which every token of the last word is the likeliest one."""
+    accuracy_error: float | None
+    """Standard error of `accuracy`; None for one example."""
+    perplexity: float
+    """exp of the mean negative log-likelihood of a last word (of the word, not of a token)."""
+    fingerprint: str
+    """Equal for two results on the same examples: 16 hexadecimal digits."""
+
+
 class EvaluationReport(Artifact):
-    """The morning's numbers for one checkpoint on one fixed slice of validation tokens."""
+    """The morning's numbers for one checkpoint on one fixed slice of validation tokens. What came
+    in later has a default, so that older reports can be read."""
 
     step: int
     tokens: int
@@ -103,3 +133,11 @@ class EvaluationReport(Artifact):
     perplexity: float
     bits_per_byte: float
     samples: tuple[Sample, ...]
+    standard_error: float | None = None
+    """Of `loss`, nats, over the sequences of the slice (gpt.evaluation.heldout)."""
+    loss_by_position: tuple[float, ...] = ()
+    """Mean loss in equal parts of the context, the beginning first."""
+    slice_fingerprint: str = ""
+    """Equal for two reports on the same tokens."""
+    hellaswag: HellaSwagResult | None = None
+    lambada: LambadaResult | None = None

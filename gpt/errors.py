@@ -69,6 +69,24 @@ class CheckpointError(GPTError):
     headline = "the checkpoint cannot be used"
 
 
+class GenerationError(GPTError):
+    """Settings of sampling with which no text can be written."""
+
+    headline = "no text can be generated"
+
+
+class BenchmarkError(GPTError):
+    """A benchmark's file that cannot be read, or that lacks what is scored."""
+
+    headline = "the benchmark cannot be run"
+
+
+class ExchangeError(GPTError):
+    """A model that cannot be brought into another format, or from there into ours."""
+
+    headline = "the model cannot be exchanged"
+
+
 class OutOfMemoryError(GPTError):
     """The device ran out of memory at the smallest batch that can be tried."""
 

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     ),
     "gpt.training.schedule": GROUND,
     "gpt.preflight": ("gpt.preflight", "gpt.training.schedule", *GROUND),
+    "gpt.exchange": ("gpt.exchange", "gpt.model", "gpt.data", *GROUND),
     "gpt.exchange.nanogpt": GROUND,
     "gpt.evaluation": ("gpt.evaluation", "gpt.model", "gpt.data", *GROUND),
     "gpt.model": ("gpt.model", "gpt.data", *GROUND),
@@ -107,6 +108,7 @@ def test_packages_hold_a_docstring_and_nothing_else(path: Path) -> None:
         ("gpt.preflight.report", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.exchange.nanogpt", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.training.loop", {"polars", "pyarrow", "prefect", "mlflow"}),
+        ("gpt.evaluation.benchmarks", {"polars", "pyarrow", "prefect", "mlflow"}),
     ],
 )
 def test_light_modules_load_nothing_heavy(module: str, heavy: set[str]) -> None:

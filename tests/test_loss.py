@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from gpt.model.compile import compiler_fault
-from gpt.model.loss import summed_loss, token_losses
+from gpt.model.loss import summed_loss, token_losses, token_scores
 
 
 def tensors(rows, width, vocabulary, dtype=torch.float64):
@@ -48,6 +48,18 @@ def test_token_losses_keep_the_shape_and_sum_to_the_loss():
     losses = token_losses(hidden.view(3, 4, 6), head, targets.view(3, 4), 15.0, chunk_rows=5)
     assert losses.shape == (3, 4)
     torch.testing.assert_close(losses.flatten(), plain_losses(hidden, head, targets, 15.0).detach())
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_scores_are_the_losses_and_whether_the_target_is_likeliest(softcap):
+    hidden, head, targets = tensors(12, 6, 11)
+    likeliest = (hidden @ head.T).argmax(dim=1)
+    targets[::2] = likeliest[::2]
+    losses, hits = token_scores(hidden.view(3, 4, 6), head, targets.view(3, 4), softcap, 5)
+    expected = plain_losses(hidden, head, targets, softcap).view(3, 4)
+    torch.testing.assert_close(losses, expected.detach())
+    assert torch.equal(hits, (targets == likeliest).view(3, 4))
+    assert 6 <= hits.sum() < 12
 
 
 def test_bfloat16_autocast_stays_near_float32():

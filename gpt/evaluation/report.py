@@ -9,7 +9,7 @@ from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport, Samp
 from gpt.config import RunConfig
 from gpt.evaluation.heldout import heldout_loss
 from gpt.model.device import pick_device
-from gpt.model.generation import generate
+from gpt.model.generation import Sampling, generate
 from gpt.model.transformer import build_model
 
 
@@ -23,16 +23,9 @@ def evaluate(
     load_model(model, checkpoint.folder / "model.safetensors", device=str(device))
     model.eval()
     heldout = heldout_loss(model, config, dataset)
-    count, seed = config.evaluation.sample_tokens, config.training.seed
+    sampling = Sampling(config.evaluation.sample_tokens, seed=config.training.seed)
     samples = tuple(
-        Sample(prompt=prompt, text=generate(model, prompt, count, seed))
+        Sample(prompt=prompt, text=generate(model, prompt, sampling))
         for prompt in config.evaluation.prompts
     )
-    return EvaluationReport(
-        step=checkpoint.step,
-        tokens=heldout.tokens,
-        loss=heldout.loss,
-        perplexity=heldout.perplexity,
-        bits_per_byte=heldout.bits_per_byte,
-        samples=samples,
-    )
+    return EvaluationReport(step=checkpoint.step, samples=samples, **vars(heldout))

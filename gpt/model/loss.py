@@ -10,6 +10,7 @@ Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in plai
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,11 +60,37 @@ def token_losses(
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy of each token, nats: the shape of `targets`, float32. No gradient."""
+    chunks = _logits_by_chunk(hidden, head, targets, softcap, chunk_rows)
+    return torch.cat([_losses(logits, wanted) for logits, wanted in chunks]).view(targets.shape)
+
+
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and whether each target is the id with the highest logit: bool, the same
+    shape."""
+    losses, likeliest = [], []
+    for logits, wanted in _logits_by_chunk(hidden, head, targets, softcap, chunk_rows):
+        losses.append(_losses(logits, wanted))
+        likeliest.append(logits.argmax(dim=1) == wanted)
+    return torch.cat(losses).view(targets.shape), torch.cat(likeliest).view(targets.shape)
+
+
+def _logits_by_chunk(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, chunk_rows: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (rows, vocab_size) and targets (rows,), a chunk at a time."""
     rows, head = _in_compute_dtype(hidden.reshape(-1, hidden.shape[-1]), head)
     chunk_rows = chunk_rows or default_chunk_rows(rows.device)
-    chunks = zip(rows.split(chunk_rows), targets.reshape(-1).split(chunk_rows), strict=True)
-    losses = [_losses(capped_logits(chunk, head, softcap)[0], wanted) for chunk, wanted in chunks]
-    return torch.cat(losses).view(targets.shape)
+    for chunk, wanted in zip(
+        rows.split(chunk_rows), targets.reshape(-1).split(chunk_rows), strict=True
+    ):
+        yield capped_logits(chunk, head, softcap)[0], wanted
 
 
 def capped_logits(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gpt.config import ModelSection
+from gpt.model.cache import BlockCache, Cache
 
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
@@ -36,6 +37,13 @@ class GPT(nn.Module):
         """Whether training keeps only the input of each block and computes the rest again in
         backward (activation checkpointing)."""
 
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """(batch, time) int64 -> (batch, time, n_embd).
+
+        With a `cache` the ids follow those that it holds, and theirs are added to it.
+        """
+        raise NotImplementedError
+
     @property
     def head(self) -> Tensor:
         """(vocab_size, n_embd): logits are hidden states times this transposed."""
@@ -49,9 +57,11 @@ class GPT(nn.Module):
         """Draw all weights from torch's random state."""
         raise NotImplementedError
 
-    def _through_blocks(self, x: Tensor, *extra: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.checkpoint_blocks and self.training:
+    def _through_blocks(self, x: Tensor, *extra: Tensor, cache: Cache | None = None) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            if cache is not None:
+                x = block(x, *extra, cache=cache.blocks[index])
+            elif self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, *extra, use_reentrant=False)
             else:
                 x = block(x, *extra)
@@ -70,10 +80,9 @@ class GPT2Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: BlockCache | None = None) -> Tensor:
         q, k, v = (_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = _attended(q, k, v, self.dropout if self.training else 0.0, cache)
         return F.dropout(self.c_proj(_joined(y)), self.dropout, self.training)
 
 
@@ -98,8 +107,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: BlockCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -125,11 +134,11 @@ class GPT2(GPT):
     def blocks(self) -> nn.ModuleList:
         return self.h
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(batch, time) int64 -> (batch, time, n_embd)."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        first = cache.length if cache else 0
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)
         x = F.dropout(self.wte(ids) + self.wpe(positions), self.config.dropout, self.training)
-        x = self._through_blocks(x)
+        x = self._through_blocks(x, cache=cache)
         return self.ln_f(x)
 
     def initialize(self) -> None:
@@ -160,12 +169,13 @@ class NanoChatAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: BlockCache | None = None
+    ) -> Tensor:
         q = _rms_norm(_rotated(_heads(self.q_proj(x), self.n_head), cos, sin))
         k = _rms_norm(_rotated(_heads(self.k_proj(x), self.n_head), cos, sin))
         v = _heads(self.v_proj(x), self.n_head)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = _attended(q, k, v, self.dropout if self.training else 0.0, cache)
         return F.dropout(self.o_proj(_joined(y)), self.dropout, self.training)
 
 
@@ -187,8 +197,10 @@ class NanoChatBlock(nn.Module):
         self.self_attn = NanoChatAttention(config)
         self.mlp = NanoChatMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(_rms_norm(x), cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: BlockCache | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(_rms_norm(x), cos, sin, cache)
         return x + self.mlp(_rms_norm(x))
 
 
@@ -215,15 +227,14 @@ class NanoChat(GPT):
     def blocks(self) -> nn.ModuleList:
         return self.layers
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(batch, time) int64 -> (batch, time, n_embd)."""
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type):
             # The residual stream in the low type halves what its norms read and keep.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         head_size = self.config.n_embd // self.config.n_head
-        cos, sin = _rotations(ids.shape[1], head_size, x)
-        return _rms_norm(self._through_blocks(_rms_norm(x), cos, sin))
+        cos, sin = _rotations(cache.length if cache else 0, ids.shape[1], head_size, x)
+        return _rms_norm(self._through_blocks(_rms_norm(x), cos, sin, cache=cache))
 
     def initialize(self) -> None:
         """Embedding N(0, 1); head and residual projections zero, so that a block begins as the
@@ -243,6 +254,16 @@ def _heads(x: Tensor, n_head: int) -> Tensor:
     return x.view(*x.shape[:2], n_head, -1).transpose(1, 2)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, dropout: float, cache: BlockCache | None) -> Tensor:
+    """Attention over the past, that in the cache too: (batch, n_head, time, head size) each."""
+    if cache is not None:
+        k, v = cache.extend(k, v)
+    # The one newest token sees everything; then torch's causal mask, aligned at the top left,
+    # would hide all but the first.
+    causal = q.shape[2] == k.shape[2]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+
+
 def _joined(y: Tensor) -> Tensor:
     """(batch, n_head, time, head size) -> (batch, time, n_embd)."""
     return y.transpose(1, 2).flatten(2)
@@ -257,10 +278,11 @@ def _rms_norm(x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
 
 
-def _rotations(time: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair of channels: (time, head_size / 2) each."""
+def _rotations(first: int, time: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of `time` positions from `first` on and of every pair of channels:
+    (time, head_size / 2) each."""
     exponents = torch.arange(0, head_size, 2, device=like.device, dtype=torch.float32) / head_size
-    positions = torch.arange(time, device=like.device, dtype=torch.float32)
+    positions = torch.arange(first, first + time, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, ROTARY_BASE**-exponents)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

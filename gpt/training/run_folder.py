@@ -63,7 +63,7 @@ def named_run_folder(name: str, root: Path) -> Path:
     """The folder that `name` is the path of, or the newest of a run of that name, or of that folder
     name, below `root`. Raises `ConfigError` where there is none."""
     parent = root / "train"
-    candidates = [Path(name), parent / name, *_newest_first(parent.glob(f"{name}-*"))]
+    candidates = [Path(name), parent / name, *_newest_first(parent.glob(f"{Path(name).name}-*"))]
     for folder in candidates:
         if (folder / RUN_FILE).is_file():
             return folder

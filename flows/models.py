@@ -1,0 +1,69 @@
+"""Which model a person means, and what its run knows of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gpt.artifacts import DatasetManifest, EvaluationReport
+from gpt.config import RunConfig
+from gpt.data.shards import read_manifest
+from gpt.errors import CheckpointError, DatasetError, Problem
+from gpt.evaluation.kept import REPORT
+from gpt.exchange.model_card import Facts
+from gpt.training.checkpoint import CONFIG_FILE, MODEL_FILE, latest_checkpoint, read_progress
+from gpt.training.run_folder import RUN_FILE, RunRecord, named_run_folder
+
+
+def find_model(name: str, root: Path) -> Path:
+    """The folder of a model: `name` itself where a `model.safetensors` lies in it, else the newest
+    checkpoint of the run that `name` is the folder or, below `root`, the name of. Raises
+    `ConfigError` where there is no such run, `CheckpointError` where it has no checkpoint yet."""
+    if (Path(name) / MODEL_FILE).is_file():
+        return Path(name)
+    run = named_run_folder(name, root)
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        rule, remedy = "the run has no complete checkpoint yet", "let it train for longer"
+        raise CheckpointError(Problem(str(run), "", rule, remedy))
+    return checkpoint.folder
+
+
+def facts_of(model: Path) -> Facts:
+    """What lies beside a model: config and progress of a checkpoint, and its run's report and data
+    set, where they are still there."""
+    try:
+        config = RunConfig.model_validate_json((model / CONFIG_FILE).read_bytes())
+        progress = read_progress(model)
+    except (OSError, ValidationError, CheckpointError):
+        return Facts(name=model.resolve().name)  # a model without a run, as an imported one
+    run = model.resolve().parent.parent
+    return Facts(
+        name=config.run.name,
+        config=config,
+        dataset=_dataset(run),
+        tokens_seen=progress.tokens_seen,
+        step=progress.step,
+        report=_report(run, progress.step),
+    )
+
+
+def _dataset(run: Path) -> DatasetManifest | None:
+    with contextlib.suppress(OSError, ValidationError, DatasetError):
+        record = RunRecord.model_validate_json((run / RUN_FILE).read_bytes())
+        for path in run.parent.parent.glob("datasets/*/manifest.json"):
+            manifest = read_manifest(path.parent)
+            if manifest.fingerprint == record.dataset_fingerprint:
+                return manifest
+    return None
+
+
+def _report(run: Path, step: int) -> EvaluationReport | None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        kept = json.loads((run / REPORT).read_bytes())
+        report = EvaluationReport(**kept["report"])
+        return report if report.step == step else None
+    return None

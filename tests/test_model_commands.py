@@ -1,0 +1,87 @@
+"""`overnight generate`, `export` and `import-hf`, on a run that was really trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_cli import overnight as in_a_process
+from test_training_loop import small_config
+from token_data import token_dataset
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from flows.__main__ import app
+from gpt.artifacts import EvaluationReport
+from gpt.errors import CheckpointError, ConfigError, ExchangeError, GenerationError
+from gpt.evaluation.kept import keep_report
+from gpt.training.checkpoint import latest_checkpoint
+from gpt.training.loop import train
+from gpt.training.run_folder import open_run_folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    dataset = token_dataset(root / "datasets" / "0123")
+    config = small_config(root)
+    folder = open_run_folder(config, dataset)
+    list(train(config, dataset, folder))
+    report = EvaluationReport(
+        step=20, tokens=64, loss=9.5, perplexity=13_000.0, bits_per_byte=3.0, samples=()
+    )
+    keep_report(folder, config, report)
+    return folder
+
+
+def overnight(*arguments: object) -> str:
+    """What is printed; raises what the command raises."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception:
+        raise result.exception
+    return result.output
+
+
+def test_a_run_by_name_by_folder_and_a_checkpoint_are_one_model(run_folder):
+    root = run_folder.parent.parent
+    settings = ("The", "--max-tokens", 9, "--seed", 3)
+    done = in_a_process("generate", "t", *map(str, settings), "--root", root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("The")
+    assert len(done.stdout) > 12
+    assert overnight("generate", run_folder, *settings) == done.stdout
+    assert overnight("generate", latest_checkpoint(run_folder).folder, *settings) == done.stdout
+    assert overnight("generate", run_folder, *settings[:-1], 4) != done.stdout
+
+
+def test_exported_imported_and_exported_again(run_folder, tmp_path):
+    assert "licence" in overnight("export", run_folder, tmp_path / "hf")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config
+    assert (config.n_embd, config.n_layer, config.n_positions) == (16, 2, 8)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for part in ("# t\n", "| tokens seen | 1,280 |", "| steps | 20 |", "9.5000", "`up.parquet`"):
+        assert part in card
+    assert "width 16" in overnight("import-hf", tmp_path / "hf", tmp_path / "back")
+    greedy = ("The", "--max-tokens", 9, "--temperature", 0)
+    written = overnight("generate", run_folder, *greedy)
+    assert overnight("generate", tmp_path / "back", *greedy) == written
+    overnight("export", tmp_path / "back", tmp_path / "again")
+    first, again = (tmp_path / name / "model.safetensors" for name in ("hf", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_mistakes_are_told(run_folder, tmp_path):
+    with pytest.raises(ConfigError, match="neither a run's folder nor the name of a run"):
+        overnight("generate", "no-such-run", "The", "--root", tmp_path)
+    with pytest.raises(GenerationError, match="2 problems"):
+        overnight("generate", run_folder, "The", "--top-p", 2, "--temperature", -1)
+    with pytest.raises(ConfigError, match=r"hardware.device = cuda:99"):
+        overnight("generate", run_folder, "The", "--device", "cuda:99")
+    with pytest.raises(ExchangeError, match="is there already"):
+        overnight("export", run_folder, run_folder)
+    with pytest.raises(ExchangeError, match="cannot be read"):
+        overnight("import-hf", tmp_path, tmp_path / "x")
+    empty = small_config(tmp_path, training__seed=2)
+    folder = open_run_folder(empty, token_dataset(tmp_path / "datasets" / "0123"))
+    with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
+        overnight("generate", folder, "The")
