@@ -28,12 +28,19 @@ def chunk(text, starts=True):
     return Chunk(data, np.array([len(data)], dtype="<u8"), np.array([starts]))
 
 
+def _all_children():
+    return set(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture
 def children():
-    return psutil.Process().children(recursive=True)
+    """Gives the processes that have come since the test began."""
+    before = _all_children()
+    return lambda: _all_children() - before
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_come_in_the_order_of_the_items(workers):
+def test_results_come_in_the_order_of_the_items(workers, children):
     texts = ["word " * (50_000 if i % 7 == 0 else 1) + str(i) for i in range(40)]
     items = [chunk(text) if i % 5 else text for i, text in enumerate(texts)]
 
@@ -66,7 +73,9 @@ def test_items_are_drawn_only_as_fast_as_they_are_done():
         assert len(drawn) <= 2 * engine.CHUNKS_PER_WORKER + 1
 
 
-def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
+    tmp_path, monkeypatch, children
+):
     monkeypatch.setattr(corpus, "TEXT_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
