@@ -22,11 +22,18 @@ from gpt.data.worker import PipeClosed, open_encoder, receive_encoded, send_chun
 from gpt.errors import CorpusError, Problem
 
 T = TypeVar("T")
-CHUNKS_PER_WORKER = 8
+CHUNKS_PER_WORKER = 16
 """On their way for each worker: the one it encodes, and some to take next, so that what is read
 while the workers start, or while one of them is slow, is there for them."""
 TURBO = "gigatoken"
 STOP_SECONDS = 5.0
+WORKER_ENVIRONMENT = {
+    # numpy's library would start threads, which a fork does not take along.
+    "OPENBLAS_NUM_THREADS": "1",
+    # glibc would give the arrays of each chunk back to the system, to ask for them again.
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "67108864",
+}
 PIPE_BYTES = 1 << 20
 """A whole chunk, so that its writer does not wait for its reader; Linux only."""
 
@@ -84,17 +91,13 @@ class _Processes:
 
     def __init__(self, engine: EngineName, workers: int) -> None:
         self.workers = workers
-        self._engine = engine
-        self._program: subprocess.Popen[bytes] | None = None
-        self._started: list[_Worker] = []
+        self._program, self._started = _start(engine, workers)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._started:
+            self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, "tokenise")
 
     def submit(self, chunk: Chunk) -> Future[Encoded]:
-        if not self._program:
-            self._program, self._started = _start(self._engine, self.workers)
-            for worker in self._started:
-                self._idle.put(worker)
         return self._threads.submit(self._encode, chunk)
 
     def _encode(self, chunk: Chunk) -> Encoded:
@@ -103,7 +106,6 @@ class _Processes:
             send_chunk(worker.chunks, chunk)
             return receive_encoded(worker.ids)
         except (PipeClosed, OSError) as error:
-            assert self._program
             raise _died(self._program) from error
         finally:
             self._idle.put(worker)
@@ -111,11 +113,9 @@ class _Processes:
     def close(self) -> None:
         """End the workers; what they were doing is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._program:
-            self._program.terminate()  # it kills its workers
+        self._program.terminate()  # it kills its workers
         self._threads.shutdown(wait=True)
-        if self._program:
-            self._program.wait(STOP_SECONDS)
+        self._program.wait(STOP_SECONDS)
         for worker in self._started:
             for pipe in worker:
                 with contextlib.suppress(OSError):
@@ -142,8 +142,7 @@ def _start(engine: EngineName, workers: int) -> tuple[subprocess.Popen[bytes], l
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a library prints is not our output
             pass_fds=descriptors,
-            # Else numpy's library starts threads, which a fork would not take along.
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | WORKER_ENVIRONMENT,
         )
     finally:
         for descriptor in descriptors:
@@ -174,8 +173,8 @@ def _died(process: subprocess.Popen[bytes]) -> CorpusError:
 
 @contextlib.contextmanager
 def open_pool(engine: EngineName, workers: int) -> Iterator[Pool]:
-    """Workers for the length of the context, started with the first chunk; none is left behind,
-    also after an error."""
+    """Workers for the length of the context; none is left behind, also after an error. They load
+    what they need while the first chunks are read."""
     if workers == 1:
         yield _Here(engine)
         return
