@@ -182,4 +182,5 @@ def _end_as_they_do(workers: list[int]) -> None:
 
 def _kill(workers: list[int]) -> None:
     for pid in workers:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # ended, and not yet struck off
+            os.kill(pid, signal.SIGKILL)
