@@ -15,17 +15,25 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import IO, NamedTuple, Protocol, TypeVar
 
 from gpt.data.encoders import Chunk, Encoded, Encoder, EngineName, encode_chunk
 from gpt.data.worker import PipeClosed, open_encoder, receive_encoded, send_chunk
 from gpt.errors import CorpusError, Problem
 
 T = TypeVar("T")
-CHUNKS_PER_WORKER = 2
-"""On their way for each worker: the one it encodes and the one it takes next."""
+CHUNKS_PER_WORKER = 16
+"""On their way for each worker: the one it encodes, and some to take next, so that what is read
+while the workers start, or while one of them is slow, is there for them."""
 TURBO = "gigatoken"
 STOP_SECONDS = 5.0
+WORKER_ENVIRONMENT = {
+    # numpy's library would start threads, which a fork does not take along.
+    "OPENBLAS_NUM_THREADS": "1",
+    # glibc would give the arrays of each chunk back to the system, to ask for them again.
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "67108864",
+}
 PIPE_BYTES = 1 << 20
 """A whole chunk, so that its writer does not wait for its reader; Linux only."""
 
@@ -71,65 +79,85 @@ class _Here:
         return future
 
 
+class _Worker(NamedTuple):
+    """The two pipes of a worker process."""
+
+    chunks: IO[bytes]
+    ids: IO[bytes]
+
+
 class _Processes:
     """A thread for each worker process; it writes a chunk, waits, and reads the ids."""
 
     def __init__(self, engine: EngineName, workers: int) -> None:
         self.workers = workers
-        self._engine = engine
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._program, self._started = _start(engine, workers)
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._started:
+            self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, "tokenise")
 
     def submit(self, chunk: Chunk) -> Future[Encoded]:
-        while len(self._processes) < self.workers:
-            self._processes.append(_start(self._engine))
-            self._idle.put(self._processes[-1])
         return self._threads.submit(self._encode, chunk)
 
     def _encode(self, chunk: Chunk) -> Encoded:
-        process = self._idle.get()
+        worker = self._idle.get()
         try:
-            assert process.stdin
-            assert process.stdout
-            send_chunk(process.stdin, chunk)
-            return receive_encoded(process.stdout)
+            send_chunk(worker.chunks, chunk)
+            return receive_encoded(worker.ids)
         except (PipeClosed, OSError) as error:
-            raise _died(process) from error
+            raise _died(self._program) from error
         finally:
-            self._idle.put(process)
+            self._idle.put(worker)
 
     def close(self) -> None:
         """End the workers; what they were doing is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.kill()
+        self._program.terminate()  # it kills its workers
         self._threads.shutdown(wait=True)
-        for process in self._processes:
-            process.wait(STOP_SECONDS)
-            for pipe in (process.stdin, process.stdout):
+        self._program.wait(STOP_SECONDS)
+        for worker in self._started:
+            for pipe in worker:
                 with contextlib.suppress(OSError):
-                    if pipe:
-                        pipe.close()
+                    pipe.close()
 
 
-def _start(engine: EngineName) -> subprocess.Popen[bytes]:
+def _start(engine: EngineName, workers: int) -> tuple[subprocess.Popen[bytes], list[_Worker]]:
+    """The program of `gpt.data.worker`, and a pair of pipes to each of its workers."""
+    theirs: list[tuple[int, int]] = []
+    ours = []
+    for _ in range(workers):
+        chunks_out, chunks_in = _pipe()
+        ids_out, ids_in = _pipe()
+        theirs.append((chunks_out, ids_in))
+        ours.append(_Worker(os.fdopen(chunks_in, "wb"), os.fdopen(ids_out, "rb")))
     # -c and not -m: the parent's own sys.path decides which gpt is imported, wherever it runs.
     program = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); "
     program += "from gpt.data.worker import main; main()"
-    path = "\n".join(sys.path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, engine, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    pairs = [f"{incoming},{outgoing}" for incoming, outgoing in theirs]
+    descriptors = [descriptor for pair in theirs for descriptor in pair]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, engine, *pairs, "\n".join(sys.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a library prints is not our output
+            pass_fds=descriptors,
+            env=os.environ | WORKER_ENVIRONMENT,
+        )
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return process, ours
+
+
+def _pipe() -> tuple[int, int]:
+    ends = os.pipe()
     if sys.platform == "linux":
         import fcntl
 
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # more than a user may have
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
-    return process
+        with contextlib.suppress(OSError):  # more than a user may have
+            fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return ends
 
 
 def _died(process: subprocess.Popen[bytes]) -> CorpusError:
@@ -145,8 +173,8 @@ def _died(process: subprocess.Popen[bytes]) -> CorpusError:
 
 @contextlib.contextmanager
 def open_pool(engine: EngineName, workers: int) -> Iterator[Pool]:
-    """Workers for the length of the context, started with the first chunk; none is left behind,
-    also after an error."""
+    """Workers for the length of the context; none is left behind, also after an error. They load
+    what they need while the first chunks are read."""
     if workers == 1:
         yield _Here(engine)
         return

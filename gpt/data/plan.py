@@ -21,7 +21,7 @@ from gpt.data.sources import HASHES, Identities, find_sources
 from gpt.data.units import Unit
 from gpt.errors import CorpusError, DatasetError, Problem
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the same sources and settings would give other shards."""
 
 logger = logging.getLogger(__name__)

@@ -1,12 +1,16 @@
-"""One tokenising process: chunks in on standard input, ids out on standard output.
+"""Tokenising processes: chunks in by one pipe, ids out by another.
 
-A program of its own and not a fork or a `multiprocessing` child: whatever threads, CUDA contexts
-or main module the parent has stay there, nothing is imported but numpy and the encoder (about
-80 MB), and when the parent dies, by any signal, the pipe ends and so does the worker.
+A program of its own and not a fork of the parent or a `multiprocessing` child: whatever threads,
+CUDA contexts or main module the parent has stay there, and nothing is imported but numpy and the
+encoder (about 80 MB). It loads these once, forks a process for each pair of pipes, and waits for
+them; so one start is paid for and not one a worker. When the parent dies, by any signal, the pipes
+end and so do all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import sys
@@ -96,9 +100,10 @@ def _filled(pipe: IO[bytes], field: bytearray) -> bytearray:
     return field
 
 
-def serve(engine: EngineName, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
+def serve(
+    engine: EngineName, encoder: Encoder | None, incoming: IO[bytes], outgoing: IO[bytes]
+) -> None:
     """Answer chunks until the other side is gone."""
-    encoder = None
     try:
         while True:
             chunk = receive_chunk(incoming)
@@ -115,14 +120,67 @@ def serve(engine: EngineName, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
         pass
 
 
+# --- the program ---------------------------------------------------------------------------------
+
+
 def main() -> None:
-    # Ctrl-C goes to the whole group: the parent decides, and ends this by closing the pipe.
+    """Arguments: the engine, then for each worker a descriptor to read from and one to write to,
+    as in `5,8`."""
+    # Ctrl-C goes to the whole group: the parent decides, and ends this by closing the pipes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.dup(0), "rb") as source:
-        os.dup2(2, 1)  # what a library prints must not get between the ids
-        engine: EngineName = "gigatoken" if sys.argv[1] == "gigatoken" else "tiktoken"
-        serve(engine, source, out)
+    engine: EngineName = "gigatoken" if sys.argv[1] == "gigatoken" else "tiktoken"
+    pipes = [tuple(map(int, pair.split(","))) for pair in sys.argv[2:]]
+    encoder = None
+    with contextlib.suppress(Exception):  # told with the first chunk, for which it is tried again
+        encoder = open_encoder(engine)
+    gc.freeze()  # a collection would write to pages that the workers share
+    workers: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: _kill(workers))
+    for mine in pipes:
+        pid = os.fork()
+        if not pid:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _work(engine, encoder, mine, [fd for pair in pipes for fd in pair if fd not in mine])
+        workers.append(pid)
+        for descriptor in mine:
+            os.close(descriptor)
+    _end_as_they_do(workers)
 
 
-if __name__ == "__main__":
-    main()
+def _work(
+    engine: EngineName, encoder: Encoder | None, mine: tuple[int, ...], others: list[int]
+) -> None:
+    """The whole life of a worker; does not return."""
+    for descriptor in others:
+        with contextlib.suppress(OSError):  # closed before this worker was forked
+            os.close(descriptor)
+    try:
+        with os.fdopen(mine[0], "rb") as incoming, os.fdopen(mine[1], "wb") as outgoing:
+            serve(engine, encoder, incoming, outgoing)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _end_as_they_do(workers: list[int]) -> None:
+    """Wait for the workers. One that ends badly ends all, and its status becomes that of this
+    process, where the parent looks for it."""
+    while workers:
+        pid, status = os.wait()
+        workers.remove(pid)
+        if status:
+            _kill(workers)
+            for other in workers:
+                os.waitpid(other, 0)
+            code = os.waitstatus_to_exitcode(status)
+            if code < 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), -code)
+            sys.exit(code)
+
+
+def _kill(workers: list[int]) -> None:
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):  # ended, and not yet struck off
+            os.kill(pid, signal.SIGKILL)
