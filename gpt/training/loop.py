@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gpt.artifacts import DatasetManifest
+from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config import RunConfig
 from gpt.errors import NonFiniteLossError, Problem
 from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
@@ -108,15 +108,14 @@ class Trainer:
         self.recoveries = read_recoveries(folder)
         self.step = self.saved_step = self.skipped_steps = 0
         self._previous_position = 0
-        if sound_checkpoint(folder):
-            self._load()
+        if checkpoint := sound_checkpoint(folder):
+            self._load(checkpoint)
         self._flops_share_per_token = self._share_of_peak()
         self._last_end = time.perf_counter()
 
-    def _load(self) -> None:
-        """Stand where the newest sound checkpoint stood, or at the beginning."""
+    def _load(self, checkpoint: CheckpointRef | None) -> None:
+        """Stand where the checkpoint stood; without one, at the beginning."""
         stepper = self.stepper
-        checkpoint = sound_checkpoint(self.folder)
         if checkpoint is None:
             progress = stepper.restart(self.dataset.fingerprint)
         else:
@@ -325,7 +324,7 @@ class Trainer:
             abandon_newest(self.folder)
         failed_step, passed_over = self.step, (bad_from, self.stepper.batches.position)
         self.stepper.drop_gradients()
-        self._load()
+        self._load(sound_checkpoint(self.folder))
         logger.warning(
             "step %d: %s. Going back to step %d and over %d sequences of the data, return %d of %d",
             failed_step,

@@ -1,11 +1,15 @@
 """What it costs to lose nothing: tokens/s with checkpoints, journal and MLflow against without.
 
     python tests/benchmarks/bench_safety.py [--steps 200] [--pairs 5] [--checkpoint-interval 50]
+    python tests/benchmarks/bench_safety.py --server-away
 
 Both train the network of configs/tiny.toml on made-up tokens, in processes of their own, one after
 the other in turns: bare, which only trains, and safe, which writes checkpoints beside the training
 and every step to the journal, and from there to MLflow's SQLite on the courier's thread. Seconds
 are those between the end of the tenth step and of the last, checkpoints included.
+
+`--server-away` trains 60 steps against a real MLflow server, killed after step 10 and started again
+after step 40, and prints the longest step beside the median.
 """
 
 import argparse
@@ -30,10 +34,14 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--checkpoint-interval", type=int, default=50)
+    parser.add_argument("--server-away", action="store_true")
     parser.add_argument("--worker", choices=[BARE, SAFE], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(seconds_of(options.worker, options.steps, options.checkpoint_interval)))
+        return
+    if options.server_away:
+        steps_with_a_server_away()
         return
     ratios = []
     for pair in range(options.pairs):
@@ -82,6 +90,47 @@ def seconds_of(mode, steps, checkpoint_interval):
                 if record.step == steps and end is None:
                     end = time.perf_counter()
         return end - begin
+
+
+def steps_with_a_server_away():
+    from test_servers_away import MlflowServer
+    from token_data import token_dataset
+
+    from gpt.config import load_config
+    from gpt.training.loop import train
+    from tasks.tracking import ended_by_outcome, open_run, recording
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = MlflowServer(Path(folder, "server"))
+        server.start()
+        config = load_config(
+            ROOT / "configs" / "tiny.toml",
+            {
+                "run": {"root": folder},
+                "training": {"max_steps": 60, "checkpoint_interval": 60},
+                "evaluation": {"interval": 60, "tokens": 1024},
+                "tracking": {"uri": server.uri},
+            },
+        )
+        dataset = token_dataset(Path(folder, "tokens"), train_tokens=200_000)
+        run_folder = Path(folder, "train", "run")
+        run_folder.mkdir(parents=True)
+        run = open_run(config, dataset, run_folder)
+        seconds, last = {}, time.perf_counter()
+        with ended_by_outcome(run), recording(run) as recorder:
+            for record in train(config, dataset, run.folder):
+                recorder.step(record)
+                if record.loss:
+                    seconds[record.step] = time.perf_counter() - last
+                if record.step == 10 and record.loss:
+                    server.kill()
+                if record.step == 40 and record.loss:
+                    server.start()
+                last = time.perf_counter()  # what starting a server takes is not the step's
+        server.kill()
+        away = [value for step, value in seconds.items() if step > WARM_UP]
+        median, longest = statistics.median(away), max(away)
+        print(f"median step {median:.3f} s, longest {longest:.3f} s ({longest / median:.2f} times)")
 
 
 @contextlib.contextmanager
