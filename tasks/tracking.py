@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import Field
 
 from gpt.artifacts import Artifact, DatasetManifest, EvaluationReport
 from gpt.config import RunConfig
 from gpt.errors import Problem, TrackingError
+from gpt.files import PARTIAL, sync
 from gpt.training.loop import StepRecord
 from tasks import journal
 from tasks.console import warn
@@ -109,7 +111,10 @@ def open_run(config: RunConfig, dataset: DatasetManifest, folder: Path) -> RunRe
     """
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
-        (local_store(config.run.root) / "artifacts").mkdir(parents=True, exist_ok=True)
+        store = local_store(config.run.root)
+        (store / "artifacts").mkdir(parents=True, exist_ok=True)
+        if uri == f"sqlite:///{store / 'mlflow.db'}":
+            _make_store(store / "mlflow.db")
     if journal.read_outbox(folder) is None:
         journal.write_outbox(folder, describe(config, dataset, folder))
     run = RunRef(folder=folder, uri=uri)
@@ -117,6 +122,21 @@ def open_run(config: RunConfig, dataset: DatasetManifest, folder: Path) -> RunRe
         pass
     receipt = journal.read_receipt(folder)
     return run.model_copy(update={"run_id": receipt.run_id if receipt else None})
+
+
+def _make_store(database: Path) -> None:
+    """MLflow's SQLite store, whole under its name or not there: a process that is killed while
+    MLflow makes the tables leaves a file with which MLflow never works again."""
+    if database.exists():
+        return
+    with FileLock(database.with_name(f".{database.name}.lock")):
+        partial = database.with_name(f".{database.name}{PARTIAL}")
+        for leftover in (partial, partial.with_name(f"{partial.name}-journal")):
+            leftover.unlink(missing_ok=True)
+        if not database.exists():
+            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+            sync(partial)
+            partial.rename(database)
 
 
 @contextmanager

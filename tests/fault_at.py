@@ -28,6 +28,11 @@ def stop_all():
     os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
+def interrupt_all():
+    """SIGINT to all of them, as a terminal sends it for Ctrl-C."""
+    os.killpg(os.getpgrp(), signal.SIGINT)
+
+
 def kill_prefect():
     """kill -9 for the embedded API."""
     from prefect.server.api.server import SubprocessASGIServer
@@ -37,7 +42,7 @@ def kill_prefect():
         server.server_process.wait()
 
 
-FAULTS = {"stop": stop_all, "kill prefect": kill_prefect}
+FAULTS = {"stop": stop_all, "interrupt": interrupt_all, "kill prefect": kill_prefect}
 
 
 def main():
