@@ -139,5 +139,8 @@ class EvaluationReport(Artifact):
     """Mean loss in equal parts of the context, the beginning first."""
     slice_fingerprint: str = ""
     """Equal for two reports on the same tokens."""
+    sequence_losses: tuple[float, ...] = ()
+    """Mean loss of each sequence of the slice, nats, in order: what two models on the same slice
+    are compared by."""
     hellaswag: HellaSwagResult | None = None
     lambada: LambadaResult | None = None

@@ -159,6 +159,9 @@ class TrainingSection(Section):
     third more work."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     """Seed of the weights, the data order and dropout."""
+    init_from: str = ""
+    """Folder of a model whose weights to begin with, as `overnight import-hf` makes one or a
+    checkpoint is; empty: random weights."""
     checkpoint_interval: Count = 250
     """Steps between checkpoints; the last step always writes one."""
     checkpoints_kept: Count = 2
@@ -179,12 +182,20 @@ class EvaluationSection(Section):
     """Steps between validation losses during training; also taken before step 1 and at the end."""
     tokens: Count = 1_048_576
     """Length of the fixed validation slice, tokens; the same for every config on the data."""
+    interval_tokens: Count = 131_072
+    """How much of the slice's beginning is evaluated during training; all of it at the end."""
     batch_size: Count = 8
     """Sequences at once when evaluating; independent of training."""
     prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
     """Prompts of the samples in the report."""
     sample_tokens: Annotated[int, Field(ge=0)] = 64
     """Tokens generated for each prompt."""
+    hellaswag: str = ""
+    """HellaSwag's Parquet, a file or an address, to score the trained model on; empty: left out."""
+    lambada: str = ""
+    """LAMBADA's Parquet (OpenAI's variant), likewise."""
+    benchmark_examples: Count | None = None
+    """Score the first so many examples of each; left out: all."""
 
 
 class TrackingSection(Section):
@@ -192,6 +203,8 @@ class TrackingSection(Section):
     """MLflow experiment."""
     uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite under run.root."""
+    registered_model: str = "gpt"
+    """Name in MLflow's model registry that trained models become versions of; empty: none does."""
 
 
 class HardwareSection(Section):

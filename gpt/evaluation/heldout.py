@@ -41,6 +41,8 @@ class HeldoutLoss:
     slice most of that falls away."""
     loss_by_position: tuple[float, ...] = ()
     """Mean loss in each sixteenth of the context, the beginning first."""
+    sequence_losses: tuple[float, ...] = ()
+    """Mean loss of each sequence, in order."""
     slice_fingerprint: str = ""
     """Of the predicted tokens in their order, 16 hexadecimal digits: equal for two results that are
     about the same tokens, whatever the context that each was given."""
@@ -97,6 +99,7 @@ def _loss_over(
         bits_per_byte=summed / math.log(2) / max(1, text_bytes),
         standard_error=_standard_error(sums / block_size),
         loss_by_position=_in_buckets(by_position.cpu().numpy() / len(sums)),
+        sequence_losses=tuple((sums / block_size).tolist()),
         slice_fingerprint=digest.hexdigest()[:16],
     )
 

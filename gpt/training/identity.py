@@ -35,6 +35,8 @@ def shaping_values(config: RunConfig, dataset_fingerprint: str) -> dict[str, Any
         for key, value in config.flat().items()
         if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
+    if not kept["training.init_from"]:  # runs of before that key stay the runs they are
+        del kept["training.init_from"]
     kept["sequences_per_step"] = config.sequences_per_step
     kept["dataset"] = dataset_fingerprint
     return kept

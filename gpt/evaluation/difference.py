@@ -1,0 +1,103 @@
+"""Whether two models differ: their losses on the same text, and how far chance alone would go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from gpt.artifacts import EvaluationReport
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two mean losses, nats a token; below zero the first is the better one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    """Ends of the 95% confidence interval; None where one value a side tells nothing of chance."""
+    basis: str
+    """What chance was measured over, in words."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low is not None and self.high is not None and self.low * self.high > 0
+
+    @property
+    def is_better(self) -> bool:
+        """The first is better by more than chance."""
+        return self.is_real and self.mean < 0
+
+
+def difference(one: EvaluationReport, other: EvaluationReport) -> Difference:
+    """Of two models on one slice: paired over its sequences, because a hard text is hard for both
+    (Student's t; Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640). Models of different
+    block sizes have other sequences and are compared unpaired (Welch), which sees less.
+
+    It says whether the slice tells these two networks apart, not whether other seeds of the same
+    configs would come out so: `difference_of_seeds` does.
+    """
+    assert one.slice_fingerprint == other.slice_fingerprint, "reports on different text"
+    a, b = np.array(one.sequence_losses), np.array(other.sequence_losses)
+    if min(len(a), len(b)) < 2:
+        return Difference(one.loss - other.loss, None, None, "one sequence, which says nothing")
+    if len(a) == len(b):
+        if np.ptp(a - b) == 0:  # as a model against itself: Student's t divides by zero
+            mean = float(np.mean(a - b))
+            return Difference(mean, mean, mean, f"{len(a):,} sequences, paired")
+        interval = stats.ttest_rel(a, b).confidence_interval(CONFIDENCE)
+        basis = f"{len(a):,} sequences, paired"
+    else:
+        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
+        basis = f"{len(a):,} and {len(b):,} sequences, unpaired"
+    return Difference(one.loss - other.loss, float(interval.low), float(interval.high), basis)
+
+
+def difference_of_seeds(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """Of the mean losses of two configs, each trained with several seeds (Welch's t)."""
+    mean = float(np.mean(one) - np.mean(other))
+    if min(len(one), len(other)) < 2:
+        return Difference(mean, None, None, "one seed, which says nothing")
+    basis = f"{len(one)} and {len(other)} seeds"
+    if np.ptp(one) == np.ptp(other) == 0:
+        return Difference(mean, mean, mean, basis)
+    interval = stats.ttest_ind(one, other, equal_var=False).confidence_interval(CONFIDENCE)
+    return Difference(mean, float(interval.low), float(interval.high), basis)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a challenger takes the champion's place, and why, in a sentence."""
+
+    promoted: bool
+    reason: str
+
+
+def judge(challenger: EvaluationReport, champion: EvaluationReport | None) -> Judgement:
+    """The challenger must be better on the same slice by more than chance."""
+    if champion is None:
+        return Judgement(True, "the first model: there was no champion")
+    if challenger.slice_fingerprint != champion.slice_fingerprint:
+        return Judgement(
+            False,
+            "cannot be compared with the champion: it was evaluated on other text; evaluate both "
+            "on one slice",
+        )
+    found = difference(challenger, champion)
+    losses = f"loss {challenger.loss:.4f} against the champion's {champion.loss:.4f}"
+    if found.low is None or found.high is None:
+        return Judgement(False, f"{losses}: {found.basis}")
+    interval = (
+        f"95% interval of the difference {found.low:+.4f} to {found.high:+.4f}, {found.basis}"
+    )
+    if found.is_better:
+        return Judgement(True, f"better: {losses}; {interval}")
+    if found.is_real:
+        return Judgement(False, f"worse: {losses}; {interval}")
+    return Judgement(False, f"not different beyond chance: {losses}; {interval}")
