@@ -15,11 +15,15 @@ from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
 
 if TYPE_CHECKING:
+    from flows.compare import Compared
+    from flows.contest import Entrant
     from flows.outcome import Outcome
     from gpt.preflight.report import Report
 
 CANNOT = 2
 """Exit code for what the user can mend, as a config that cannot work."""
+FAILED = 1
+"""A part of what was asked for has no result."""
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -99,10 +103,10 @@ def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outco
     from flows import environment
 
     environment.prepare(_root(config, laid_over))
-    from flows.session import run_flow
+    from flows.session import run_pretrain
 
     try:
-        return run_flow(config, dict(laid_over), fresh)
+        return run_pretrain(config, dict(laid_over), fresh)
     except ConfigError:
         if not problems:
             raise
@@ -148,6 +152,62 @@ look at it in Prefect, then in MLflow:
 def _short(path: Path) -> str:
     """Relative where it lies below this folder."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@app.command()
+def compare(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG CONFIG...", help="TOML configs.")],
+    overrides: Overrides = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Train each on so many tokens, not its own max_steps.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Train each so many times, with other seeds.")] = 1,
+    name: Annotated[str, typer.Option(help="Of the comparison; else the configs' names.")] = "",
+) -> None:
+    """Train several configs on the same data and say which is best; again, it goes on."""
+    from flows.contest import entrants_of
+
+    laid_over = merged({}, overrides or [])
+    entrants = entrants_of(configs, laid_over, tokens, seeds)
+    if _all_have_problems(entrants):
+        raise typer.Exit(CANNOT)
+    from flows import environment
+
+    environment.prepare(next(entrant.config.run.root for entrant in entrants if entrant.config))
+    from flows.session import run_compare
+
+    try:
+        compared = run_compare(configs, dict(laid_over), tokens, seeds, name)
+    except KeyboardInterrupt:  # before the flow could take it
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    _print_compared(compared)
+    if compared.failed:
+        raise typer.Exit(FAILED)
+
+
+def _all_have_problems(entrants: Sequence[Entrant]) -> bool:
+    """What the preflight finds is told before anything is started."""
+    from gpt.preflight.report import examine
+
+    blocked = 0
+    for entrant in entrants:
+        problems = examine(entrant.path, entrant.overrides, starting=True).problems
+        if problems:
+            print(f"{entrant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
+            blocked += 1
+    return blocked == len(entrants)
+
+
+def _print_compared(compared: Compared) -> None:
+    print(
+        f"""
+{compared.markdown}
+page   {_short(compared.page)}
+look at it in Prefect, then in MLflow:
+  {compared.look_prefect}
+  {compared.look_mlflow}"""
+    )
 
 
 @app.command()
@@ -286,6 +346,42 @@ def generate(
     for piece in stream_text(network, prompt, sampling):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Whose data and [evaluation]; else the run's.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    root: Root = Path("runs"),
+) -> None:
+    """Say how good a model is: validation loss, benchmarks whose files are named, samples.
+
+    As --set evaluation.hellaswag=FILE.parquet --set evaluation.lambada=FILE.parquet.
+    """
+    from flows import environment
+
+    environment.prepare(root)
+    from flows.models import asked_of, facts_of, find_model
+    from gpt.exchange.model_card import evaluation_section
+    from tasks.console import quietly
+    from tasks.evaluate import evaluated, samples_page
+    from tasks.tokenize_parquet import tokenized
+
+    folder = find_model(model, root)
+    facts = facts_of(folder)
+    asked = asked_of(folder, facts, config, merged({}, overrides or []))
+    with quietly(as_json):
+        same_data = facts.config and facts.config.data == asked.data
+        dataset = (facts.dataset if same_data else None) or tokenized(asked)
+        report = evaluated(folder, asked, dataset, facts.step or 0)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print(f"\n{evaluation_section(report)}\n\n{samples_page(report)}", end="")
 
 
 @app.command()

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+EMBEDDED_API = "OVERNIGHT_EMBEDDED_API"
+"""Set where PREFECT_API_URL names the embedded server of a process above, which ends with it."""
 EMBEDDED = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
     # The first start makes the database: 20 s, the default, are not enough on a slow machine.

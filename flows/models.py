@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, EvaluationReport
-from gpt.config import RunConfig
+from gpt.config import RunConfig, build_config, merged, read_toml
 from gpt.data.shards import read_manifest
-from gpt.errors import CheckpointError, DatasetError, Problem
+from gpt.errors import CheckpointError, ConfigError, DatasetError, Problem
 from gpt.evaluation.kept import REPORT
 from gpt.exchange.model_card import Facts
-from gpt.training.checkpoint import CONFIG_FILE, MODEL_FILE, latest_checkpoint, read_progress
+from gpt.model.folder import CONFIG_FILE, MODEL_FILE, read_section
+from gpt.training.checkpoint import latest_checkpoint, read_progress
 from gpt.training.run_folder import RUN_FILE, RunRecord, named_run_folder
 
 
@@ -49,6 +52,24 @@ def facts_of(model: Path) -> Facts:
         step=progress.step,
         report=_report(run, progress.step),
     )
+
+
+def asked_of(
+    model: Path, facts: Facts, config: str | None, overrides: Mapping[str, Any]
+) -> RunConfig:
+    """How a model is to be evaluated: as `config` says, else as its own run was to be, with the
+    overrides laid over it; the network is the model's own. Raises `ConfigError` for a model
+    without a run where no config is given."""
+    if config is not None:
+        raw = read_toml(Path(config))
+    elif facts.config:
+        raw = facts.config.model_dump(mode="json")
+    else:
+        rule = "has no run beside it that would say on which data to evaluate it"
+        remedy = "give --config CONFIG, whose [data] and [evaluation] are then used"
+        raise ConfigError(Problem("MODEL", str(model), rule, remedy))
+    section = {"model": read_section(model).model_dump(mode="json")}
+    return build_config(merged(merged(raw, overrides), section))
 
 
 def _dataset(run: Path) -> DatasetManifest | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from flows.environment import prefect_home
+from flows.environment import EMBEDDED_API, prefect_home
 from gpt.artifacts import Artifact, CheckpointRef, EvaluationReport
 from gpt.config import RunConfig, load_config
 from gpt.data.corpus import find_dataset
@@ -52,8 +52,8 @@ def outcome_of(
         model=(checkpoint.folder / "model.safetensors").resolve(),
         mlflow_uri=mlflow_uri,
         mlflow_run_id=mlflow_run_id,
-        look_prefect=_look_prefect(config),
-        look_mlflow=_look_mlflow(mlflow_uri),
+        look_prefect=look_prefect(config),
+        look_mlflow=look_mlflow(mlflow_uri),
     )
 
 
@@ -102,16 +102,16 @@ def result_page(outcome: Outcome) -> str:
     )
 
 
-def _look_prefect(config: RunConfig) -> str:
+def look_prefect(config: RunConfig) -> str:
     api = os.environ.get("PREFECT_API_URL", "")
-    if api:
+    if api and EMBEDDED_API not in os.environ:
         return api.removesuffix("/api")
     home = os.environ.get("PREFECT_HOME", str(prefect_home(config.run.root)))
     settings = f"PREFECT_HOME={shlex.quote(home)} PREFECT_SERVER_ANALYTICS_ENABLED=false"
     return f"{settings} {_program('prefect')} server start"
 
 
-def _look_mlflow(uri: str) -> str:
+def look_mlflow(uri: str) -> str:
     if uri.startswith("http"):
         return uri
     return f"DO_NOT_TRACK=1 {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"

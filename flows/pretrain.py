@@ -39,7 +39,10 @@ def _flow_run_name() -> str:
 
 @flow(name="pretrain", flow_run_name=_flow_run_name)
 def pretrain(
-    config: str, overrides: dict[str, Any] | None = None, fresh: bool = False
+    config: str,
+    overrides: dict[str, Any] | None = None,
+    fresh: bool = False,
+    parent: str | None = None,
 ) -> Outcome | State:
     """Pretrain a GPT from Parquet to an evaluated, tracked model.
 
@@ -49,22 +52,27 @@ def pretrain(
         config: Path of a TOML config.
         overrides: Values laid over the config, key by key: {"training": {"max_steps": 20}}.
         fresh: Begin a new run folder even where this run can be gone on with.
+        parent: Folder of a comparison that this run is part of.
     """
-    return _stopped_or(lambda: _stages(config, overrides or {}, fresh, _as_task))
+    return _stopped_or(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
 
 
 def pretrain_without_prefect(
-    config: str, overrides: dict[str, Any], fresh: bool
+    config: str, overrides: dict[str, Any], fresh: bool, parent: str | None = None
 ) -> Outcome | State:
     """The same stages, told to nobody."""
-    return _stopped_or(lambda: _stages(config, overrides, fresh, _as_function))
+    return _stopped_or(lambda: _stages(config, overrides, fresh, parent, as_function))
 
 
-def _as_task(stage: Task) -> Callable[..., Any]:
+Call = Callable[[Task], Callable[..., Any]]
+"""How a stage is called: as a task, or as the function in it."""
+
+
+def as_task(stage: Task) -> Callable[..., Any]:
     return stage
 
 
-def _as_function(stage: Task) -> Callable[..., Any]:
+def as_function(stage: Task) -> Callable[..., Any]:
     return stage.fn
 
 
@@ -77,13 +85,13 @@ def _stopped_or(run: Callable[[], Outcome]) -> Outcome | State:
 
 
 def _stages(
-    config: str, overrides: dict[str, Any], fresh: bool, call: Callable[[Task], Callable[..., Any]]
+    config: str, overrides: dict[str, Any], fresh: bool, parent: str | None, call: Call
 ) -> Outcome:
     checked = call(validate_config)(config, overrides)
     dataset = call(tokenize_parquet)(checked)
     folder = open_run_folder(checked, dataset, fresh=fresh)
     with run_lock(folder), _standing_told(folder):
-        run = open_run(checked, dataset, folder)
+        run = open_run(checked, dataset, folder, Path(parent) if parent else None)
         with ended_by_outcome(run):
             checkpoint = call(train)(checked, dataset, run)
             report = call(evaluate)(checked, dataset, checkpoint, run)

@@ -69,6 +69,12 @@ class CheckpointError(GPTError):
     headline = "the checkpoint cannot be used"
 
 
+class ComparisonError(GPTError):
+    """A comparison in which no config came to an end."""
+
+    headline = "there is nothing to compare"
+
+
 class GenerationError(GPTError):
     """Settings of sampling with which no text can be written."""
 

@@ -7,6 +7,8 @@ says what the terminal said.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,20 +23,32 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress import Progress as Bar
 
 from gpt.config import RunConfig
 from gpt.data.corpus import TokenizeProgress
+from gpt.evaluation.progress import Progress, Result, Running
 from gpt.training.loop import StepRecord
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _RunConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the lines is gone, as a worker that was killed; the run is not. (Rich would
+        end the process.)"""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _RunConsole(highlight=False, soft_wrap=True)
 
 TOKENIZE_SECONDS = 5.0
 """Time between lines while tokenising."""
+EVALUATE_SECONDS = 10.0
+"""The same while evaluating."""
 RECENT_STEPS = 20
 """Steps whose pace gives the time left: validations and checkpoints among them count too."""
 
@@ -68,13 +82,24 @@ class _LibraryWarnings(logging.Handler):
 logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
 
 
+@contextmanager
+def quietly(wanted: bool) -> Iterator[None]:
+    """Tell on standard error where standard output belongs to a program."""
+    before = console.stderr
+    console.stderr = wanted
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
 def duration(seconds: float) -> str:
     """Seconds as 0:01:23."""
     return str(timedelta(seconds=round(seconds)))
 
 
 class TokenizeDisplay:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(self, progress: Bar, task: TaskID) -> None:
         self._progress, self._task = progress, task
         self._last_line = time.monotonic()
 
@@ -94,7 +119,7 @@ class TokenizeDisplay:
 
 
 class TrainDisplay:
-    def __init__(self, config: RunConfig, progress: Progress, task: TaskID) -> None:
+    def __init__(self, config: RunConfig, progress: Bar, task: TaskID) -> None:
         self._progress, self._task = progress, task
         self._last_step = config.training.max_steps
         self._interval = config.training.log_interval
@@ -130,6 +155,30 @@ class TrainDisplay:
             self._seconds_a_token.clear()
 
 
+class EvaluateDisplay:
+    def __init__(self, progress: Bar, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._last_line = time.monotonic()
+
+    def following(self, running: Running[Result]) -> Result:
+        """The result of what runs, told of on the way: a bar on a terminal, elsewhere a line every
+        `EVALUATE_SECONDS`."""
+        while True:
+            try:
+                self._show(next(running))
+            except StopIteration as end:
+                return end.value
+
+    def _show(self, progress: Progress) -> None:
+        self._progress.update(
+            self._task, completed=progress.done, total=progress.total, text=progress.what
+        )
+        now = time.monotonic()
+        if now - self._last_line >= EVALUATE_SECONDS and not console.is_terminal:
+            tell(f"evaluating: {progress.what} {progress.done:,} of {progress.total:,}")
+            self._last_line = now
+
+
 def _device_use(record: StepRecord) -> str:
     """Model FLOPs utilisation (n/a for a card that is not listed) and peak memory."""
     mfu = "n/a" if record.mfu is None else f"{record.mfu:.1%}"
@@ -144,13 +193,19 @@ def tokenize_display() -> Iterator[TokenizeDisplay]:
 
 
 @contextmanager
+def evaluate_display() -> Iterator[EvaluateDisplay]:
+    with _bar("evaluating") as (progress, task):
+        yield EvaluateDisplay(progress, task)
+
+
+@contextmanager
 def train_display(config: RunConfig) -> Iterator[TrainDisplay]:
     with _bar("training", config.training.max_steps) as (progress, task):
         yield TrainDisplay(config, progress, task)
 
 
 @contextmanager
-def _bar(name: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
+def _bar(name: str, total: int | None = None) -> Iterator[tuple[Bar, TaskID]]:
     """A bar below the lines on a terminal; nothing elsewhere."""
     columns = (
         TextColumn("{task.description}"),
@@ -159,7 +214,7 @@ def _bar(name: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID
         TimeElapsedColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(
+    with Bar(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
         yield progress, progress.add_task(name, total=total, text="")

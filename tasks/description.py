@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ def describe(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbo
         tags={"mlflow.source.git.commit": commit.removesuffix(CHANGED)} if commit else {},
         dataset=_dataset_input(dataset),
         files={"config.json": resolved.resolve()} | _dataset_files(dataset),
+    )
+
+
+def describe_comparison(
+    config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
+) -> Outbox:
+    """Of the run above those that are compared: what they share, and `compared`."""
+    shared = {
+        "dataset.fingerprint": dataset.fingerprint,
+        "evaluation.tokens": _text(config.evaluation.tokens),
+    }
+    return Outbox(
+        uid=uuid.uuid4().hex,
+        name=folder.name.rpartition("-")[0],
+        experiment=config.tracking.experiment,
+        uri=tracking_uri(config),
+        artifacts=_artifact_location(config),
+        parameters={**compared, **shared},
+        tags={},
+        dataset=_dataset_input(dataset),
     )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport
 from gpt.config import RunConfig
 from gpt.evaluation.kept import REPORT, keep_report, kept_report
-from gpt.evaluation.report import evaluate as evaluation_of
+from gpt.evaluation.report import evaluation_of
 from gpt.files import write_text
-from tasks.console import tell
+from gpt.model.device import pick_device
+from gpt.model.saved import load_saved
+from tasks.console import evaluate_display, tell
 from tasks.tracking import RunRef, attach, recording
 
 SAMPLES = "samples.md"
@@ -26,7 +30,7 @@ def evaluate(
         report = kept_report(run.folder, config, checkpoint.step)
         if report is None:
             tell(f"evaluating step {checkpoint.step}")
-            report = evaluation_of(config, dataset, checkpoint)
+            report = evaluated(checkpoint.folder, config, dataset, checkpoint.step)
             # The samples first: a report that is there is whole.
             write_text(run.folder / SAMPLES, samples_page(report))
             keep_report(run.folder, config, report)
@@ -34,6 +38,15 @@ def evaluate(
         model = {f"model/{name}": checkpoint.folder / name for name in MODEL_FILES}
         attach(run, {name: run.folder / name for name in (REPORT, SAMPLES)} | model)
     return report
+
+
+def evaluated(
+    model: Path, config: RunConfig, dataset: DatasetManifest, step: int
+) -> EvaluationReport:
+    """The report on the model in a folder, its progress shown."""
+    network = load_saved(model, pick_device(config.hardware.device))
+    with evaluate_display() as display:
+        return display.following(evaluation_of(network, config, dataset, step))
 
 
 def samples_page(report: EvaluationReport) -> str:

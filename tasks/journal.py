@@ -55,6 +55,10 @@ class Outbox(Artifact):
     dataset: DatasetInput
     files: dict[str, Path] = Field(default_factory=dict)
     """Path inside the MLflow run's artifacts -> the local file or folder."""
+    parent: Path | None = None
+    """Folder of the run that this one is part of."""
+    note: str = ""
+    """Markdown that MLflow's page of the run begins with."""
     status: str = "RUNNING"
     error: str = ""
 
@@ -68,6 +72,8 @@ class Receipt(Artifact):
     sent_bytes: int = 0
     """Length of the journal's part that has been sent."""
     files: dict[str, Path] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Those that may change."""
     status: str = "RUNNING"
 
 

@@ -27,9 +27,10 @@ from gpt.files import PARTIAL, sync
 from gpt.training.loop import StepRecord
 from tasks import journal
 from tasks.console import warn
-from tasks.description import describe, local_store, tracking_uri
+from tasks.description import describe, describe_comparison, local_store, tracking_uri
 from tasks.journal import DatasetInput, Journal, Line, Outbox, Receipt
 from tasks.stopping import stopping
+from tasks.system_metrics import SystemMetrics
 
 # Read by MLflow at import or at each call. A call that cannot reach a server gives up soon, since
 # the courier tries again by itself.
@@ -57,6 +58,8 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 UID_TAG = "overnight.uid"
 ERROR_TAG = "overnight.error"
+NOTE_TAG = "mlflow.note.content"
+PARENT_TAG = "mlflow.parentRunId"
 TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 """Makes MLflow's pages open on runs and curves, not on prompts and traces."""
 OPEN_SECONDS = 60.0
@@ -84,12 +87,27 @@ STEP_METRICS = {
     "batch_size": "batch_size",
     "skipped_steps": "skipped_steps",
     "recoveries": "recoveries",
+    "energy_joules": "energy_joules",
 }
 HELDOUT_METRICS = {
     "loss": "val/loss",
     "perplexity": "val/perplexity",
     "bits_per_byte": "val/bits_per_byte",
 }
+
+
+def report_metrics(report: EvaluationReport) -> dict[str, float | None]:
+    """Over the whole slice, after the last step; `val/` is of the slice's beginning."""
+    swag, last = report.hellaswag, report.lambada
+    return {
+        "final/loss": report.loss,
+        "final/loss_error": report.standard_error,
+        "final/perplexity": report.perplexity,
+        "final/bits_per_byte": report.bits_per_byte,
+        "final/hellaswag": swag.normalized_accuracy if swag else None,
+        "final/lambada": last.accuracy if last else None,
+        "final/lambada_perplexity": last.perplexity if last else None,
+    }
 
 
 class RunRef(Artifact):
@@ -104,19 +122,49 @@ class RunRef(Artifact):
 # --- what the stages call ------------------------------------------------------------------------
 
 
-def open_run(config: RunConfig, dataset: DatasetManifest, folder: Path) -> RunRef:
-    """The MLflow run of this run folder: made, or the one that the folder names.
+def open_run(
+    config: RunConfig, dataset: DatasetManifest, folder: Path, parent: Path | None = None
+) -> RunRef:
+    """The MLflow run of this run folder: made, or the one that the folder names; below the one of
+    the folder `parent`.
 
     Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
     """
+    outbox = journal.read_outbox(folder) or describe(config, dataset, folder)
+    if parent:
+        outbox = outbox.model_copy(update={"parent": parent.resolve()})
+    return _opened(config, folder, outbox)
+
+
+def open_comparison(
+    config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
+) -> RunRef:
+    """The MLflow run that the compared ones are below; `config` is one of theirs."""
+    outbox = journal.read_outbox(folder) or describe_comparison(config, dataset, folder, compared)
+    return _opened(config, folder, outbox)
+
+
+def put_below(folder: Path, parent: Path) -> None:
+    """Make a run, finished before, part of the one of the folder `parent`."""
+    outbox, receipt = _outbox_of(folder), journal.read_receipt(folder)
+    journal.write_outbox(folder, outbox.model_copy(update={"parent": parent.resolve()}))
+    with _courier(RunRef(folder=folder, uri=receipt.uri if receipt else outbox.uri), FLUSH_SECONDS):
+        pass
+
+
+def describe_run(run: RunRef, note: str) -> None:
+    """Markdown for the top of the run's page in MLflow."""
+    journal.write_outbox(run.folder, _outbox_of(run.folder).model_copy(update={"note": note}))
+
+
+def _opened(config: RunConfig, folder: Path, outbox: Outbox) -> RunRef:
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
         store = local_store(config.run.root)
         (store / "artifacts").mkdir(parents=True, exist_ok=True)
         if uri == f"sqlite:///{store / 'mlflow.db'}":
             _make_store(store / "mlflow.db")
-    if journal.read_outbox(folder) is None:
-        journal.write_outbox(folder, describe(config, dataset, folder))
+    journal.write_outbox(folder, outbox)
     run = RunRef(folder=folder, uri=uri)
     with _courier(run, OPEN_SECONDS, warns=True):
         pass
@@ -152,6 +200,7 @@ class Recorder:
     def __init__(self, run: RunRef) -> None:
         self._folder = run.folder
         self._journal = Journal(run.folder)
+        self._machine = SystemMetrics()
         self._failed = False
 
     def step(self, record: StepRecord) -> None:
@@ -160,11 +209,11 @@ class Recorder:
             metrics = {key: getattr(record.validation, n) for n, key in HELDOUT_METRICS.items()}
         else:
             metrics = {key: values[name] for name, key in STEP_METRICS.items()}
+            metrics |= self._machine.sample(record.step)
         self._append(record.step, metrics)
 
     def report(self, report: EvaluationReport) -> None:
-        metrics = {key: getattr(report, name) for name, key in HELDOUT_METRICS.items()}
-        self._append(report.step, metrics)
+        self._append(report.step, report_metrics(report))
 
     def _append(self, step: int, metrics: Mapping[str, float | None]) -> None:
         try:
@@ -318,7 +367,7 @@ def deliver(folder: Path, uri: str) -> None:
     outbox = _outbox_of(folder)
     receipt = _open(client, outbox, uri, journal.read_receipt(folder))
     journal.write_receipt(folder, receipt)
-    for send in (_send_description, _send_metrics, _send_files, _send_status):
+    for send in (_send_description, _send_tags, _send_metrics, _send_files, _send_status):
         receipt = send(client, folder, outbox, receipt)
 
 
@@ -366,6 +415,18 @@ def _send_description(
         client.log_batch(receipt.run_id, params=parameters[start : start + PARAMETERS_A_BATCH])
     client.log_inputs(receipt.run_id, [_mlflow_dataset(outbox.dataset)])
     return _noted(folder, receipt, described=True)
+
+
+def _send_tags(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+    above = journal.read_receipt(outbox.parent) if outbox.parent else None
+    wanted = {NOTE_TAG: outbox.note} if outbox.note else {}
+    if above and above.uri == receipt.uri:
+        wanted[PARENT_TAG] = above.run_id
+    for key, value in wanted.items():
+        if receipt.tags.get(key) != value:
+            client.set_tag(receipt.run_id, key, value)
+            receipt = _noted(folder, receipt, tags=receipt.tags | {key: value})
+    return receipt
 
 
 def _mlflow_dataset(dataset: DatasetInput) -> MlflowDatasetInput:

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.config import RunConfig
 from gpt.errors import ConfigError
+from gpt.evaluation.report import check_benchmarks
 from gpt.preflight.pages import markdown_page, verdict
 from gpt.preflight.report import examine
 from tasks.console import warn
@@ -19,7 +20,8 @@ from tasks.prefect_api import show_page
 def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
     """The preflight's report as an artifact, its warnings in the log.
 
-    Raises `ConfigError` with every problem found; nothing has been read or started by then.
+    Raises `ConfigError` with every problem found, and `BenchmarkError` for a benchmark that cannot
+    be scored; the data have not been read by then.
     """
     report = examine(path, overrides, starting=True)
     name = report.figures.config.run.name if report.figures else report.path
@@ -29,4 +31,5 @@ def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
         warn(f"{found}: {warning.rule}; {warning.remedy}")
     if report.figures is None or report.problems:
         raise ConfigError(*report.problems)
+    check_benchmarks(report.figures.config)
     return report.figures.config

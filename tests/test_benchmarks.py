@@ -15,7 +15,6 @@ from gpt.errors import BenchmarkError, OutOfMemoryError
 from gpt.evaluation import continuations
 from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
 from gpt.evaluation.benchmarks import (
-    finish,
     hellaswag,
     hellaswag_requests,
     lambada,
@@ -23,6 +22,7 @@ from gpt.evaluation.benchmarks import (
     preprocessed,
 )
 from gpt.evaluation.continuations import continuation, score
+from gpt.evaluation.progress import finish
 from gpt.model.transformer import build_model
 
 TEXT = """the a man woman dog ball water runs jumps over under slowly then camera shows house tree

@@ -55,6 +55,13 @@ def test_every_number_is_what_its_name_says(model, dataset, plain_losses, batch_
     assert held.loss_by_position == pytest.approx(of_positions.tolist(), rel=1e-5)
 
 
+def test_a_part_of_the_slice_is_its_beginning(model, dataset, plain_losses):
+    held = heldout_loss(model, tiny_config("x"), dataset, tokens=160)
+    assert (held.tokens, len(held.sequence_losses)) == (160, 5)
+    assert held.loss == pytest.approx(plain_losses[:5].mean().item(), rel=1e-6)
+    assert held.sequence_losses == pytest.approx(plain_losses[:5].mean(dim=1).tolist(), rel=1e-6)
+
+
 def test_a_block_that_does_not_divide_into_sixteen(dataset):
     for block_size, buckets in ((37, 16), (5, 5)):
         config = tiny_config("x", model__block_size=block_size, evaluation__tokens=400)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import polars
 import pytest
 from test_cli import overnight as in_a_process
 from test_training_loop import small_config
@@ -12,10 +13,17 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows.__main__ import app
+from flows.models import asked_of, facts_of
 from gpt.artifacts import EvaluationReport
 from gpt.errors import CheckpointError, ConfigError, ExchangeError, GenerationError
+from gpt.evaluation.heldout import heldout_running
 from gpt.evaluation.kept import keep_report
+from gpt.evaluation.progress import finish
+from gpt.model.device import pick_device
+from gpt.model.saved import load_saved
+from gpt.preflight.named_files import model_to_begin_with
 from gpt.training.checkpoint import latest_checkpoint
+from gpt.training.identity import run_identity
 from gpt.training.loop import train
 from gpt.training.run_folder import open_run_folder
 
@@ -68,6 +76,55 @@ def test_exported_imported_and_exported_again(run_folder, tmp_path):
     overnight("export", tmp_path / "back", tmp_path / "again")
     first, again = (tmp_path / name / "model.safetensors" for name in ("hf", "again"))
     assert first.read_bytes() == again.read_bytes()
+
+
+def test_a_run_and_an_imported_model_are_evaluated_as_asked(run_folder, tmp_path):
+    root = run_folder.parent.parent
+    benchmark = str(tmp_path / "lambada.parquet")
+    polars.DataFrame({"text": ["the dog ran home", "a man saw a man"]}).write_parquet(benchmark)
+    asked = ("--set", f"evaluation.lambada={benchmark}", "--set", 'evaluation.prompts=["The"]')
+    done = in_a_process("evaluate", "t", *asked, "--json", "--root", root)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = EvaluationReport.model_validate_json(done.stdout)
+    assert (report.step, report.tokens) == (20, 64)
+    assert report.lambada
+    assert report.lambada.examples == 2
+    assert len(report.samples) == 1
+
+    overnight("export", run_folder, tmp_path / "hf")
+    overnight("import-hf", tmp_path / "hf", tmp_path / "back")
+    with pytest.raises(ConfigError, match="--config CONFIG"):
+        asked_of(tmp_path / "back", facts_of(tmp_path / "back"), None, {})
+    config = tmp_path / "c.toml"
+    config.write_text(
+        '[run]\nname = "c"\n[data]\nsource = "x"\n[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\n'
+        "block_size = 4\n[training]\nbatch_size = 1\ngrad_acc = 1\nmax_steps = 1\n"
+        "[evaluation]\ntokens = 64\n"
+    )
+    again = asked_of(tmp_path / "back", facts_of(tmp_path / "back"), str(config), {})
+    assert (again.model.n_embd, again.evaluation.tokens) == (16, 64)
+    model, dataset = (
+        load_saved(tmp_path / "back", pick_device("cpu")),
+        facts_of(latest_checkpoint(run_folder).folder).dataset,
+    )
+    assert finish(heldout_running(model, again, dataset)).loss == pytest.approx(report.loss, 1e-5)
+
+
+def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
+    dataset = token_dataset(tmp_path / "datasets" / "0123")
+    source = latest_checkpoint(run_folder).folder
+    config = small_config(tmp_path, training__init_from=str(source), training__max_steps=1)
+    first = next(iter(train(config, dataset, tmp_path / "further")))
+    fresh = next(iter(train(small_config(tmp_path), dataset, tmp_path / "fresh")))
+    assert first.validation.loss < fresh.validation.loss - 0.5
+    assert run_identity(config, "x") != run_identity(small_config(tmp_path), "x")
+    wider = small_config(tmp_path, training__init_from=str(source), model__n_embd=32)
+    problem = model_to_begin_with(wider)
+    assert "n_embd 16 where [model] has 32" in problem.rule
+    assert "--set model.n_embd=16" in problem.remedy
+    assert model_to_begin_with(config) is None
+    missing = small_config(tmp_path, training__init_from=str(tmp_path))
+    assert "no model.safetensors" in model_to_begin_with(missing).rule
 
 
 def test_mistakes_are_told(run_folder, tmp_path):

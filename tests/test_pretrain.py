@@ -12,6 +12,7 @@ from prefect.client.schemas.objects import FlowRun, TaskRun
 
 from flows.pretrain import pretrain
 from gpt.errors import ConfigError
+from gpt.training.checkpoint import latest_checkpoint
 from tasks.tracking import MlflowClient
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -118,6 +119,26 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(
     assert run.info.status == "FINISHED"
     assert "overnight.error" not in run.data.tags
     assert steps(mlflow_client, run.info.run_id)["train/loss"] == list(range(1, 13))
+
+
+def test_prefect_s_time_limit_leaves_a_checkpoint(
+    tiny_config: Path, mlflow_client: MlflowClient, tiny_root: Path
+) -> None:
+    never = 1_000_000
+    overrides = {
+        "run": {"name": "limited"},
+        "training": {"max_steps": never, "checkpoint_interval": never},
+        "evaluation": {"interval": never},
+    }
+    with pytest.raises(TimeoutError):
+        pretrain.with_options(timeout_seconds=6)(str(tiny_config), overrides)
+    assert last_flow_run().state_name == "TimedOut"
+    [run] = named(mlflow_client, "limited")
+    assert run.info.status == "KILLED"
+    [folder] = tiny_root.glob("train/limited-*")
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint
+    assert checkpoint.step == steps(mlflow_client, run.info.run_id)["train/loss"][-1]
 
 
 def test_a_bad_config_fails_at_the_first_stage(tiny_config: Path) -> None:

@@ -1,16 +1,14 @@
 """HellaSwag and LAMBADA, scored as lm-evaluation-harness scores them (EleutherAI;
 lm_eval/tasks/hellaswag and lm_eval/tasks/lambada/lambada_openai.yaml), without examples before.
 
-Each is a generator that yields its progress after every batch; its value is the result:
-`finish` runs it to the end.
+Each is a generator that yields its progress after every batch; its value is the result.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from gpt.artifacts import HellaSwagResult, LambadaResult
 from gpt.errors import BenchmarkError, Problem
@@ -20,21 +18,9 @@ from gpt.evaluation.benchmark_files import (
     read_hellaswag,
     read_lambada,
 )
-from gpt.evaluation.continuations import Continuation, Progress, continuation, fingerprint, score
+from gpt.evaluation.continuations import Continuation, continuation, fingerprint, score
+from gpt.evaluation.progress import Running
 from gpt.model.transformer import GPT
-
-Result = TypeVar("Result")
-Running = Generator[Progress, None, Result]
-
-
-def finish(running: Running[Result]) -> Result:
-    """The result, with no progress told."""
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            return end.value
-
 
 # --- HellaSwag -----------------------------------------------------------------------------------
 
@@ -53,7 +39,7 @@ def hellaswag(
     examples = list(read_hellaswag(path, limit))
     _refuse_nothing(path, examples)
     requests = [request for example in examples for request in hellaswag_requests(example)]
-    scores = yield from score(model, requests, batch_size, dtype)
+    scores = yield from score(model, requests, batch_size, dtype, "HellaSwag")
     plain, normalized = [], []
     for number, example in enumerate(examples):
         four = [each.log_likelihood for each in scores[number * ENDINGS : (number + 1) * ENDINGS]]
@@ -101,7 +87,7 @@ def lambada(
     texts = list(read_lambada(path, limit))
     _refuse_nothing(path, texts)
     requests = [lambada_request(text) for text in texts]
-    scores = yield from score(model, requests, batch_size, dtype)
+    scores = yield from score(model, requests, batch_size, dtype, "LAMBADA")
     right = [each.is_greedy for each in scores]
     mean = -sum(each.log_likelihood for each in scores) / len(scores)
     return LambadaResult(

@@ -7,7 +7,7 @@ lm_eval/models/huggingface.py, `loglikelihood`), so that the figures compare wit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gpt.data.tokenizer import END_OF_TEXT, encode
 from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.fitting import smaller_batch
+from gpt.evaluation.progress import Progress, Running
 from gpt.model.device import autocast, is_out_of_memory
 from gpt.model.loss import token_scores
 from gpt.model.transformer import GPT
@@ -36,12 +37,6 @@ class Score:
     """Of all tokens of the continuation together, nats."""
     is_greedy: bool
     """Whether each of them is the likeliest token after those before it."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    done: int
-    total: int
 
 
 def continuation(context: str, text: str) -> Continuation:
@@ -65,8 +60,8 @@ def fingerprint(continuations: Sequence[Continuation]) -> str:
 
 
 def score(
-    model: GPT, continuations: Sequence[Continuation], batch_size: int, dtype: str
-) -> Generator[Progress, None, list[Score]]:
+    model: GPT, continuations: Sequence[Continuation], batch_size: int, dtype: str, what: str = ""
+) -> Running[list[Score]]:
     """Their scores, in their order, as the generator's value; yields after every batch.
 
     A batch holds continuations of about one length, at most as many tokens as `batch_size`
@@ -93,7 +88,7 @@ def score(
                 continue
             scores.update(zip(batch, found, strict=True))
             waiting = waiting[len(batch) :]
-            yield Progress(len(scores), len(continuations))
+            yield Progress(what, len(scores), len(continuations))
     finally:
         model.train(was_training)
     return [scores[i] for i in range(len(continuations))]

@@ -17,6 +17,7 @@ from gpt.config import RunConfig
 from gpt.data.batches import Batch, Sequences, validation_batches
 from gpt.data.tokenizer import VOCABULARY, load_tokenizer
 from gpt.evaluation.fitting import smaller_batch
+from gpt.evaluation.progress import Progress, Running, finish
 from gpt.model.device import autocast, is_out_of_memory
 from gpt.model.loss import token_losses
 from gpt.model.transformer import GPT
@@ -48,23 +49,34 @@ class HeldoutLoss:
     about the same tokens, whatever the context that each was given."""
 
 
+def heldout_loss(
+    model: GPT, config: RunConfig, dataset: DatasetManifest, tokens: int | None = None
+) -> HeldoutLoss:
+    """The value of `heldout_running`, with no progress told."""
+    return finish(heldout_running(model, config, dataset, tokens))
+
+
 @torch.no_grad()
-def heldout_loss(model: GPT, config: RunConfig, dataset: DatasetManifest) -> HeldoutLoss:
-    """Loss over the first `evaluation.tokens` validation tokens, each seen once with the context
-    of its own sequence. Leaves the model in the mode it was in.
+def heldout_running(
+    model: GPT, config: RunConfig, dataset: DatasetManifest, tokens: int | None = None
+) -> Running[HeldoutLoss]:
+    """Loss over the first `tokens` validation tokens (left out: `evaluation.tokens`), each seen
+    once with the context of its own sequence. Leaves the model in the mode it was in.
 
     Where the device runs out of memory, goes on with half as many sequences at once, down to one:
     the result is the same. Raises `OutOfMemoryError` when one is too many.
     """
+    tokens = config.evaluation.tokens if tokens is None else tokens
+    dtype = config.training.dtype
     was_training = model.training
     model.eval()
-    sequences = Sequences(dataset, dataset.validation, config.model.block_size)
+    sequences = Sequences(dataset, dataset.validation, model.config.block_size)
     batch_size = config.evaluation.batch_size
     try:
         while True:
-            batches = validation_batches(sequences, config.evaluation.tokens, batch_size)
+            batches = validation_batches(sequences, tokens, batch_size)
             try:
-                return _loss_over(model, config, dataset, batches)
+                return (yield from _loss_over(model, dtype, dataset, batches, tokens))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -74,26 +86,28 @@ def heldout_loss(model: GPT, config: RunConfig, dataset: DatasetManifest) -> Hel
 
 
 def _loss_over(
-    model: GPT, config: RunConfig, dataset: DatasetManifest, batches: Iterable[Batch]
-) -> HeldoutLoss:
-    device, block_size = model.head.device, config.model.block_size
+    model: GPT, dtype: str, dataset: DatasetManifest, batches: Iterable[Batch], tokens: int
+) -> Running[HeldoutLoss]:
+    device, block_size = model.head.device, model.config.block_size
     by_sequence = []
     by_position = torch.zeros(block_size, dtype=torch.float64, device=device)
-    text_bytes = 0
+    text_bytes = done = 0
     digest = hashlib.sha256(dataset.ranks_sha256.encode())
     for inputs, targets in batches:
-        with autocast(device, config.training.dtype):
+        with autocast(device, dtype):
             hidden = model(inputs.to(device))
             losses = token_losses(hidden, model.head, targets.to(device), model.logit_softcap)
         by_sequence.append(losses.sum(dim=1, dtype=torch.float64))
         by_position += losses.sum(dim=0, dtype=torch.float64)
         text_bytes += int(_bytes_per_token()[targets.numpy()].sum())
         digest.update(targets.numpy().astype("<u2").tobytes())
+        done += targets.numel()
+        yield Progress("validation loss", done, tokens)
     sums = torch.cat(by_sequence).cpu().numpy()
-    summed, tokens = float(sums.sum()), len(sums) * block_size
-    mean = summed / tokens
+    summed = float(sums.sum())
+    mean = summed / done
     return HeldoutLoss(
-        tokens=tokens,
+        tokens=done,
         loss=mean,
         perplexity=math.exp(min(mean, 700.0)),
         bits_per_byte=summed / math.log(2) / max(1, text_bytes),

@@ -1,31 +1,53 @@
-"""The report on one checkpoint: held-out loss and what the model writes."""
+"""The report on one model: held-out loss, the benchmarks asked for, and what it writes."""
 
 from __future__ import annotations
 
-import torch
-from safetensors.torch import load_model
-
-from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport, Sample
+from gpt.artifacts import DatasetManifest, EvaluationReport, Sample
 from gpt.config import RunConfig
-from gpt.evaluation.heldout import heldout_loss
-from gpt.model.device import pick_device
+from gpt.errors import BenchmarkError, Problem
+from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
+from gpt.evaluation.benchmarks import hellaswag, lambada
+from gpt.evaluation.heldout import heldout_running
+from gpt.evaluation.progress import Progress, Running
 from gpt.model.generation import Sampling, generate
-from gpt.model.transformer import build_model
+from gpt.model.transformer import GPT
 
 
-def evaluate(
-    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointRef
-) -> EvaluationReport:
-    """Evaluate a checkpoint's weights on the validation slice and let it write samples."""
-    device = pick_device(config.hardware.device)
-    with torch.device(device):
-        model = build_model(config.model)
-    load_model(model, checkpoint.folder / "model.safetensors", device=str(device))
-    model.eval()
-    heldout = heldout_loss(model, config, dataset)
-    sampling = Sampling(config.evaluation.sample_tokens, seed=config.training.seed)
-    samples = tuple(
-        Sample(prompt=prompt, text=generate(model, prompt, sampling))
-        for prompt in config.evaluation.prompts
+def evaluation_of(
+    model: GPT, config: RunConfig, dataset: DatasetManifest, step: int
+) -> Running[EvaluationReport]:
+    """As `config.evaluation` asks, of a model in its evaluation mode after `step` steps.
+
+    Validation slice and benchmarks are scored in `training.dtype`'s precision; yields after every
+    batch. Raises `BenchmarkError` for a file that cannot be scored, `OutOfMemoryError`.
+    """
+    asked, dtype = config.evaluation, config.training.dtype
+    heldout = yield from heldout_running(model, config, dataset)
+    sizes = (asked.batch_size, dtype, asked.benchmark_examples)
+    swag = (yield from hellaswag(model, asked.hellaswag, *sizes)) if asked.hellaswag else None
+    last = (yield from lambada(model, asked.lambada, *sizes)) if asked.lambada else None
+    samples = []
+    sampling = Sampling(asked.sample_tokens)  # one seed for every config
+    for prompt in asked.prompts:
+        samples.append(Sample(prompt=prompt, text=generate(model, prompt, sampling)))
+        yield Progress("samples", len(samples), len(asked.prompts))
+    return EvaluationReport(
+        step=step, samples=tuple(samples), hellaswag=swag, lambada=last, **vars(heldout)
     )
-    return EvaluationReport(step=checkpoint.step, samples=samples, **vars(heldout))
+
+
+def check_benchmarks(config: RunConfig) -> None:
+    """Read one example of each benchmark that will be asked for, so that a file which cannot be
+    used is told before the night. Raises `BenchmarkError` with every problem."""
+    problems: list[Problem] = []
+    for path, read in (
+        (config.evaluation.hellaswag, read_hellaswag),
+        (config.evaluation.lambada, read_lambada),
+    ):
+        try:
+            if path:
+                next(iter(read(path, 1)), None)
+        except BenchmarkError as error:
+            problems += error.problems
+    if problems:
+        raise BenchmarkError(*problems)

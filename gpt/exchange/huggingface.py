@@ -25,7 +25,8 @@ from gpt.exchange.huggingface_config import read_gpt2_config
 from gpt.exchange.model_card import Facts, model_card
 from gpt.exchange.tokenizer_files import write_tokenizer
 from gpt.files import new_folder
-from gpt.model.saved import differing, read_section, read_tensors, shapes, write_saved
+from gpt.model.folder import read_section
+from gpt.model.saved import differing, read_tensors, shapes, write_saved
 from gpt.model.transformer import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 
 WEIGHTS = "model.safetensors"

@@ -35,7 +35,7 @@ def model_card(section: ModelSection, facts: Facts) -> str:
         _USE,
         _training(facts),
         _data(facts.dataset),
-        _evaluation(facts.report),
+        evaluation_section(facts.report) if facts.report else "",
         _samples(facts.report),
         _LICENCE,
     ]
@@ -124,15 +124,19 @@ def _data(dataset: DatasetManifest | None) -> str:
     return f"## Data\n\n{_table(rows)}\n\nFrom these files:\n\n" + "\n".join(lines)
 
 
-def _evaluation(report: EvaluationReport | None) -> str:
-    if report is None:
-        return ""
+def evaluation_section(report: EvaluationReport) -> str:
+    """Every number of a report, as Markdown."""
     rows: dict[str, object] = {
         "validation loss, nats a token": _with_error(report.loss, report.standard_error),
         "validation perplexity": f"{report.perplexity:.2f}",
         "bits a byte": f"{report.bits_per_byte:.4f}",
         "validation tokens": f"{report.tokens:,}",
     }
+    if by_position := report.loss_by_position:
+        part = "sixteenth of the context" if len(by_position) == 16 else "part of the context"
+        rows[f"loss in the first and the last {part}"] = (
+            f"{by_position[0]:.4f}, {by_position[-1]:.4f}"
+        )
     if found := report.hellaswag:
         accuracy, error = found.normalized_accuracy, found.normalized_accuracy_error
         rows["HellaSwag, length-normalised accuracy"] = _with_error(accuracy, error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -64,3 +66,33 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes if sys.platform == "darwin" else kibibytes * 1024
+
+
+def energy_counter_joules(device: torch.device) -> float | None:
+    """What the card has used since its driver was loaded; None for a CPU, for a card older than
+    Volta, and where nvidia-ml-py is not installed."""
+    if device.type != "cuda":
+        return None
+    handle = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
+    if handle is None:
+        return None
+    import pynvml
+
+    try:
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000  # millijoules
+    except pynvml.NVMLError:
+        return None
+
+
+@cache
+def _nvml_handle(uuid: str) -> Any:
+    """By UUID, because CUDA_VISIBLE_DEVICES changes the numbers."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except ImportError:
+        return None
+    except pynvml.NVMLError:
+        return None

@@ -1,25 +1,20 @@
-"""A model in a folder: `model.safetensors` and `config.json`, whose section `model` says what it
-is. A checkpoint is such a folder, with more beside them."""
+"""A model read from its folder (`gpt.model.folder`) and written there."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.config import ModelSection
 from gpt.errors import CheckpointError, Problem
+from gpt.model.folder import CONFIG_FILE, MODEL_FILE, REMEDY, read_section
 from gpt.model.transformer import ARCHITECTURES, GPT
-
-MODEL_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 
 
 def load_saved(folder: Path, device: torch.device) -> GPT:
@@ -32,21 +27,6 @@ def load_saved(folder: Path, device: torch.device) -> GPT:
     return model.to(device).eval()
 
 
-def read_section(folder: Path) -> ModelSection:
-    """Raises `CheckpointError` where the file is missing or no config of ours."""
-    path = folder / CONFIG_FILE
-    try:
-        raw: Any = json.loads(path.read_bytes())
-        return ModelSection.model_validate_json(json.dumps(raw["model"]))
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror}"
-    except ValidationError as error:
-        rule = f"is no config of ours: {error.error_count()} values of [model] are wrong"
-    except (ValueError, KeyError, TypeError):
-        rule = "is no config of ours: it has no section model"
-    raise CheckpointError(Problem(str(path), "", rule, _REMEDY))
-
-
 def read_tensors(folder: Path, section: ModelSection) -> dict[str, Tensor]:
     """By our names, on the CPU. Raises `CheckpointError` where they are not those of `section`."""
     path = folder / MODEL_FILE
@@ -54,15 +34,12 @@ def read_tensors(folder: Path, section: ModelSection) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         rule = f"cannot be read: {str(error).splitlines()[0]}"
-        raise CheckpointError(Problem(str(path), "", rule, _REMEDY)) from error
+        raise CheckpointError(Problem(str(path), "", rule, REMEDY)) from error
     wrong = differing(shapes(section), {name: tensor.shape for name, tensor in tensors.items()})
     if wrong:
         rule = "the tensors are not those of the config beside them"
-        raise CheckpointError(Problem(str(path), wrong, rule, _REMEDY))
+        raise CheckpointError(Problem(str(path), wrong, rule, REMEDY))
     return tensors
-
-
-_REMEDY = "give a checkpoint's folder, or another with model.safetensors and config.json of ours"
 
 
 def write_saved(folder: Path, section: ModelSection, tensors: Mapping[str, Tensor]) -> None:

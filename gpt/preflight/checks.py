@@ -21,6 +21,7 @@ from gpt.errors import Problem
 from gpt.preflight.cards import GIB
 from gpt.preflight.data import DataFacts
 from gpt.preflight.memory import Memory
+from gpt.preflight.named_files import missing_benchmark, model_to_begin_with
 from gpt.preflight.target import Target
 from gpt.preflight.work import disk_bytes, total_tokens
 from gpt.training.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
@@ -118,6 +119,14 @@ def data_fills_a_batch(facts: Facts) -> Problem | None:
         "to train on",
         remedy,
     )
+
+
+def begins_with_this_model(facts: Facts) -> Problem | None:
+    return model_to_begin_with(facts.config)
+
+
+def benchmarks_are_there(facts: Facts) -> Problem | None:
+    return missing_benchmark(facts.config) if facts.starting else None
 
 
 def output_is_writable(facts: Facts) -> Problem | None:
@@ -338,6 +347,8 @@ PROBLEMS: tuple[Check, ...] = (
     fits_the_card,
     data_is_there,
     data_fills_a_batch,
+    begins_with_this_model,
+    benchmarks_are_there,
     output_is_writable,
     disk_suffices,
 )

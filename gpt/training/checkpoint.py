@@ -24,11 +24,9 @@ from gpt.files import sha256_of, write_text
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 PROGRESS_FILE = "progress.json"
-CONFIG_FILE = "config.json"
 MARKER_FILE = "COMPLETE"
 BEST_FILE = "best.json"
 DAMAGED = "damaged-"

@@ -21,7 +21,7 @@ from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config import RunConfig
 from gpt.errors import NonFiniteLossError, Problem
 from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
-from gpt.model.device import peak_memory_bytes
+from gpt.model.device import energy_counter_joules, peak_memory_bytes
 from gpt.preflight.cards import find_card
 from gpt.preflight.work import flops_per_token
 from gpt.training.checkpoint import (
@@ -67,6 +67,9 @@ class StepRecord:
     """Steps without an update so far."""
     recoveries: int | None = None
     """Returns to a checkpoint so far."""
+    energy_joules: float | None = None
+    """That the card used since the record before, evaluations included; None where it does not
+    tell."""
     validation: HeldoutLoss | None = None
 
 
@@ -111,6 +114,7 @@ class Trainer:
         if checkpoint := sound_checkpoint(folder):
             self._load(checkpoint)
         self._flops_share_per_token = self._share_of_peak()
+        self._energy_counter = energy_counter_joules(self.stepper.device)
         self._last_end = time.perf_counter()
 
     def _load(self, checkpoint: CheckpointRef | None) -> None:
@@ -234,7 +238,13 @@ class Trainer:
             batch_size=self.stepper.batch_size,
             skipped_steps=self.skipped_steps,
             recoveries=len(self.recoveries),
+            energy_joules=self._energy_since_last_time(),
         )
+
+    def _energy_since_last_time(self) -> float | None:
+        before, now = self._energy_counter, energy_counter_joules(self.stepper.device)
+        self._energy_counter = now
+        return None if before is None or now is None else now - before
 
     @property
     def _tokens_seen(self) -> int:
@@ -253,7 +263,9 @@ class Trainer:
         return StepRecord(self.step, self._tokens_seen, self._peak_learning_rate(), validation=held)
 
     def _validate(self) -> HeldoutLoss:
-        return heldout_loss(self.stepper.model, self.config, self.dataset)
+        evaluation = self.config.evaluation
+        tokens = min(evaluation.tokens, evaluation.interval_tokens)
+        return heldout_loss(self.stepper.model, self.config, self.dataset, tokens)
 
     # --- checkpoints -----------------------------------------------------------------------------
 

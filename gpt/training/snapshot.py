@@ -17,10 +17,9 @@ from gpt.artifacts import CheckpointRef
 from gpt.config import RunConfig
 from gpt.errors import CheckpointError, Problem
 from gpt.files import sha256_of, sync
+from gpt.model.folder import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint import (
-    CONFIG_FILE,
     MARKER_FILE,
-    MODEL_FILE,
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     RANDOM_FILE,

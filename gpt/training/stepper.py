@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from gpt.evaluation.heldout import heldout_loss
 from gpt.model.compile import compiled
 from gpt.model.device import autocast, compute_dtype, is_out_of_memory, pick_device
 from gpt.model.loss import summed_loss
-from gpt.model.transformer import build_model
+from gpt.model.saved import read_tensors
+from gpt.model.transformer import GPT, build_model
 from gpt.training.checkpoint import Progress
 from gpt.training.optimizer import build_optimizers
 from gpt.training.snapshot import random_states, set_random_states
@@ -42,6 +44,15 @@ class Gradients:
     scaler skips the update by itself and lowers its scale."""
 
 
+def first_model(config: RunConfig) -> GPT:
+    """The network before step 1, on the CPU, so that every device begins with the same weights:
+    drawn from torch's generator, or those of `training.init_from`. Raises `CheckpointError`."""
+    model = build_model(config.model)
+    if named := config.training.init_from:
+        model.load_state_dict(read_tensors(Path(named), config.model))
+    return model
+
+
 class Stepper:
     """Network, optimizers and data of a run, new from the seed."""
 
@@ -52,8 +63,7 @@ class Stepper:
         if self.on_gpu:
             torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
         torch.manual_seed(config.training.seed)
-        # Drawn on the CPU, so that every device begins with the same weights.
-        self.model = build_model(config.model).to(self.device)
+        self.model = first_model(config).to(self.device)
         self.model.checkpoint_blocks = config.training.activation_checkpointing
         self.network = self._compiled_network()
         self.optimizers = build_optimizers(self.model, config)
@@ -68,7 +78,7 @@ class Stepper:
     def restart(self, dataset_fingerprint: str) -> Progress:
         """Weights, states and data order as `__init__` left them; the progress of that."""
         torch.manual_seed(self.config.training.seed)
-        self.model.load_state_dict(build_model(self.config.model).state_dict())
+        self.model.load_state_dict(first_model(self.config).state_dict())
         for optimizer in self.optimizers:
             optimizer.state.clear()
         return Progress(

@@ -1,12 +1,13 @@
 """What it costs to lose nothing: tokens/s with checkpoints, journal and MLflow against without.
 
-    python tests/benchmarks/bench_safety.py [--steps 200] [--pairs 5] [--checkpoint-interval 50]
+    python tests/benchmarks/bench_safety.py [--blocks 8] [--checkpoint-interval 50]
     python tests/benchmarks/bench_safety.py --server-away
 
-Both train the network of configs/tiny.toml on made-up tokens, in processes of their own, one after
-the other in turns: bare, which only trains, and safe, which writes checkpoints beside the training
-and every step to the journal, and from there to MLflow's SQLite on the courier's thread. Seconds
-are those between the end of the tenth step and of the last, checkpoints included.
+Two small networks are trained on made-up tokens in one process, in turns of `BLOCK` steps: bare,
+which only trains, and safe, which writes checkpoints beside the training and every step to the
+journal, and from there to MLflow's SQLite on the courier's thread. A shared machine's pace changes
+by half within minutes, so only what happens next to each other is compared: a ratio for every four
+turns (bare, safe, safe, bare). Steps are short, so what each costs weighs more than in a real run.
 
 `--server-away` trains 60 steps against a real MLflow server, killed after step 10 and started again
 after step 40, and prints the longest step beside the median.
@@ -14,9 +15,9 @@ after step 40, and prints the longest step beside the median.
 
 import argparse
 import contextlib
-import json
+import itertools
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,78 +26,113 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from flows.environment import COMPUTE  # noqa: E402
+
+os.environ |= COMPUTE  # as the workflow sets it, before torch is imported
+
 BARE, SAFE = "bare", "safe"
-WARM_UP = 10
+WARM_UP = 25
+"""Not half of an interval by chance: checkpoints fall into the middle of a turn."""
+BLOCK = 50
+KILLED_AFTER, STARTED_AFTER = 10, 40
+SMALL = {
+    "model": {"n_layer": 2, "n_embd": 64},
+    "training": {"batch_size": 4, "grad_acc": 1, "compile": False, "log_interval": 1_000},
+    "evaluation": {"tokens": 1024},
+}
+"""Laid over configs/tiny.toml."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=8, help="turns of each, an even number")
     parser.add_argument("--checkpoint-interval", type=int, default=50)
     parser.add_argument("--server-away", action="store_true")
-    parser.add_argument("--worker", choices=[BARE, SAFE], help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help="of torch; left out: one a core")
     options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(seconds_of(options.worker, options.steps, options.checkpoint_interval)))
-        return
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
     if options.server_away:
         steps_with_a_server_away()
-        return
-    ratios = []
-    for pair in range(options.pairs):
-        order = (BARE, SAFE) if pair % 2 == 0 else (SAFE, BARE)
-        seconds = {mode: run(mode, options) for mode in order}
-        ratios.append(seconds[SAFE] / seconds[BARE])
-        print(
-            f"pair {pair + 1}: bare {seconds[BARE]:.2f} s, safe {seconds[SAFE]:.2f} s, "
-            f"ratio {ratios[-1]:.3f}",
-            flush=True,
-        )
-    print(f"median ratio {statistics.median(ratios):.3f}")
+    else:
+        compare_paces(options.blocks, options.checkpoint_interval)
 
 
-def run(mode, options):
-    command = [sys.executable, __file__, "--worker", mode, "--steps", str(options.steps)]
-    command += ["--checkpoint-interval", str(options.checkpoint_interval)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def compare_paces(blocks, checkpoint_interval):
+    steps = WARM_UP + blocks * BLOCK
+    seconds = {BARE: [], SAFE: []}
+    with contextlib.ExitStack() as stack:
+        training = {
+            mode: stack.enter_context(stepping(mode, steps, checkpoint_interval))
+            for mode in (BARE, SAFE)
+        }
+        for mode in (BARE, SAFE):
+            take(training[mode], WARM_UP)
+        order = itertools.islice(itertools.cycle((BARE, SAFE, SAFE, BARE)), 2 * blocks)
+        for mode in order:
+            begin = time.perf_counter()
+            take(training[mode], BLOCK)
+            seconds[mode].append(time.perf_counter() - begin)
+            print(f"{mode} {seconds[mode][-1]:.2f} s for {BLOCK} steps", flush=True)
+    ratios = [
+        sum(seconds[SAFE][i : i + 2]) / sum(seconds[BARE][i : i + 2]) for i in range(0, blocks, 2)
+    ]
+    print("ratios of four turns:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    print(f"median {statistics.median(ratios):.3f}, whole {total(seconds):.3f}")
 
 
-def seconds_of(mode, steps, checkpoint_interval):
+def total(seconds):
+    return sum(seconds[SAFE]) / sum(seconds[BARE])
+
+
+def take(steps, count):
+    for _ in itertools.islice(steps, count):
+        pass
+
+
+@contextlib.contextmanager
+def stepping(mode, steps, checkpoint_interval):
+    """An iterator that trains one step at each call."""
     from token_data import token_dataset
 
-    from gpt.config import load_config
+    from gpt.config import load_config, merged
     from gpt.training.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         interval = checkpoint_interval if mode == SAFE else steps
         config = load_config(
             ROOT / "configs" / "tiny.toml",
-            {
-                "run": {"root": folder},
-                "training": {"max_steps": steps, "checkpoint_interval": interval},
-                "evaluation": {"interval": steps, "tokens": 1024},
-            },
+            merged(
+                SMALL,
+                {
+                    "run": {"root": folder},
+                    "training": {"max_steps": steps, "checkpoint_interval": interval},
+                    "evaluation": {"interval": steps},
+                },
+            ),
         )
         dataset = token_dataset(Path(folder, "tokens"), train_tokens=200_000)
         run_folder = Path(folder, "train", "run")
-        begin = end = None
         with recorder_of(mode, config, dataset, run_folder) as record_step:
-            for record in train(config, dataset, run_folder):
-                record_step(record)
-                if record.step == WARM_UP:
-                    begin = time.perf_counter()
-                if record.step == steps and end is None:
-                    end = time.perf_counter()
-        return end - begin
+
+            def told():
+                for record in train(config, dataset, run_folder):
+                    record_step(record)
+                    if record.loss:
+                        yield
+
+            steps_taken = told()
+            yield steps_taken
+            steps_taken.close()
 
 
 def steps_with_a_server_away():
     from test_servers_away import MlflowServer
     from token_data import token_dataset
 
-    from gpt.config import load_config
+    from gpt.config import load_config, merged
     from gpt.training.loop import train
     from tasks.tracking import ended_by_outcome, open_run, recording
 
@@ -105,12 +141,15 @@ def steps_with_a_server_away():
         server.start()
         config = load_config(
             ROOT / "configs" / "tiny.toml",
-            {
-                "run": {"root": folder},
-                "training": {"max_steps": 60, "checkpoint_interval": 60},
-                "evaluation": {"interval": 60, "tokens": 1024},
-                "tracking": {"uri": server.uri},
-            },
+            merged(
+                SMALL,
+                {
+                    "run": {"root": folder},
+                    "training": {"max_steps": 60, "checkpoint_interval": 60},
+                    "evaluation": {"interval": 60},
+                    "tracking": {"uri": server.uri},
+                },
+            ),
         )
         dataset = token_dataset(Path(folder, "tokens"), train_tokens=200_000)
         run_folder = Path(folder, "train", "run")
@@ -122,15 +161,19 @@ def steps_with_a_server_away():
                 recorder.step(record)
                 if record.loss:
                     seconds[record.step] = time.perf_counter() - last
-                if record.step == 10 and record.loss:
+                if record.step == KILLED_AFTER and record.loss:
                     server.kill()
-                if record.step == 40 and record.loss:
+                if record.step == STARTED_AFTER and record.loss:
                     server.start()
                 last = time.perf_counter()  # what starting a server takes is not the step's
         server.kill()
-        away = [value for step, value in seconds.items() if step > WARM_UP]
-        median, longest = statistics.median(away), max(away)
-        print(f"median step {median:.3f} s, longest {longest:.3f} s ({longest / median:.2f} times)")
+        counted = {step: value for step, value in seconds.items() if step >= KILLED_AFTER}
+        median = statistics.median(counted.values())
+        step, longest = max(counted.items(), key=lambda item: item[1])
+        print(
+            f"median step {median:.3f} s, longest {longest:.3f} s ({longest / median:.2f} times), "
+            f"step {step}"
+        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,41 @@
+"""Prefect's own API, beside the process that needs it, where no server is set."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from functools import partial
+from unittest.mock import patch
+
+import httpx
+from prefect.client.orchestration import get_client
+
+from flows.lifetime import ending_with_me
+
+
+def api_url() -> str:
+    """Of the API that this process uses, embedded or not; empty where none answers."""
+    try:
+        with get_client(sync_client=True) as client:
+            return "" if client.api_healthcheck() else str(client.api_url)
+    except (RuntimeError, httpx.TransportError):
+        return ""
+
+
+def start_api() -> Exception | None:
+    """Start Prefect's embedded API, if no server is set; why there is none that answers.
+
+    A terminal, `timeout` and their like send a signal to every process of a command. The API must
+    outlive it by the moment in which the run says how it ended, so it is born into a session of its
+    own; it ends with this process all the same.
+    """
+    apart = partial(
+        subprocess.Popen, start_new_session=True, preexec_fn=ending_with_me(signal.SIGTERM)
+    )
+    try:
+        with patch.object(subprocess, "Popen", apart):  # Prefect has no setting for this
+            client = get_client(sync_client=True)
+        with client:
+            return client.api_healthcheck()
+    except (RuntimeError, httpx.TransportError) as error:  # it did not come up in time
+        return error

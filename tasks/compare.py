@@ -1,0 +1,121 @@
+"""The last stage of a comparison: what each run came to, read from its folder, on one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gpt.artifacts import Artifact
+from gpt.config import RunConfig
+from gpt.evaluation.comparison import Curve, Entry, Trained, verdict
+from gpt.evaluation.kept import kept_report
+from gpt.files import write_text
+from gpt.preflight.parameters import count_parameters
+from gpt.training.checkpoint import latest_checkpoint
+from gpt.training.run_folder import RUN_FILE
+from tasks import journal
+from tasks.comparison_page import html_page, markdown_page, pictures
+from tasks.prefect_api import show_page
+from tasks.tracking import RunRef, attach, describe_run
+
+PAGE = "comparison.html"
+MARKDOWN = "comparison.md"
+
+
+class Contestant(Artifact):
+    """One config with one seed: the folder of its finished run, or why there is none."""
+
+    name: str
+    seed: int
+    folder: Path | None
+    failure: str = ""
+
+
+class Comparison(Artifact):
+    verdict: str
+    page: Path
+    """Self-contained HTML."""
+    markdown: str
+
+
+@task(name="compare", task_run_name="compare", cache_policy=NO_CACHE)
+def compare(run: RunRef, contestants: tuple[Contestant, ...]) -> Comparison:
+    """Write the page of the comparison, and give it to MLflow and Prefect."""
+    name = run.folder.name.rpartition("-")[0]
+    entries = entries_of(contestants)
+    found, drawn = verdict(entries), pictures(entries)
+    markdown = markdown_page(name, entries, found)
+    page, written = run.folder / PAGE, run.folder / MARKDOWN
+    write_text(page, html_page(name, entries, found, drawn))
+    write_text(written, markdown)
+    for picture, svg in drawn.items():
+        write_text(run.folder / f"{picture}.svg", svg)
+    files = [page, written, *(run.folder / f"{picture}.svg" for picture in drawn)]
+    attach(run, {path.name: path for path in files})
+    describe_run(run, markdown)
+    show_page(f"comparison-{name}", markdown, found)
+    return Comparison(verdict=found, page=page.resolve(), markdown=markdown)
+
+
+def entries_of(contestants: Sequence[Contestant]) -> list[Entry]:
+    """One for each name, in their order."""
+    names = dict.fromkeys(contestant.name for contestant in contestants)
+    return [
+        Entry(
+            name=name,
+            runs=tuple(trained(c.folder) for c in contestants if c.name == name and c.folder),
+            failures=tuple(c.failure for c in contestants if c.name == name and not c.folder),
+        )
+        for name in names
+    ]
+
+
+def trained(folder: Path) -> Trained:
+    """What a finished and evaluated run came to, from its folder."""
+    raw = json.loads((folder / RUN_FILE).read_bytes())["config"]
+    config = RunConfig.model_validate_json(json.dumps(raw))
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint, f"{folder} has no checkpoint"
+    report = kept_report(folder, config, checkpoint.step)
+    assert report, f"{folder} is not evaluated"
+    lines, _ = journal.read_lines(folder / journal.METRICS)
+    paces = _values(lines, "tokens_per_second")
+    energy = _values(lines, "energy_joules")
+    return Trained(
+        seed=config.training.seed,
+        parameters=count_parameters(config.model).total,
+        tokens=checkpoint.tokens_seen,
+        report=report,
+        tokens_per_second=median(paces.values()),
+        hours=sum(config.tokens_per_step / pace for pace in paces.values()) / 3600,
+        peak_memory_bytes=_largest(_values(lines, "memory/peak_bytes").values()),
+        energy_joules=sum(energy.values()) if energy else None,
+        curve=_curve(lines, paces, config.tokens_per_step),
+    )
+
+
+def _values(lines: Iterable[journal.Line], key: str) -> dict[int, float]:
+    """By step, in the order of steps; the journal holds each once."""
+    found = {line.step: line.metrics[key] for line in lines if key in line.metrics}
+    return dict(sorted(found.items()))
+
+
+def _largest(values: Iterable[float]) -> int | None:
+    return int(max(values, default=0)) or None
+
+
+def _curve(lines: Sequence[journal.Line], paces: dict[int, float], tokens_per_step: int) -> Curve:
+    seconds = accumulate(tokens_per_step / pace for pace in paces.values())
+    hours = {0: 0.0} | {step: s / 3600 for step, s in zip(paces, seconds, strict=True)}
+    losses = {step: loss for step, loss in _values(lines, "val/loss").items() if step in hours}
+    return Curve(
+        tokens=tuple(step * tokens_per_step for step in losses),
+        hours=tuple(hours[step] for step in losses),
+        losses=tuple(losses.values()),
+    )
