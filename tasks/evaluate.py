@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -9,12 +11,21 @@ from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport
 from gpt.config import RunConfig
 from gpt.evaluation.kept import REPORT, keep_report, kept_report
 from gpt.evaluation.report import evaluate as evaluation_of
-from gpt.files import write_text
+from gpt.files import sha256_of, write_text
+from gpt.training.checkpoint import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PROGRESS_FILE,
+    complete_checkpoints,
+    read_progress,
+    step_of,
+)
 from tasks.console import tell
+from tasks.journal import ModelEntry
 from tasks.tracking import RunRef, attach, recording
 
 SAMPLES = "samples.md"
-MODEL_FILES = ("model.safetensors", "config.json")
+MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
 
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -31,9 +42,29 @@ def evaluate(
             write_text(run.folder / SAMPLES, samples_page(report))
             keep_report(run.folder, config, report)
         recorder.report(report)
-        model = {f"model/{name}": checkpoint.folder / name for name in MODEL_FILES}
-        attach(run, {name: run.folder / name for name in (REPORT, SAMPLES)} | model)
+        files = {name: run.folder / name for name in (REPORT, SAMPLES)}
+        attach(run, files, models_of(run.folder.resolve(), checkpoint.step))
     return report
+
+
+def models_of(folder: Path, evaluated: int) -> tuple[ModelEntry, ...]:
+    """The run's checkpoints; the evaluated one with its files and its report."""
+    return tuple(
+        _model(path, folder / REPORT if step_of(path) == evaluated else None)
+        for path in reversed(complete_checkpoints(folder))
+    )
+
+
+def _model(checkpoint: Path, report: Path | None) -> ModelEntry:
+    progress = read_progress(checkpoint)
+    return ModelEntry(
+        name=f"step-{progress.step}",
+        step=progress.step,
+        tokens_seen=progress.tokens_seen,
+        folder=checkpoint,
+        files=(*(checkpoint / name for name in MODEL_FILES), report) if report else (),
+        report_sha256=sha256_of(report) if report else "",
+    )
 
 
 def samples_page(report: EvaluationReport) -> str:
