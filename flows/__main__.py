@@ -142,11 +142,16 @@ def print_outcome(outcome: Outcome) -> None:
 {outcome.name}: validation loss {report.loss:.4f}, {report.bits_per_byte:.4f} bits per byte \
 after {report.step:,} steps, {outcome.tokens_seen:,} tokens
   run    {_short(outcome.folder)}
-  model  {_short(outcome.model)}
+  model  {_short(outcome.model)}{_as_registered(outcome)}
 look at it in Prefect, then in MLflow:
   {outcome.look_prefect}
   {outcome.look_mlflow}"""
     )
+
+
+def _as_registered(outcome: Outcome) -> str:
+    done = outcome.registered
+    return f", registered as {done.name} version {done.version}, {done.alias}" if done else ""
 
 
 def _short(path: Path) -> str:
@@ -312,20 +317,19 @@ def sync(
     print(f"{_short(folder.resolve())}: {sent}")
 
 
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A run's name or folder, a checkpoint, or a folder that import-hf made.",
-    ),
-]
+MODELS = (
+    "A registered model, as models:/gpt@champion or models:/gpt/3, a run's name or folder, a "
+    "checkpoint, or a folder that import-hf made."
+)
 Root = Annotated[Path, typer.Option("--root", help="Where runs lie (run.root).")]
 
 
 @app.command()
 def generate(
-    model: ModelName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="How the text begins.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help=MODELS)
+    ] = "models:/gpt@champion",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 50,
@@ -350,7 +354,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: ModelName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)],
     config: Annotated[
         str | None, typer.Option("--config", help="Whose data and [evaluation]; else the run's.")
     ] = None,
@@ -386,7 +390,7 @@ def evaluate(
 
 @app.command()
 def export(
-    model: ModelName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
     root: Root = Path("runs"),
 ) -> None:

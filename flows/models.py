@@ -1,10 +1,9 @@
-"""Which model a person means, and what its run knows of it."""
+"""Which model a person means, and what is known of it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,23 @@ from gpt.artifacts import DatasetManifest, EvaluationReport
 from gpt.config import RunConfig, build_config, merged, read_toml
 from gpt.data.shards import read_manifest
 from gpt.errors import CheckpointError, ConfigError, DatasetError, Problem
-from gpt.evaluation.kept import REPORT
+from gpt.evaluation.kept import REPORT, read_report
 from gpt.exchange.model_card import Facts
 from gpt.model.folder import CONFIG_FILE, MODEL_FILE, read_section
 from gpt.training.checkpoint import latest_checkpoint, read_progress
-from gpt.training.run_folder import RUN_FILE, RunRecord, named_run_folder
+from gpt.training.run_folder import named_run_folder
 
 
 def find_model(name: str, root: Path) -> Path:
-    """The folder of a model: `name` itself where a `model.safetensors` lies in it, else the newest
-    checkpoint of the run that `name` is the folder or, below `root`, the name of. Raises
-    `ConfigError` where there is no such run, `CheckpointError` where it has no checkpoint yet."""
+    """The folder of a model: for `models:/...` what MLflow's registry has under that name, else
+    `name` itself where a `model.safetensors` lies in it, else the newest checkpoint of the run that
+    `name` is the folder or, below `root`, the name of. Raises `RegistryError`, `ConfigError` where
+    there is no such run, `CheckpointError` where it has no checkpoint yet."""
+    if name.startswith("models:"):
+        from tasks.description import store_uri
+        from tasks.registry import fetch_model
+
+        return fetch_model(name, store_uri(root), root)
     if (Path(name) / MODEL_FILE).is_file():
         return Path(name)
     run = named_run_folder(name, root)
@@ -36,8 +41,8 @@ def find_model(name: str, root: Path) -> Path:
 
 
 def facts_of(model: Path) -> Facts:
-    """What lies beside a model: config and progress of a checkpoint, and its run's report and data
-    set, where they are still there."""
+    """What lies beside a model: config and progress of a checkpoint, and its report, which a
+    registered model has too, and data set, where they are still there."""
     try:
         config = RunConfig.model_validate_json((model / CONFIG_FILE).read_bytes())
         progress = read_progress(model)
@@ -47,10 +52,10 @@ def facts_of(model: Path) -> Facts:
     return Facts(
         name=config.run.name,
         config=config,
-        dataset=_dataset(run),
+        dataset=_dataset((run.parent.parent, config.run.root), progress.dataset_fingerprint),
         tokens_seen=progress.tokens_seen,
         step=progress.step,
-        report=_report(run, progress.step),
+        report=_report((run, model), progress.step),
     )
 
 
@@ -72,19 +77,18 @@ def asked_of(
     return build_config(merged(merged(raw, overrides), section))
 
 
-def _dataset(run: Path) -> DatasetManifest | None:
-    with contextlib.suppress(OSError, ValidationError, DatasetError):
-        record = RunRecord.model_validate_json((run / RUN_FILE).read_bytes())
-        for path in run.parent.parent.glob("datasets/*/manifest.json"):
+def _dataset(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
+    for path in (path for root in roots for path in root.glob("datasets/*/manifest.json")):
+        with contextlib.suppress(OSError, ValidationError, DatasetError):
             manifest = read_manifest(path.parent)
-            if manifest.fingerprint == record.dataset_fingerprint:
+            if manifest.fingerprint == fingerprint:
                 return manifest
     return None
 
 
-def _report(run: Path, step: int) -> EvaluationReport | None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads((run / REPORT).read_bytes())
-        report = EvaluationReport(**kept["report"])
-        return report if report.step == step else None
+def _report(folders: Iterable[Path], step: int) -> EvaluationReport | None:
+    for folder in folders:
+        report = read_report(folder / REPORT)
+        if report and report.step == step:
+            return report
     return None

@@ -19,7 +19,7 @@ from gpt.data.corpus import find_dataset
 from gpt.evaluation.kept import kept_report
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.run_folder import find_run_folder
-from tasks.journal import Receipt, read_receipt, unsent_lines
+from tasks.journal import Receipt, Registered, read_receipt, registration, unsent_lines
 
 
 class Outcome(Artifact):
@@ -30,6 +30,8 @@ class Outcome(Artifact):
     model: Path
     mlflow_uri: str
     mlflow_run_id: str | None
+    registered: Registered | None = None
+    """None where no registered model is named, or where MLflow has not answered."""
     look_prefect: str
     """Shows Prefect's pages on this run: a command, or an address where a server runs."""
     look_mlflow: str
@@ -43,6 +45,7 @@ def outcome_of(
     report: EvaluationReport,
     mlflow_uri: str,
     mlflow_run_id: str | None,
+    registered: Registered | None,
 ) -> Outcome:
     return Outcome(
         name=config.run.name,
@@ -52,6 +55,7 @@ def outcome_of(
         model=(checkpoint.folder / "model.safetensors").resolve(),
         mlflow_uri=mlflow_uri,
         mlflow_run_id=mlflow_run_id,
+        registered=registered,
         look_prefect=look_prefect(config),
         look_mlflow=look_mlflow(mlflow_uri),
     )
@@ -71,7 +75,11 @@ def finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | None:
     report, receipt = kept_report(folder, config, checkpoint.step), read_receipt(folder)
     if report is None or receipt is None or not _all_is_told(folder, receipt):
         return None
-    return outcome_of(config, folder, checkpoint, report, receipt.uri, receipt.run_id)
+    name = config.tracking.registered_model
+    registered = registration(receipt, name, checkpoint.step)
+    if name and not registered:
+        return None
+    return outcome_of(config, folder, checkpoint, report, receipt.uri, receipt.run_id, registered)
 
 
 def _all_is_told(folder: Path, receipt: Receipt) -> bool:
@@ -89,6 +97,7 @@ def result_page(outcome: Outcome) -> str:
         "run folder": f"`{outcome.folder}`",
         "model": f"`{outcome.model}`",
         "MLflow run": f"`{outcome.mlflow_run_id or 'not made yet: MLflow was away'}`",
+        "registered": str(outcome.registered or "no"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     samples = "\n\n".join(

@@ -1,4 +1,4 @@
-"""The main flow: validate -> tokenize -> train -> evaluate, each a Prefect task."""
+"""The main flow: validate -> tokenize -> train -> evaluate -> register, each a Prefect task."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gpt.training.run_folder import open_run_folder
 from gpt.training.run_lock import run_lock
 from tasks.evaluate import evaluate
 from tasks.prefect_api import show_page
+from tasks.register_model import register_model
 from tasks.stopping import StopRequested, stopping
 from tasks.tokenize_parquet import tokenize_parquet
 from tasks.tracking import ended_by_outcome, open_run
@@ -44,7 +45,7 @@ def pretrain(
     fresh: bool = False,
     parent: str | None = None,
 ) -> Outcome | State:
-    """Pretrain a GPT from Parquet to an evaluated, tracked model.
+    """Pretrain a GPT from Parquet to an evaluated, registered model.
 
     A signal that stops it makes it Cancelled.
 
@@ -95,7 +96,8 @@ def _stages(
         with ended_by_outcome(run):
             checkpoint = call(train)(checked, dataset, run)
             report = call(evaluate)(checked, dataset, checkpoint, run)
-    outcome = outcome_of(checked, folder, checkpoint, report, run.uri, run.run_id)
+            registered = call(register_model)(checked, run)
+    outcome = outcome_of(checked, folder, checkpoint, report, run.uri, run.run_id, registered)
     reached = f"Validation loss {report.loss:.4f} after {report.step} steps"
     show_page(f"result-{outcome.name}", result_page(outcome), reached)
     return outcome

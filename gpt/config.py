@@ -203,7 +203,7 @@ class TrackingSection(Section):
     """MLflow experiment."""
     uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite under run.root."""
-    registered_model: str = "gpt"
+    registered_model: Annotated[str, Field(pattern=r"^[^/:@'\"]*$", max_length=256)] = "gpt"
     """Name in MLflow's model registry that trained models become versions of; empty: none does."""
 
 

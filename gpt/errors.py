@@ -111,6 +111,12 @@ class RunLockedError(GPTError):
     headline = "the run is taken"
 
 
+class RegistryError(GPTError):
+    """A name of a registered model that stands for none, or for one that cannot be fetched."""
+
+    headline = "the registered model cannot be used"
+
+
 class TrackingError(GPTError):
     """A tracking server that cannot be reached, or has nothing to be told."""
 

@@ -31,8 +31,13 @@ DIGEST_LENGTH = 36
 
 def tracking_uri(config: RunConfig) -> str:
     """The config's server, else MLFLOW_TRACKING_URI, else SQLite under the run's root."""
-    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    return given or f"sqlite:///{local_store(config.run.root) / 'mlflow.db'}"
+    return config.tracking.uri or store_uri(config.run.root)
+
+
+def store_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, else SQLite under `root`."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return given or f"sqlite:///{local_store(root) / 'mlflow.db'}"
 
 
 def local_store(root: Path) -> Path:

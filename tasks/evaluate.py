@@ -11,14 +11,22 @@ from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport
 from gpt.config import RunConfig
 from gpt.evaluation.kept import REPORT, keep_report, kept_report
 from gpt.evaluation.report import evaluation_of
-from gpt.files import write_text
+from gpt.files import sha256_of, write_text
 from gpt.model.device import pick_device
+from gpt.model.folder import CONFIG_FILE, MODEL_FILE
 from gpt.model.saved import load_saved
+from gpt.training.checkpoint import (
+    PROGRESS_FILE,
+    complete_checkpoints,
+    read_progress,
+    step_of,
+)
 from tasks.console import evaluate_display, tell
+from tasks.journal import ModelEntry
 from tasks.tracking import RunRef, attach, recording
 
 SAMPLES = "samples.md"
-MODEL_FILES = ("model.safetensors", "config.json")
+MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
 
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -35,8 +43,8 @@ def evaluate(
             write_text(run.folder / SAMPLES, samples_page(report))
             keep_report(run.folder, config, report)
         recorder.report(report)
-        model = {f"model/{name}": checkpoint.folder / name for name in MODEL_FILES}
-        attach(run, {name: run.folder / name for name in (REPORT, SAMPLES)} | model)
+        files = {name: run.folder / name for name in (REPORT, SAMPLES)}
+        attach(run, files, models_of(run.folder.resolve(), checkpoint.step))
     return report
 
 
@@ -47,6 +55,26 @@ def evaluated(
     network = load_saved(model, pick_device(config.hardware.device))
     with evaluate_display() as display:
         return display.following(evaluation_of(network, config, dataset, step))
+
+
+def models_of(folder: Path, evaluated: int) -> tuple[ModelEntry, ...]:
+    """The run's checkpoints; the evaluated one with its files and its report."""
+    return tuple(
+        _model(path, folder / REPORT if step_of(path) == evaluated else None)
+        for path in reversed(complete_checkpoints(folder))
+    )
+
+
+def _model(checkpoint: Path, report: Path | None) -> ModelEntry:
+    progress = read_progress(checkpoint)
+    return ModelEntry(
+        name=f"step-{progress.step}",
+        step=progress.step,
+        tokens_seen=progress.tokens_seen,
+        folder=checkpoint,
+        files=(*(checkpoint / name for name in MODEL_FILES), report) if report else (),
+        report_sha256=sha256_of(report) if report else "",
+    )
 
 
 def samples_page(report: EvaluationReport) -> str:

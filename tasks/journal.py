@@ -1,7 +1,8 @@
 """What a run has to tell, on disk before it is told to anyone: the metrics and the outbox.
 
 Three files in the run folder. `metrics.jsonl`, the journal: one line a step, appended, never
-changed. `tracking_outbox.json`: what else MLflow is to know (parameters, data set, files, status).
+changed. `tracking_outbox.json`: what else MLflow is to know (parameters, data set, files, models,
+status).
 `tracking_run.json`: which MLflow run it goes to and how much of it has arrived. A server that is
 away, slow or gone therefore loses nothing, and nothing is told twice.
 """
@@ -25,6 +26,8 @@ from gpt.files import write_text
 METRICS = "metrics.jsonl"
 OUTBOX = "tracking_outbox.json"
 RECEIPT = "tracking_run.json"
+TAG_LENGTH = 5_000
+"""Characters that MLflow has room for in a tag."""
 
 T = TypeVar("T", bound=Artifact)
 
@@ -37,6 +40,40 @@ class DatasetInput(Artifact):
     sources: tuple[str, ...]
     text_column: str
     profile: dict[str, Any]
+
+
+class ModelEntry(Artifact):
+    """A checkpoint that MLflow shows as a model."""
+
+    name: str
+    step: int
+    tokens_seen: int
+    folder: Path
+    files: tuple[Path, ...] = ()
+    """What MLflow stores of it; nothing: it is named, and stays where it is."""
+    report_sha256: str = ""
+    """Of the report among the files: another evaluation is another thing to send."""
+
+
+class SentModel(Artifact):
+    """A model that has arrived."""
+
+    entry: ModelEntry
+    model_id: str
+
+
+class Registered(Artifact):
+    """A model as a version of a registered one, and how it was judged."""
+
+    name: str
+    version: str
+    step: int
+    alias: str
+    """The one that the version was given: champion or challenger."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}, {self.alias}: {self.reason}"
 
 
 class Outbox(Artifact):
@@ -59,8 +96,19 @@ class Outbox(Artifact):
     """Folder of the run that this one is part of."""
     note: str = ""
     """Markdown that MLflow's page of the run begins with."""
+    models: tuple[ModelEntry, ...] = ()
+    registered_model: str = ""
+    """Registered model that the last of `models` is to be a version of; empty: of none."""
     status: str = "RUNNING"
     error: str = ""
+
+    @property
+    def to_register(self) -> ModelEntry | None:
+        """The last model that MLflow stores, where it is to be registered."""
+        stored = [entry for entry in self.models if entry.files]
+        if not (self.registered_model and stored):
+            return None
+        return max(stored, key=lambda entry: entry.step)
 
 
 class Receipt(Artifact):
@@ -74,6 +122,8 @@ class Receipt(Artifact):
     files: dict[str, Path] = Field(default_factory=dict)
     tags: dict[str, str] = Field(default_factory=dict)
     """Those that may change."""
+    models: dict[str, SentModel] = Field(default_factory=dict)
+    registered: Registered | None = None
     status: str = "RUNNING"
 
 
@@ -140,6 +190,12 @@ def read_lines(path: Path, start: int = 0, most: int | None = None) -> tuple[lis
     return lines, start
 
 
+def registration(receipt: Receipt | None, name: str, step: int) -> Registered | None:
+    """What has become of the model of `step` as a version of `name`; None: nothing yet."""
+    done = receipt.registered if receipt else None
+    return done if done and (done.name, done.step) == (name, step) else None
+
+
 def unsent_lines(folder: Path, receipt: Receipt | None) -> int:
     """Lines of the journal that MLflow does not have yet."""
     return len(read_lines(folder / METRICS, receipt.sent_bytes if receipt else 0)[0])
@@ -153,12 +209,32 @@ def write_outbox(folder: Path, outbox: Outbox) -> None:
     write_text(folder / OUTBOX, outbox.model_dump_json(indent=2))
 
 
+def opened_outbox(folder: Path) -> Outbox:
+    outbox = read_outbox(folder)
+    assert outbox, f"{folder} was not opened by open_run"
+    return outbox
+
+
+def set_status(folder: Path, status: str, error: str = "") -> None:
+    outbox = opened_outbox(folder)
+    if (outbox.status, outbox.error) != (status, error):
+        changed = outbox.model_copy(update={"status": status, "error": error[:TAG_LENGTH]})
+        write_outbox(folder, changed)
+
+
 def read_receipt(folder: Path) -> Receipt | None:
     return _read(Receipt, folder / RECEIPT)
 
 
 def write_receipt(folder: Path, receipt: Receipt) -> None:
     write_text(folder / RECEIPT, receipt.model_dump_json(indent=2))
+
+
+def noted(folder: Path, receipt: Receipt, **changes: Any) -> Receipt:
+    """The receipt with the changes, written down."""
+    receipt = receipt.model_copy(update=changes)
+    write_receipt(folder, receipt)
+    return receipt
 
 
 def _read(kind: type[T], path: Path) -> T | None:

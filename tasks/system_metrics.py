@@ -7,9 +7,17 @@ the steps, they go the way of every other metric, and compare between runs step 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import psutil
+
+from tasks import mlflow_settings
+
+mlflow_settings.apply()
+
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor  # noqa: E402
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor  # noqa: E402
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor  # noqa: E402
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor  # noqa: E402
 
 STEPS_A_SAMPLE = 10
 """Asking a card takes milliseconds."""
@@ -19,12 +27,7 @@ PREFIX = "system/"
 
 class SystemMetrics:
     def __init__(self) -> None:
-        # Not before `tasks.tracking` has put MLflow's settings into the environment.
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-
-        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor()]
+        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # there is no NVIDIA GPU
             self._monitors.append(GPUMonitor())
 

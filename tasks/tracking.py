@@ -1,4 +1,4 @@
-"""MLflow, and nothing of it anywhere else: a run's parameters, metrics, data set, files, status.
+"""MLflow's runs: parameters, metrics, data set, files, status (its models: `tasks.registry`).
 
 Tracking never stops or slows a step. What there is to tell is written to the run folder first
 (`tasks.journal`); a `Courier` carries it from there to MLflow on a thread of its own, in batches,
@@ -10,7 +10,6 @@ found again by its `overnight.uid` before another one is made.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,28 +19,28 @@ from typing import Any
 from filelock import FileLock
 from pydantic import Field
 
-from gpt.artifacts import Artifact, DatasetManifest, EvaluationReport
+from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config import RunConfig
 from gpt.errors import Problem, TrackingError
 from gpt.files import PARTIAL, sync
-from gpt.training.loop import StepRecord
-from tasks import journal
+from tasks import journal, mlflow_settings
 from tasks.console import warn
 from tasks.description import describe, describe_comparison, local_store, tracking_uri
-from tasks.journal import DatasetInput, Journal, Line, Outbox, Receipt
+from tasks.journal import (
+    DatasetInput,
+    Line,
+    ModelEntry,
+    Outbox,
+    Receipt,
+    Registered,
+    noted,
+    opened_outbox,
+    set_status,
+)
+from tasks.recorder import Recorder
 from tasks.stopping import stopping
-from tasks.system_metrics import SystemMetrics
 
-# Read by MLflow at import or at each call. A call that cannot reach a server gives up soon, since
-# the courier tries again by itself.
-for _name, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}.items():
-    os.environ.setdefault(_name, _value)
+mlflow_settings.apply()
 
 from mlflow.entities import (  # noqa: E402
     Dataset,
@@ -56,7 +55,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
-UID_TAG = "overnight.uid"
+from tasks.registry import UID_TAG, first_line, send_models, send_registration  # noqa: E402
+
 ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
 PARENT_TAG = "mlflow.parentRunId"
@@ -66,6 +66,8 @@ OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
 """Longest wait at the end of a stage for what has not been sent."""
+UPLOAD_SECONDS = 600.0
+"""Longest wait for the model to be stored and registered: its weights may go to a far server."""
 STOPPED_FLUSH_SECONDS = 3.0
 """The same when the run was asked to stop, and will be killed if it takes long."""
 SEND_SECONDS = 2.0
@@ -74,40 +76,6 @@ RETRY_SECONDS = 60.0
 LINES_A_BATCH = 100
 """At about ten metrics a line this is MLflow's limit of 1,000 metrics a call."""
 PARAMETERS_A_BATCH = 100
-TAG_LENGTH = 5_000
-
-STEP_METRICS = {
-    "loss": "train/loss",
-    "grad_norm": "grad_norm",
-    "tokens_per_second": "tokens_per_second",
-    "mfu": "mfu",
-    "peak_memory_bytes": "memory/peak_bytes",
-    "learning_rate": "lr",
-    "tokens_seen": "tokens_seen",
-    "batch_size": "batch_size",
-    "skipped_steps": "skipped_steps",
-    "recoveries": "recoveries",
-    "energy_joules": "energy_joules",
-}
-HELDOUT_METRICS = {
-    "loss": "val/loss",
-    "perplexity": "val/perplexity",
-    "bits_per_byte": "val/bits_per_byte",
-}
-
-
-def report_metrics(report: EvaluationReport) -> dict[str, float | None]:
-    """Over the whole slice, after the last step; `val/` is of the slice's beginning."""
-    swag, last = report.hellaswag, report.lambada
-    return {
-        "final/loss": report.loss,
-        "final/loss_error": report.standard_error,
-        "final/perplexity": report.perplexity,
-        "final/bits_per_byte": report.bits_per_byte,
-        "final/hellaswag": swag.normalized_accuracy if swag else None,
-        "final/lambada": last.accuracy if last else None,
-        "final/lambada_perplexity": last.perplexity if last else None,
-    }
 
 
 class RunRef(Artifact):
@@ -146,7 +114,7 @@ def open_comparison(
 
 def put_below(folder: Path, parent: Path) -> None:
     """Make a run, finished before, part of the one of the folder `parent`."""
-    outbox, receipt = _outbox_of(folder), journal.read_receipt(folder)
+    outbox, receipt = opened_outbox(folder), journal.read_receipt(folder)
     journal.write_outbox(folder, outbox.model_copy(update={"parent": parent.resolve()}))
     with _courier(RunRef(folder=folder, uri=receipt.uri if receipt else outbox.uri), FLUSH_SECONDS):
         pass
@@ -154,7 +122,7 @@ def put_below(folder: Path, parent: Path) -> None:
 
 def describe_run(run: RunRef, note: str) -> None:
     """Markdown for the top of the run's page in MLflow."""
-    journal.write_outbox(run.folder, _outbox_of(run.folder).model_copy(update={"note": note}))
+    journal.write_outbox(run.folder, opened_outbox(run.folder).model_copy(update={"note": note}))
 
 
 def _opened(config: RunConfig, folder: Path, outbox: Outbox) -> RunRef:
@@ -191,54 +159,29 @@ def _make_store(database: Path) -> None:
 def recording(run: RunRef) -> Iterator[Recorder]:
     """Record metrics; at the end what is unsent is sent, for at most `FLUSH_SECONDS`."""
     with _courier(run, FLUSH_SECONDS, warns=run.run_id is not None):
-        yield Recorder(run)
+        yield Recorder(run.folder)
 
 
-class Recorder:
-    """Takes metrics: onto the disk at once, to MLflow by and by. Never raises."""
-
-    def __init__(self, run: RunRef) -> None:
-        self._folder = run.folder
-        self._journal = Journal(run.folder)
-        self._machine = SystemMetrics()
-        self._failed = False
-
-    def step(self, record: StepRecord) -> None:
-        values = vars(record)
-        if record.validation:
-            metrics = {key: getattr(record.validation, n) for n, key in HELDOUT_METRICS.items()}
-        else:
-            metrics = {key: values[name] for name, key in STEP_METRICS.items()}
-            metrics |= self._machine.sample(record.step)
-        self._append(record.step, metrics)
-
-    def report(self, report: EvaluationReport) -> None:
-        self._append(report.step, report_metrics(report))
-
-    def _append(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        try:
-            known = {key: float(value) for key, value in metrics.items() if value is not None}
-            if self._journal.append(step, known):
-                _set_status(self._folder, "RUNNING")
-            self._tell_of(None)
-        except OSError as error:
-            self._tell_of(error)
-
-    def _tell_of(self, fault: OSError | None) -> None:
-        """Once when the disk takes no more metrics, once when it does again."""
-        path = self._journal.path
-        if fault and not self._failed:
-            warn(f"metrics cannot be written to {path} and wait in memory: {fault.strerror}")
-        elif self._failed and not fault:
-            warn(f"metrics are written to {path} again; none is lost")
-        self._failed = fault is not None
+def attach(
+    run: RunRef, files: Mapping[str, Path], models: tuple[ModelEntry, ...] | None = None
+) -> None:
+    """For MLflow: files and folders, by their path among its run's artifacts, and checkpoints."""
+    outbox = opened_outbox(run.folder)
+    changes: dict[str, Any] = {
+        "files": outbox.files | {name: path.resolve() for name, path in files.items()},
+        "models": outbox.models if models is None else models,
+    }
+    journal.write_outbox(run.folder, outbox.model_copy(update=changes))
 
 
-def attach(run: RunRef, files: Mapping[str, Path]) -> None:
-    """Files and folders for MLflow, by their path among its run's artifacts."""
-    outbox = _outbox_of(run.folder)
-    files = outbox.files | {name: path.resolve() for name, path in files.items()}
-    journal.write_outbox(run.folder, outbox.model_copy(update={"files": files}))
+def register(run: RunRef, name: str) -> Registered | None:
+    """Make the run's last model a version of the registered model `name`; waits for it, up to
+    `UPLOAD_SECONDS`. None where MLflow has not answered: it is done when that does."""
+    outbox = opened_outbox(run.folder).model_copy(update={"registered_model": name})
+    journal.write_outbox(run.folder, outbox)
+    with _courier(run, UPLOAD_SECONDS, warns=run.run_id is not None):
+        pass
+    return _registered(outbox, journal.read_receipt(run.folder), run.uri)
 
 
 @contextmanager
@@ -268,44 +211,41 @@ def sync_run(folder: Path, uri: str) -> str:
     try:
         deliver(folder, uri)
     except Exception as error:  # whatever MLflow raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        rule = f"cannot be reached: {first_line(error)}"
         remedy = "start that server, or name another one with --uri; nothing is lost"
-        raise TrackingError(
-            Problem("--uri", uri, f"cannot be reached: {reason}", remedy)
-        ) from error
+        raise TrackingError(Problem("--uri", uri, rule, remedy)) from error
     after = journal.read_receipt(folder)
     if after == before:
         return f"MLflow at {uri} has all of it already"
     files = len(after.files if after else {}) - len(known.files if known else {})
-    return f"sent {lines} steps and {files} files to MLflow at {uri}"
+    sent = f"sent {lines} steps and {files} files to MLflow at {uri}"
+    new = after and after.registered != (known and known.registered)
+    return f"{sent}; registered as {after.registered}" if after and new else sent
 
 
 def _end(run: RunRef, status: str, error: str = "") -> None:
-    _set_status(run.folder, status, error)
+    set_status(run.folder, status, error)
     with _courier(run, FLUSH_SECONDS):
         pass
     receipt = journal.read_receipt(run.folder)
     unsent = journal.unsent_lines(run.folder, receipt)
-    if unsent or receipt is None or receipt.status != status:
+    outbox = opened_outbox(run.folder)
+    unregistered = outbox.to_register and not _registered(outbox, receipt, run.uri)
+    if unsent or receipt is None or receipt.status != status or unregistered:
+        model = " and its model is not registered" if unregistered else ""
         warn(
-            f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent. "
+            f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent{model}. "
             f"Nothing is lost, {run.folder / journal.METRICS} has them; "
             f"when MLflow is back, `overnight sync {run.folder}` sends them, and so does starting "
             "the same run again"
         )
 
 
-def _set_status(folder: Path, status: str, error: str = "") -> None:
-    outbox = _outbox_of(folder)
-    if (outbox.status, outbox.error) != (status, error):
-        changed = outbox.model_copy(update={"status": status, "error": error[:TAG_LENGTH]})
-        journal.write_outbox(folder, changed)
-
-
-def _outbox_of(folder: Path) -> Outbox:
-    outbox = journal.read_outbox(folder)
-    assert outbox, f"{folder} was not opened by open_run"
-    return outbox
+def _registered(outbox: Outbox, receipt: Receipt | None, uri: str) -> Registered | None:
+    entry = outbox.to_register
+    if entry is None or receipt is None or receipt.uri != uri:
+        return None
+    return journal.registration(receipt, outbox.registered_model, entry.step)
 
 
 # --- carrying it to MLflow -----------------------------------------------------------------------
@@ -352,23 +292,31 @@ class Courier(threading.Thread):
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            reason = str(error).strip().splitlines()[0][:300] if str(error) else repr(error)
             warn(
-                f"MLflow at {self._run.uri} cannot be reached ({reason}). The run goes on; its "
-                f"metrics are kept in {self._run.folder / journal.METRICS} and sent when MLflow "
-                "is back. To change servers, set tracking.uri or MLFLOW_TRACKING_URI"
+                f"MLflow at {self._run.uri} cannot be reached ({first_line(error)}). The run goes "
+                f"on; its metrics are kept in {self._run.folder / journal.METRICS} and sent when "
+                "MLflow is back. To change servers, set tracking.uri or MLFLOW_TRACKING_URI"
             )
         self._warned = True
 
 
+_delivering = threading.Lock()
+"""A courier that was not waited for may still be sending when the next one begins."""
+
+
 def deliver(folder: Path, uri: str) -> None:
     """Bring MLflow to what the run folder holds. Raises what MLflow raises; to be called again."""
-    client = MlflowClient(tracking_uri=uri)
-    outbox = _outbox_of(folder)
-    receipt = _open(client, outbox, uri, journal.read_receipt(folder))
-    journal.write_receipt(folder, receipt)
-    for send in (_send_description, _send_tags, _send_metrics, _send_files, _send_status):
-        receipt = send(client, folder, outbox, receipt)
+    with _delivering:
+        client = MlflowClient(tracking_uri=uri)
+        outbox = opened_outbox(folder)
+        receipt = _open(client, outbox, uri, journal.read_receipt(folder))
+        journal.write_receipt(folder, receipt)
+        # The status before the models: a registry that does not work holds up nothing else.
+        for send in (
+            *(_send_description, _send_tags, _send_metrics, _send_files, _send_status),
+            *(send_models, send_registration),
+        ):
+            receipt = send(client, folder, outbox, receipt)
 
 
 def _open(client: MlflowClient, outbox: Outbox, uri: str, receipt: Receipt | None) -> Receipt:
@@ -414,7 +362,7 @@ def _send_description(
     for start in range(0, len(parameters), PARAMETERS_A_BATCH):
         client.log_batch(receipt.run_id, params=parameters[start : start + PARAMETERS_A_BATCH])
     client.log_inputs(receipt.run_id, [_mlflow_dataset(outbox.dataset)])
-    return _noted(folder, receipt, described=True)
+    return noted(folder, receipt, described=True)
 
 
 def _send_tags(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
@@ -425,7 +373,7 @@ def _send_tags(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Rece
     for key, value in wanted.items():
         if receipt.tags.get(key) != value:
             client.set_tag(receipt.run_id, key, value)
-            receipt = _noted(folder, receipt, tags=receipt.tags | {key: value})
+            receipt = noted(folder, receipt, tags=receipt.tags | {key: value})
     return receipt
 
 
@@ -452,7 +400,7 @@ def _send_metrics(client: MlflowClient, folder: Path, outbox: Outbox, receipt: R
         if not lines:
             return receipt
         client.log_batch(receipt.run_id, [metric for line in lines for metric in _metrics(line)])
-        receipt = _noted(folder, receipt, sent_bytes=end)
+        receipt = noted(folder, receipt, sent_bytes=end)
 
 
 def _metrics(line: Line) -> list[Metric]:
@@ -465,7 +413,7 @@ def _send_files(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Rec
             continue
         parent = str(Path(name).parent)
         client.log_artifact(receipt.run_id, str(path), None if parent == "." else parent)
-        receipt = _noted(folder, receipt, files=receipt.files | {name: path})
+        receipt = noted(folder, receipt, files=receipt.files | {name: path})
     return receipt
 
 
@@ -480,10 +428,4 @@ def _send_status(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Re
         client.update_run(receipt.run_id, status="RUNNING")
     else:
         client.set_terminated(receipt.run_id, outbox.status)
-    return _noted(folder, receipt, status=outbox.status)
-
-
-def _noted(folder: Path, receipt: Receipt, **changes: Any) -> Receipt:
-    receipt = receipt.model_copy(update=changes)
-    journal.write_receipt(folder, receipt)
-    return receipt
+    return noted(folder, receipt, status=outbox.status)

@@ -88,13 +88,18 @@ def test_the_library_knows_neither_prefect_nor_mlflow() -> None:
     assert naming == []
 
 
-def test_only_tracking_imports_mlflow() -> None:
+def test_mlflow_is_imported_where_it_is_told_and_where_it_serves() -> None:
     importing = [
         name
         for name, path in MODULES.items()
         if "mlflow" in {imported.split(".")[0] for imported in _imports(path)}
     ]
-    assert importing == ["tasks.system_metrics", "tasks.tracking"]
+    assert importing == [
+        "tasks.registry",
+        "tasks.served_model",
+        "tasks.system_metrics",
+        "tasks.tracking",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(p for p in MODULES.values() if p.name == "__init__.py"))

@@ -53,13 +53,14 @@ def overnight(*arguments: object) -> str:
 def test_a_run_by_name_by_folder_and_a_checkpoint_are_one_model(run_folder):
     root = run_folder.parent.parent
     settings = ("The", "--max-tokens", 9, "--seed", 3)
-    done = in_a_process("generate", "t", *map(str, settings), "--root", root)
+    done = in_a_process("generate", "--model", "t", *map(str, settings), "--root", root)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("The")
     assert len(done.stdout) > 12
-    assert overnight("generate", run_folder, *settings) == done.stdout
-    assert overnight("generate", latest_checkpoint(run_folder).folder, *settings) == done.stdout
-    assert overnight("generate", run_folder, *settings[:-1], 4) != done.stdout
+    assert overnight("generate", "--model", run_folder, *settings) == done.stdout
+    checkpoint = latest_checkpoint(run_folder).folder
+    assert overnight("generate", "--model", checkpoint, *settings) == done.stdout
+    assert overnight("generate", "--model", run_folder, *settings[:-1], 4) != done.stdout
 
 
 def test_exported_imported_and_exported_again(run_folder, tmp_path):
@@ -71,8 +72,8 @@ def test_exported_imported_and_exported_again(run_folder, tmp_path):
         assert part in card
     assert "width 16" in overnight("import-hf", tmp_path / "hf", tmp_path / "back")
     greedy = ("The", "--max-tokens", 9, "--temperature", 0)
-    written = overnight("generate", run_folder, *greedy)
-    assert overnight("generate", tmp_path / "back", *greedy) == written
+    written = overnight("generate", "--model", run_folder, *greedy)
+    assert overnight("generate", "--model", tmp_path / "back", *greedy) == written
     overnight("export", tmp_path / "back", tmp_path / "again")
     first, again = (tmp_path / name / "model.safetensors" for name in ("hf", "again"))
     assert first.read_bytes() == again.read_bytes()
@@ -129,11 +130,11 @@ def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
 
 def test_mistakes_are_told(run_folder, tmp_path):
     with pytest.raises(ConfigError, match="neither a run's folder nor the name of a run"):
-        overnight("generate", "no-such-run", "The", "--root", tmp_path)
+        overnight("generate", "--model", "no-such-run", "The", "--root", tmp_path)
     with pytest.raises(GenerationError, match="2 problems"):
-        overnight("generate", run_folder, "The", "--top-p", 2, "--temperature", -1)
+        overnight("generate", "--model", run_folder, "The", "--top-p", 2, "--temperature", -1)
     with pytest.raises(ConfigError, match=r"hardware.device = cuda:99"):
-        overnight("generate", run_folder, "The", "--device", "cuda:99")
+        overnight("generate", "--model", run_folder, "The", "--device", "cuda:99")
     with pytest.raises(ExchangeError, match="is there already"):
         overnight("export", run_folder, run_folder)
     with pytest.raises(ExchangeError, match="cannot be read"):
@@ -141,4 +142,4 @@ def test_mistakes_are_told(run_folder, tmp_path):
     empty = small_config(tmp_path, training__seed=2)
     folder = open_run_folder(empty, token_dataset(tmp_path / "datasets" / "0123"))
     with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
-        overnight("generate", folder, "The")
+        overnight("generate", "--model", folder, "The")

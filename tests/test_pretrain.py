@@ -17,7 +17,7 @@ from tasks.tracking import MlflowClient
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-STAGES = ["validate-config", "tokenize-parquet", "train", "evaluate"]
+STAGES = ["validate-config", "tokenize-parquet", "train", "evaluate", "register-model"]
 HISTORIES = ("train/loss", "lr", "grad_norm", "tokens_per_second", "tokens_seen", "val/loss")
 
 
@@ -67,8 +67,15 @@ def test_a_run_end_to_end_then_the_same_again(
     assert run.data.metrics["val/bits_per_byte"] == pytest.approx(outcome.report.bits_per_byte)
     [dataset] = run.inputs.dataset_inputs
     assert dataset.dataset.digest == run.data.params["dataset.fingerprint"][:36]
-    artifacts = {a.path for a in mlflow_client.list_artifacts(run.info.run_id, "model")}
-    assert artifacts == {"model/model.safetensors", "model/config.json"}
+    names = [mlflow_client.get_logged_model(m.model_id).name for m in run.outputs.model_outputs]
+    assert sorted(names) == ["step-10", "step-12"]
+    assert str(outcome.registered) in printed
+    registered = outcome.registered
+    version = mlflow_client.get_model_version("gpt", registered.version)
+    assert (version.run_id, version.tags["overnight.reason"]) == (
+        run.info.run_id,
+        registered.reason,
+    )
     once = steps(mlflow_client, run.info.run_id)
     assert once["train/loss"] == list(range(1, 13))
     assert once["val/loss"] == [0, 6, 12]

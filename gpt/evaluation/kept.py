@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ def kept_report(folder: Path, config: RunConfig, step: int) -> EvaluationReport 
     except FileNotFoundError:
         return None
     return EvaluationReport(**kept["report"]) if kept["asked"] == _asked(config, step) else None
+
+
+def read_report(path: Path) -> EvaluationReport | None:
+    """The report in such a file, whatever it was asked for; None where none can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return EvaluationReport(**json.loads(path.read_bytes())["report"])
+    return None
 
 
 def keep_report(folder: Path, config: RunConfig, report: EvaluationReport) -> None:

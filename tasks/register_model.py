@@ -1,0 +1,24 @@
+"""Stage 5, register: the evaluated model as a version of MLflow's registered model."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gpt.config import RunConfig
+from tasks.console import tell
+from tasks.journal import Registered
+from tasks.tracking import RunRef, register
+
+
+@task(name="register-model", task_run_name="register-model", cache_policy=NO_CACHE)
+def register_model(config: RunConfig, run: RunRef) -> Registered | None:
+    """Register the run's model, once, and say whether it is the champion, and why. None where the
+    config names no registered model, or where MLflow has not answered."""
+    name = config.tracking.registered_model
+    registered = register(run, name)
+    if registered:
+        tell(f"registered as {registered}")
+    elif name:
+        tell(f"not registered as {name} yet: MLflow at {run.uri} has not taken it")
+    return registered
