@@ -114,7 +114,7 @@ def test_a_run_and_an_imported_model_are_evaluated_as_asked(run_folder, tmp_path
 def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
     dataset = token_dataset(tmp_path / "datasets" / "0123")
     source = latest_checkpoint(run_folder).folder
-    config = small_config(tmp_path, training__init_from=str(source), training__max_steps=1)
+    config = small_config(tmp_path, training__init_from=str(source))
     first = next(iter(train(config, dataset, tmp_path / "further")))
     fresh = next(iter(train(small_config(tmp_path), dataset, tmp_path / "fresh")))
     assert first.validation.loss < fresh.validation.loss - 0.5
