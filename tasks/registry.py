@@ -21,7 +21,6 @@ from typing import Any
 import gpt
 from gpt.artifacts import EvaluationReport
 from gpt.errors import Problem, RegistryError
-from gpt.evaluation.difference import Judgement, judge
 from gpt.evaluation.kept import REPORT, read_report
 from gpt.files import new_folder
 from gpt.model.folder import CONFIG_FILE, MODEL_FILE
@@ -235,36 +234,37 @@ def _judged(
 ) -> ModelVersion:
     """The version with the judgement among its tags, where it stays."""
     name, champion = version.name, _holder(client, version.name, CHAMPION)
-    earlier = [v for v in versions if int(v.version) < int(version.version)]
-    if champion:
-        judgement = _against(client, name, champion, _report_of(entry))
-    elif earlier:
-        judgement = Judgement(
-            False,
-            f"there is nothing to be held against: none of the {len(earlier)} versions before this "
-            f"one is the {CHAMPION}; give that alias to the one that is to be",
-        )
-    else:
-        judgement = judge(_report_of(entry), None)
+    earlier = sum(int(other.version) < int(version.version) for other in versions)
+    promoted, reason = _judgement(client, name, champion, earlier, _report_of(entry))
     tags = {
         AGAINST_TAG: champion,
-        ALIAS_TAG: CHAMPION if judgement.promoted else CHALLENGER,
-        REASON_TAG: judgement.reason,  # the last, because it says that all are there
+        ALIAS_TAG: CHAMPION if promoted else CHALLENGER,
+        REASON_TAG: reason,  # the last, because it says that all are there
     }
     for key, value in tags.items():
         client.set_model_version_tag(name, version.version, key, value)
     return client.get_model_version(name, version.version)
 
 
-def _against(client: MlflowClient, name: str, champion: str, report: EvaluationReport) -> Judgement:
-    theirs = _stored_report(client, name, champion)
-    if theirs:
-        return judge(report, theirs)
-    return Judgement(
-        False,
-        f"cannot be held against the {CHAMPION}, version {champion}: its {REPORT} is missing or "
-        f"cannot be read; give the alias {CHAMPION} to a version that has one",
-    )
+def _judgement(
+    client: MlflowClient, name: str, champion: str, earlier: int, report: EvaluationReport
+) -> tuple[bool, str]:
+    """Whether it becomes the champion, and why. What cannot be compared promotes nobody."""
+    from gpt.evaluation.difference import judge  # loads scipy, which takes a second
+
+    if not champion and earlier:
+        return False, (
+            f"there is nothing to be held against: none of the {earlier} versions before this one "
+            f"is the {CHAMPION}; give that alias to the one that is to be"
+        )
+    theirs = _stored_report(client, name, champion) if champion else None
+    if champion and not theirs:
+        return False, (
+            f"cannot be held against the {CHAMPION}, version {champion}: its {REPORT} is missing "
+            f"or cannot be read; give the alias {CHAMPION} to a version that has one"
+        )
+    judgement = judge(report, theirs)
+    return judgement.promoted, judgement.reason
 
 
 def _stored_report(client: MlflowClient, name: str, version: str) -> EvaluationReport | None:

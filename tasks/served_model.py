@@ -36,7 +36,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        prompts = model_input[PROMPT].tolist()
+        # MLflow takes a mapping to a list of texts, which Python may give it, for a single row.
+        prompts = [prompt for row in model_input[PROMPT] for prompt in _listed(row)]
         try:
             _refuse(problem for prompt in prompts if (problem := _not_text(prompt)))
             sampling = _sampling(params or {})

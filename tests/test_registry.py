@@ -23,7 +23,7 @@ def light(monkeypatch):
 
     def write(folder, *_):
         folder.mkdir()
-        (folder / "MLmodel").touch()
+        (folder / "MLmodel").write_text("flavors: {}\n")
 
     monkeypatch.setattr(registry, "_write_wrapper", write)
 
