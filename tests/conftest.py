@@ -13,6 +13,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+from browser import browser
+
+__all__ = ["browser"]  # for every test that asks for it
 
 PREFECT_HOME = tempfile.TemporaryDirectory(prefix="overnight-prefect-", ignore_cleanup_errors=True)
 PREFECT_SETTINGS = {
