@@ -1,10 +1,12 @@
 # make run    pretrain the tiny GPT end to end; installs everything first when it is missing
 # make test   formatting, lint and types, then the tests
 # make check  formatting, lint and types alone
+# make install what the others install first
 # make clean  remove what was installed and cached; runs/ and data/ stay
 
 PYTHON ?= python3
 CONFIG ?= configs/tiny.toml
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,13 +17,15 @@ SAMPLE := data/sample.parquet
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test check clean
+.PHONY: run test check install clean
 
 run: $(INSTALLED) $(SAMPLE)
 	@$(BIN)/overnight run $(CONFIG)
 
 test: check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+install: $(INSTALLED)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .

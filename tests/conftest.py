@@ -6,14 +6,21 @@ The environment is set before anything imports prefect or mlflow, which read it 
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from browser import browser
+from filelock import FileLock
 
 __all__ = ["browser"]  # for every test that asks for it
 
@@ -31,6 +38,18 @@ for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLO
 os.environ |= PREFECT_SETTINGS
 # The tensors of tests are small: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+EMBEDDED_PREFECT = (
+    *("test_stopping.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_a_bad_run"),
+    "test_servers_away.py::test_prefect_s_api",
+)
+"""What starts Prefect's embedded API, never two at once: it picks its port at random among a
+thousand some seconds before it listens, so that two may come to share a server."""
+SLOW_FIRST = (
+    *("prefect", "test_cancelled", "test_mlflow_page", "test_servers_away", "test_kills"),
+    *("test_checkpoint", "test_huggingface", "test_training_loop", "test_recovery"),
+)
+"""The groups that take longest, so that none of them is begun last."""
 
 TINY_CONFIG = """
 [run]
@@ -63,6 +82,87 @@ sample_tokens = 4
 """
 
 
+def group_of(nodeid: str) -> str:
+    """Tests that one process does, where several share them: those of a file, for its fixtures."""
+    test = nodeid.rpartition("/")[2]
+    return "prefect" if test.startswith(EMBEDDED_PREFECT) else test.partition(".")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        group = group_of(item.nodeid)
+        return SLOW_FIRST.index(group) if group in SLOW_FIRST else len(SLOW_FIRST)
+
+    items.sort(key=turn)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose own groups do nothing under pytest 9.2
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # ours is the order
+    return ByGroup(config, log)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all processes that share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(shared_folder: Path) -> Path:
+    """MLflow's store as a first run makes it, to be copied: making one takes some seconds."""
+    from tasks.tracking import _make_store
+
+    database = shared_folder / "mlflow.db"
+    _make_store(database)
+    return database
+
+
+FIRST_START = """
+import sys
+from pathlib import Path
+from flows.environment import prepare
+prepare(Path(sys.argv[1]))
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    if error := client.api_healthcheck():
+        raise error
+"""
+
+
+@pytest.fixture(scope="session")
+def prefect_database(shared_folder: Path) -> Path:
+    """Prefect's database as a first run makes it, to be copied: making one takes many seconds."""
+    database = shared_folder / "prefect.db"
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+    with FileLock(shared_folder / "prefect.lock"):
+        if not database.exists():
+            root = shared_folder / "first-start"
+            starting = [sys.executable, "-c", FIRST_START, str(root)]
+            here = Path(__file__).resolve().parent.parent
+            subprocess.run(starting, cwd=here, env=outside, check=True, timeout=180)
+            with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as made:
+                made.execute("VACUUM INTO ?", (str(database),))
+    return database
+
+
+@pytest.fixture
+def new_root(tmp_path: Path, mlflow_database: Path, prefect_database: Path) -> Path:
+    """A root that nothing has run in: both databases are there, and nothing in them."""
+    root = tmp_path / "runs"
+    for database in (mlflow_database, prefect_database):
+        (root / database.stem).mkdir(parents=True)
+        shutil.copy(database, root / database.stem)
+    return root
+
+
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python manual's topics: some eighty documents of real text."""
@@ -74,9 +174,12 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One root for the session, so that the text is tokenised once and MLflow's store made once."""
-    return tmp_path_factory.mktemp("runs")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
+    """One root for the session, so that the text is tokenised once."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "mlflow").mkdir()
+    shutil.copy(mlflow_database, root / "mlflow")
+    return root
 
 
 @pytest.fixture
@@ -88,17 +191,24 @@ def tiny_config(tmp_path: Path, parquet: Path, tiny_root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
+def prefect_server(
+    tmp_path_factory: pytest.TempPathFactory, prefect_database: Path
+) -> Iterator[None]:
     """A real Prefect server with a database of its own."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.testing import utilities
 
-    with prefect_test_harness(server_startup_timeout=120):
+    folder = tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, folder / "prefect-test.db")  # where the harness has its own
+    with (
+        patch.object(utilities, "mkdtemp", lambda: str(folder)),
+        utilities.prefect_test_harness(server_startup_timeout=120),
+    ):
         yield
 
 
 @pytest.fixture
 def mlflow_client(tiny_root: Path) -> Any:
-    """A client of the store under `tiny_root`, which a run makes."""
+    """A client of the store under `tiny_root`."""
     from tasks.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=f"sqlite:///{tiny_root / 'mlflow' / 'mlflow.db'}")

@@ -63,13 +63,13 @@ def prefect(log: Path, environment: dict[str, str], *words: str) -> Iterator[Non
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(new_root: Path) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     return outside | {
-        "PREFECT_HOME": str(tmp_path),
+        "PREFECT_HOME": str(new_root / "prefect"),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
@@ -159,10 +159,10 @@ def mlflow_run(root: Path) -> tuple[MlflowClient, Any]:
 
 
 def test_cancelled_then_killed_then_finished(
-    client: SyncPrefectClient, environment: dict[str, str], tiny_config: Path, tmp_path: Path
+    client: SyncPrefectClient, environment: dict[str, str], tiny_config: Path, new_root: Path
 ) -> None:
     """Three flow runs of one deployment, one run folder, one curve."""
-    root = tmp_path / "runs"
+    root = new_root
 
     cancelled = start(client, tiny_config, root, 100_000)
     wait_for_step(root, 8)

@@ -24,11 +24,11 @@ STEPS = 6
 
 
 @pytest.fixture
-def variants(tiny_config: Path, tmp_path: Path) -> list[Path]:
+def variants(tiny_config: Path, tmp_path: Path, new_root: Path) -> list[Path]:
     """Three copies of a config that differ in the width alone: the name is the same in all."""
     text = tiny_config.read_text().replace("max_steps = 12", f"max_steps = {STEPS}")
     root = load_config(tiny_config).run.root
-    text = text.replace(root.as_posix(), (tmp_path / "runs").as_posix())
+    text = text.replace(root.as_posix(), new_root.as_posix())
     paths = []
     for width in (8, 16, 24):
         path = tmp_path / f"width-{width}.toml"

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from browser import WINDOW, hosts_asked
-from test_servers_away import MlflowServer
+from test_servers_away import MlflowServer, with_store
 from token_data import token_dataset
 
 from gpt.config import load_config
@@ -71,8 +71,9 @@ def tracked(width: int, root: Path) -> RunRef:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunRef]:
+def runs(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> list[RunRef]:
     root = tmp_path_factory.mktemp("sizes")
+    with_store(root / "mlflow", mlflow_database)
     return [tracked(width, root) for width in FLOORS]
 
 

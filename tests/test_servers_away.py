@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,10 +35,10 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """A real `mlflow server` on SQLite, which can be killed and started again."""
+    """A real `mlflow server` on the SQLite store of a folder, which can be killed and started
+    again."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         self._folder, self._port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
 
@@ -49,6 +50,8 @@ class MlflowServer:
                 *("--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(self._port)),
                 *("--artifacts-destination", str(self._folder / "artifacts")),
             ],
+            # Its runners of background jobs, which serve nothing here, are processes of their own.
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -67,9 +70,15 @@ class MlflowServer:
         self._process.wait()
 
 
+def with_store(folder: Path, mlflow_database: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(mlflow_database, folder)
+    return folder
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path / "server")
+def server(tmp_path: Path, mlflow_database: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(with_store(tmp_path / "server", mlflow_database))
     server.start()
     yield server
     server.kill()
@@ -112,7 +121,10 @@ def test_a_server_killed_at_step_10_and_back_at_step_40_gets_every_point_once(
 
 
 def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
-    tmp_path: Path, server: MlflowServer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    server: MlflowServer,
+    mlflow_database: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, run = opened(tmp_path, server.uri)
     with ended_by_outcome(run), recording(run) as recorder:
@@ -127,7 +139,7 @@ def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
     assert away.returncode == 2
     assert "cannot be reached" in said
     assert "Traceback" not in said
-    new = MlflowServer(tmp_path / "new")
+    new = MlflowServer(with_store(tmp_path / "new", mlflow_database))
     new.start()
     try:
         told = [command(*words, "--uri", new.uri).communicate(timeout=120)[0] for _ in range(2)]
@@ -188,8 +200,8 @@ def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not journal.Journal(tmp_path).append(30, {"loss": 0.0})
 
 
-def test_prefect_s_api_dies_on_the_way(tiny_config: Path, tmp_path: Path) -> None:
-    root = tmp_path / "runs"
+def test_prefect_s_api_dies_on_the_way(tiny_config: Path, new_root: Path) -> None:
+    root = new_root
     arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
     process = command(
         *("tests/fault_at.py", "kill prefect", "training", *arguments),
@@ -204,8 +216,8 @@ def test_prefect_s_api_dies_on_the_way(tiny_config: Path, tmp_path: Path) -> Non
     assert flow_states(root) == ["RUNNING"]
 
 
-def test_prefect_s_server_is_not_there(tiny_config: Path, tmp_path: Path) -> None:
-    root = tmp_path / "runs"
+def test_prefect_s_server_is_not_there(tiny_config: Path, new_root: Path) -> None:
+    root = new_root
     process = command(
         *("-m", "flows", "run", str(tiny_config), "--set", f"run.root={root}"),
         PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api",

@@ -52,10 +52,10 @@ def mlflow_run(root: Path):
     return client, run
 
 
-def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, tmp_path: Path) -> None:
+def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, new_root: Path) -> None:
     """One run, stopped at one place after the other: in training by Ctrl-C, elsewhere by SIGTERM,
     each to all its processes."""
-    root = tmp_path / "runs"
+    root = new_root
     arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
     for place in PLACES:
         fault = "interrupt" if place == "training" else "stop"
