@@ -13,8 +13,7 @@ from prefect.states import Cancelled
 
 from flows.contest import Entrant, contest_folder, entrants_of
 from flows.contestant import trained_apart
-from flows.embedded_api import api_url
-from flows.environment import EMBEDDED_API
+from flows.embedded_api import environment_of_the_api
 from flows.outcome import finished_outcome, look_mlflow, look_prefect
 from flows.pretrain import Call, as_function, as_task
 from gpt.artifacts import Artifact
@@ -112,7 +111,7 @@ def _stages(
         mlflow_uri=run.uri,
         mlflow_run_id=run.run_id,
         look_prefect=look_prefect(shared),
-        look_mlflow=look_mlflow(run.uri),
+        look_mlflow=look_mlflow(run.uri, folder),
     )
 
 
@@ -145,9 +144,7 @@ def _contestant(entrant: Entrant, parent: Path, call: Call) -> Contestant:
 def pretrain_apart(entrant: Entrant, run_name: str, parent: Path) -> Path:
     """The flow `pretrain` in a process of its own, at the same API; the run's folder."""
     tell(f"{run_name}: begins")
-    api = api_url()
-    environment = {"PREFECT_API_URL": api, EMBEDDED_API: "1"} if api else {}
-    return trained_apart(entrant, parent, environment)
+    return trained_apart(entrant, parent, environment_of_the_api())
 
 
 def _refuse_nothing(contestants: Sequence[Contestant]) -> None:

@@ -9,17 +9,23 @@ from unittest.mock import patch
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 
+from flows.environment import EMBEDDED_API
 from flows.lifetime import ending_with_me
 
 
-def api_url() -> str:
-    """Of the API that this process uses, embedded or not; empty where none answers."""
+def environment_of_the_api() -> dict[str, str]:
+    """With which a process uses the API that this one uses; empty where none answers."""
+    if served := PREFECT_API_URL.value():
+        return {"PREFECT_API_URL": str(served)}
     try:
         with get_client(sync_client=True) as client:
-            return "" if client.api_healthcheck() else str(client.api_url)
+            if client.api_healthcheck():
+                return {}
+            return {"PREFECT_API_URL": str(client.api_url), EMBEDDED_API: "1"}
     except (RuntimeError, httpx.TransportError):
-        return ""
+        return {}
 
 
 def start_api() -> Exception | None:

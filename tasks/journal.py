@@ -116,6 +116,7 @@ class Receipt(Artifact):
 
     uri: str
     run_id: str
+    experiment_id: str = ""
     described: bool = False
     sent_bytes: int = 0
     """Length of the journal's part that has been sent."""

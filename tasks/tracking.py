@@ -61,7 +61,8 @@ ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
 PARENT_TAG = "mlflow.parentRunId"
 TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's pages open on runs and curves, not on prompts and traces."""
+"""What MLflow's own training experiments say of themselves. Its pages open on prompts and traces
+all the same (3.17), so that a run's last lines name the page with the curves."""
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
@@ -332,7 +333,7 @@ def _open(client: MlflowClient, outbox: Outbox, uri: str, receipt: Receipt | Non
             experiment, tags={UID_TAG: outbox.uid} | outbox.tags, run_name=outbox.name
         )
     )
-    return Receipt(uri=uri, run_id=run.info.run_id)
+    return Receipt(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
 
 
 def _is_active(client: MlflowClient, run_id: str) -> bool:

@@ -65,6 +65,11 @@ def test_a_run_end_to_end_then_the_same_again(
     assert run.data.params["tokens_per_step"] == str(2 * 2 * 32)
     assert run.data.metrics["val/loss"] == pytest.approx(outcome.report.loss)
     assert run.data.metrics["val/bits_per_byte"] == pytest.approx(outcome.report.bits_per_byte)
+    assert run.data.metrics["final/loss"] == pytest.approx(outcome.report.loss)
+    seen = mlflow_client.get_metric_history(
+        run.info.run_id, "system/system_memory_usage_percentage"
+    )
+    assert [point.step for point in seen] == [10]
     [dataset] = run.inputs.dataset_inputs
     assert dataset.dataset.digest == run.data.params["dataset.fingerprint"][:36]
     names = [mlflow_client.get_logged_model(m.model_id).name for m in run.outputs.model_outputs]
