@@ -188,6 +188,9 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
     assert last.params == {"step": "20", "tokens_seen": "1280"}
     assert last.tags["overnight.folder"].endswith("checkpoints/step-00000020")
     assert {m.key: m.value for m in first.metrics} == {"val/loss": 6.0, "val/bits_per_byte": 2.0}
+    final = {m.key: m.value for m in last.metrics}
+    assert final["val/loss"] == 5.0
+    assert final["final/loss"] == pytest.approx(report().loss)
     dataset = journal.read_outbox(finished.folder).dataset
     for model in models:
         assert {str(model.status), model.source_run_id} == {"READY", run.info.run_id}
