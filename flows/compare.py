@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
 
 from flows.contest import Entrant, contest_folder, entrants_of
 from flows.contestant import trained_apart
 from flows.embedded_api import environment_of_the_api
 from flows.outcome import finished_outcome, look_mlflow, look_prefect
-from flows.pretrain import Call, as_function, as_task
+from flows.stages import Call, as_function, as_task, stopped_or
 from gpt.artifacts import Artifact
 from gpt.errors import ComparisonError, Problem
 from gpt.training.run_lock import run_lock
 from tasks.compare import Contestant
 from tasks.compare import compare as compare_runs
 from tasks.console import tell
-from tasks.stopping import StopRequested, stopping
 from tasks.tokenize_parquet import tokenize_parquet
 from tasks.tracking import ended_by_outcome, open_comparison, put_below
 
@@ -66,22 +64,14 @@ def compare(
         seeds: Train each so many times, with seeds counted up from its own.
         name: Of the comparison; left out: the configs' names.
     """
-    return _stopped_or(lambda: _stages(configs, overrides or {}, tokens, seeds, name, as_task))
+    return stopped_or(lambda: _stages(configs, overrides or {}, tokens, seeds, name, as_task))
 
 
 def compare_without_prefect(
     configs: list[str], overrides: dict[str, Any], tokens: int | None, seeds: int, name: str
 ) -> Compared | State:
     """The same, told to nobody."""
-    return _stopped_or(lambda: _stages(configs, overrides, tokens, seeds, name, as_function))
-
-
-def _stopped_or(run: Callable[[], Compared]) -> Compared | State:
-    with stopping:
-        try:
-            return run()
-        except StopRequested as stop:
-            return Cancelled(message=f"{stop}; the same command goes on with what is left")
+    return stopped_or(lambda: _stages(configs, overrides, tokens, seeds, name, as_function))
 
 
 def _stages(

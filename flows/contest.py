@@ -66,7 +66,8 @@ def entrants_of(
     sound = {path: found for path, found in configs.items() if isinstance(found, RunConfig)}
     if not sound:
         failures = [found for found in configs.values() if isinstance(found, ConfigError)]
-        raise ConfigError(*[problem for failure in failures for problem in failure.problems])
+        # What was laid over all of them is told once.
+        raise ConfigError(*dict.fromkeys(p for failure in failures for p in failure.problems))
     _refuse_unlike(sound)
     names = _names(paths, sound)
     return [

@@ -65,6 +65,7 @@ def evaluate(
 
     environment.prepare(root)
     from flows.models import asked_of, facts_of, find_model
+    from gpt.evaluation.report import check_benchmarks
     from gpt.exchange.model_card import evaluation_section
     from tasks.console import quietly
     from tasks.evaluate import evaluated, samples_page
@@ -73,6 +74,7 @@ def evaluate(
     folder = find_model(model, root)
     facts = facts_of(folder)
     asked = asked_of(folder, facts, config, merged({}, overrides or []))
+    check_benchmarks(asked)
     with quietly(as_json):
         same_data = facts.config and facts.config.data == asked.data
         dataset = (facts.dataset if same_data else None) or tokenized(asked)

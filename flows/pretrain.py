@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import State, Task, flow
+from prefect import State, flow
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
 
 from flows.outcome import Outcome, outcome_of, result_page
+from flows.stages import Call, as_function, as_task, stopped_or
 from gpt.config import merged, read_toml
 from gpt.errors import GPTError
 from gpt.training.checkpoint import latest_checkpoint
@@ -20,7 +20,7 @@ from gpt.training.run_lock import run_lock
 from tasks.evaluate import evaluate
 from tasks.prefect_api import show_page
 from tasks.register_model import register_model
-from tasks.stopping import StopRequested, stopping
+from tasks.stopping import StopRequested
 from tasks.tokenize_parquet import tokenize_parquet
 from tasks.tracking import ended_by_outcome, open_run
 from tasks.train import train
@@ -55,34 +55,14 @@ def pretrain(
         fresh: Begin a new run folder even where this run can be gone on with.
         parent: Folder of a comparison that this run is part of.
     """
-    return _stopped_or(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
+    return stopped_or(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
 
 
 def pretrain_without_prefect(
     config: str, overrides: dict[str, Any], fresh: bool, parent: str | None = None
 ) -> Outcome | State:
     """The same stages, told to nobody."""
-    return _stopped_or(lambda: _stages(config, overrides, fresh, parent, as_function))
-
-
-Call = Callable[[Task], Callable[..., Any]]
-"""How a stage is called: as a task, or as the function in it."""
-
-
-def as_task(stage: Task) -> Callable[..., Any]:
-    return stage
-
-
-def as_function(stage: Task) -> Callable[..., Any]:
-    return stage.fn
-
-
-def _stopped_or(run: Callable[[], Outcome]) -> Outcome | State:
-    with stopping:
-        try:
-            return run()
-        except StopRequested as stop:
-            return Cancelled(message=f"{stop}; the same command goes on from there")
+    return stopped_or(lambda: _stages(config, overrides, fresh, parent, as_function))
 
 
 def _stages(

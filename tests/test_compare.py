@@ -186,5 +186,8 @@ def test_one_config_is_no_comparison(variants: list[Path]) -> None:
         entrants(variants[:1])
     with pytest.raises(ConfigError, match="n_head"):  # none of them can work
         entrants(variants[:2], {"model": {"n_head": 5}})
+    with pytest.raises(ConfigError, match="1 problem") as refused:  # one cause is told once
+        entrants(variants[:2], {"evaluation": {"lambda": "x"}})
+    assert "did you mean lambada?" in str(refused.value)
     [bad, good] = entrants([variants[0], variants[1]], {"model": {"n_head": 16}})
     assert (bad.config, bool(good.config)) == (None, True)

@@ -117,6 +117,14 @@ def test_over_seeds_the_spread_of_seeds_decides():
     assert "Chance is measured over seeds." in said
 
 
+def test_a_config_that_lost_its_other_seeds_is_not_called_worse():
+    several = entry("a", *(trained(0.2 + s / 1000, seed=s) for s in range(3)))
+    single = entry("b", trained(0.0), failures=("out of memory", "out of memory"))
+    said = verdict([several, single])
+    assert "b (by 0.2010 nats, an interval unknown) is not different from it" in said
+    assert "over seeds, of which b has one result alone." in said
+
+
 def test_the_verdict_tells_of_failures_and_of_unequal_tokens():
     failed = entry("broken", failures=("out of memory",))
     said = verdict([failed, entry("a", trained(0.1)), entry("b", trained(0.0, tokens=99_000))])

@@ -64,8 +64,8 @@ def by_loss(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def difference_of(one: Entry, other: Entry) -> Difference:
-    """Over seeds where both have several, else over the sequences of the slice."""
-    if min(len(one.runs), len(other.runs)) > 1:
+    """Over the sequences of the slice where each has one seed, else over seeds."""
+    if max(len(one.runs), len(other.runs)) > 1:
         return difference_of_seeds(one.losses, other.losses)
     return difference(one.runs[0].report, other.runs[0].report)
 
@@ -133,8 +133,10 @@ def _other_tokens(ranked: Sequence[Entry]) -> list[str]:
 
 
 def _what_chance_was(ranked: Sequence[Entry]) -> str:
-    if all(len(entry.runs) > 1 for entry in ranked):
-        return "Chance is measured over seeds."
+    if any(len(entry.runs) > 1 for entry in ranked):
+        single = [entry.name for entry in ranked if len(entry.runs) == 1]
+        alone = f", of which {_listed(single)} {_has(single)} one result alone" if single else ""
+        return f"Chance is measured over seeds{alone}."
     return (
         "Chance is measured over the validation text, for the one seed that each was trained "
         "with; another seed may move a loss by more: --seeds 3 measures that."
@@ -143,6 +145,10 @@ def _what_chance_was(ranked: Sequence[Entry]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _has(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def _is(names: Sequence[str]) -> str:
