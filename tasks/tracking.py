@@ -23,6 +23,7 @@ from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config import RunConfig
 from gpt.errors import Problem, TrackingError
 from gpt.files import PARTIAL, sync
+from gpt.training.background import yield_to_training
 from tasks import journal, mlflow_settings
 from tasks.console import warn
 from tasks.description import describe, describe_comparison, local_store, tracking_uri
@@ -71,7 +72,7 @@ UPLOAD_SECONDS = 600.0
 """Longest wait for the model to be stored and registered: its weights may go to a far server."""
 STOPPED_FLUSH_SECONDS = 3.0
 """The same when the run was asked to stop, and will be killed if it takes long."""
-SEND_SECONDS = 2.0
+SEND_SECONDS = 10.0
 RETRY_SECONDS = 60.0
 """Longest pause between attempts while MLflow is away; they begin at SEND_SECONDS and double."""
 LINES_A_BATCH = 100
@@ -273,6 +274,7 @@ class Courier(threading.Thread):
         self._warned = not warns
 
     def run(self) -> None:
+        yield_to_training()
         pause = SEND_SECONDS
         while True:
             last = self._closing.is_set()

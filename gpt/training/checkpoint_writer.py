@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from gpt.training.background import yield_to_training
 from gpt.training.snapshot import Snapshot, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class CheckpointWriter:
         self.wait()
 
     def _run(self, snapshot: Snapshot) -> None:
+        yield_to_training()
         try:
             while not self._tried(snapshot):
                 if self._giving_up.wait(RETRY_SECONDS):
