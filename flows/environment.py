@@ -7,9 +7,13 @@ that `PREFECT_API_URL` points the same code at a server.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 EMBEDDED_API = "OVERNIGHT_EMBEDDED_API"
 """Set where PREFECT_API_URL names the embedded server of a process above, which ends with it."""
@@ -36,10 +40,19 @@ COMPUTE = {
 }
 
 
+LOCK = ".service.lock"
+"""Below a root: held by the `overnight up` that runs there."""
+RECORD = "service.json"
+"""Below a root: where that one's servers are."""
+
+
 def prepare(root: Path) -> None:
-    """Point Prefect at `root`/prefect, and tell torch how to wait and to allocate. Too late once
-    either has been imported: asserts that."""
+    """Point Prefect and MLflow at the servers of an `overnight up` that runs on this root, else
+    Prefect at `root`/prefect, and tell torch how to wait and to allocate. Too late once Prefect or
+    torch has been imported: asserts that."""
     assert not {"prefect", "torch"} & sys.modules.keys(), "settings have been read already"
+    for name, value in service_environment(root).items():
+        os.environ.setdefault(name, value)
     home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
     home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder alone
     for name, value in (EMBEDDED | COMPUTE).items():
@@ -49,3 +62,31 @@ def prepare(root: Path) -> None:
 def prefect_home(root: Path) -> Path:
     """Absolute, because Prefect's server is a process of its own."""
     return root.resolve() / "prefect"
+
+
+def service_environment(root: Path) -> dict[str, str]:
+    """Where the servers are of the `overnight up` that runs on this root; empty where none does.
+    What one that was killed has left is removed."""
+    record = root / RECORD
+    if not record.exists():
+        return {}
+    lock = FileLock(root.resolve() / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # as it ends this moment
+            return dict(json.loads(record.read_text(encoding="utf-8"))["environment"])
+        return {}
+    with lock:
+        withdraw(root)
+    return {}
+
+
+def withdraw(root: Path) -> None:
+    """Remove what leads to the servers of this root."""
+    record = root / RECORD
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        written = json.loads(record.read_text(encoding="utf-8"))
+        if path := written.get("prefect_toml"):
+            Path(path).unlink(missing_ok=True)
+    record.unlink(missing_ok=True)

@@ -121,3 +121,9 @@ class TrackingError(GPTError):
     """A tracking server that cannot be reached, or has nothing to be told."""
 
     headline = "the run cannot be tracked"
+
+
+class ServiceError(GPTError):
+    """Servers, worker or deployments that cannot be started, or are running already."""
+
+    headline = "the service cannot be started"
