@@ -129,11 +129,9 @@ def _root(config: str, overrides: Mapping[str, Any]) -> Path:
 
 def print_outcome(outcome: Outcome) -> None:
     """The last lines of a run."""
-    report = outcome.report
     print(
         f"""
-{outcome.name}: validation loss {report.loss:.4f}, {report.bits_per_byte:.4f} bits per byte \
-after {report.step:,} steps, {outcome.tokens_seen:,} tokens
+{outcome.name}: {outcome}
   run    {_short(outcome.folder)}
   model  {_short(outcome.model)}{_as_registered(outcome)}
 look at it in Prefect, then in MLflow:

@@ -14,7 +14,7 @@ from flows.contest import Entrant, contest_folder, entrants_of
 from flows.contestant import trained_apart
 from flows.embedded_api import environment_of_the_api
 from flows.outcome import finished_outcome, look_mlflow, look_prefect
-from flows.stages import Call, as_function, as_task, stopped_or
+from flows.stages import TOLD, Call, as_function, as_task, stopped_or, told
 from gpt.artifacts import Artifact
 from gpt.errors import ComparisonError, Problem
 from gpt.training.run_lock import run_lock
@@ -39,13 +39,16 @@ class Compared(Artifact):
     look_prefect: str
     look_mlflow: str
 
+    def __str__(self) -> str:
+        return self.verdict
+
 
 def _flow_run_name() -> str:
     parameters = flow_run.get_parameters()
     return str(parameters["name"] or " ".join(Path(path).stem for path in parameters["configs"]))
 
 
-@flow(name="compare", flow_run_name=_flow_run_name)
+@flow(name="compare", flow_run_name=_flow_run_name, **TOLD)
 def compare(
     configs: list[str],
     overrides: dict[str, Any] | None = None,
@@ -64,7 +67,7 @@ def compare(
         seeds: Train each so many times, with seeds counted up from its own.
         name: Of the comparison; left out: the configs' names.
     """
-    return stopped_or(lambda: _stages(configs, overrides or {}, tokens, seeds, name, as_task))
+    return told(lambda: _stages(configs, overrides or {}, tokens, seeds, name, as_task))
 
 
 def compare_without_prefect(

@@ -20,6 +20,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled
 from prefect.workers.process import ProcessWorker
@@ -74,21 +75,22 @@ def deploy(client: SyncPrefectClient) -> list[str]:
 
 def names(client: SyncPrefectClient) -> list[str]:
     """Of the deployments on the pool, as flow/deployment."""
-    deployments = _deployments(client)
+    deployments = deployed(client)
     flows = {d.flow_id: client.read_flow(d.flow_id).name for d in deployments}
     return sorted(f"{flows[d.flow_id]}/{d.name}" for d in deployments)
 
 
-def _deployments(client: SyncPrefectClient) -> Sequence:
+def deployed(client: SyncPrefectClient) -> Sequence[DeploymentResponse]:
+    """What runs on the pool."""
     return client.read_deployments(work_pool_filter=_on_pool(), limit=200)
 
 
 @contextmanager
 def _switches_kept(client: SyncPrefectClient) -> Iterator[None]:
     """Deploying switches a schedule as the file says, whatever a person has switched since."""
-    before = {(d.id, s.slug): s.active for d in _deployments(client) for s in d.schedules}
+    before = {(d.id, s.slug): s.active for d in deployed(client) for s in d.schedules}
     yield
-    for deployment in _deployments(client):
+    for deployment in deployed(client):
         for schedule in deployment.schedules:
             active = before.get((deployment.id, schedule.slug), schedule.active)
             if active != schedule.active:
@@ -99,9 +101,10 @@ def _on_pool() -> WorkPoolFilter:
     return WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
 
 
-def worker_online(client: SyncPrefectClient, name: str) -> bool:
+def workers_online(client: SyncPrefectClient) -> list[str]:
+    """Names of those that take runs from the pool."""
     workers = client.read_workers_for_work_pool(POOL)
-    return any(w.name == name and w.status == WorkerStatus.ONLINE for w in workers)
+    return [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE]
 
 
 # --- runs whose process is gone ------------------------------------------------------------------

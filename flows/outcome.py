@@ -37,6 +37,13 @@ class Outcome(Artifact):
     look_mlflow: str
     """The same for MLflow."""
 
+    def __str__(self) -> str:
+        report = self.report
+        return (
+            f"validation loss {report.loss:.4f}, {report.bits_per_byte:.4f} bits per byte "
+            f"after {report.step:,} steps, {self.tokens_seen:,} tokens"
+        )
+
 
 def outcome_of(
     config: RunConfig,

@@ -11,7 +11,7 @@ from prefect import State, flow
 from prefect.runtime import flow_run
 
 from flows.outcome import Outcome, outcome_of, result_page
-from flows.stages import Call, as_function, as_task, stopped_or
+from flows.stages import TOLD, Call, as_function, as_task, stopped_or, told
 from gpt.config import merged, read_toml
 from gpt.errors import GPTError
 from gpt.training.checkpoint import latest_checkpoint
@@ -38,7 +38,7 @@ def _flow_run_name() -> str:
         return path.stem
 
 
-@flow(name="pretrain", flow_run_name=_flow_run_name)
+@flow(name="pretrain", flow_run_name=_flow_run_name, **TOLD)
 def pretrain(
     config: str,
     overrides: dict[str, Any] | None = None,
@@ -55,7 +55,7 @@ def pretrain(
         fresh: Begin a new run folder even where this run can be gone on with.
         parent: Folder of a comparison that this run is part of.
     """
-    return stopped_or(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
+    return told(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
 
 
 def pretrain_without_prefect(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -30,10 +31,41 @@ def up(
     """
     from flows.service import Settings
 
-    named = (os.environ.get(name, "") for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"))
-    settings = Settings(root, host, prefect_port, mlflow_port, *named)
+    settings = Settings(root, host, prefect_port, mlflow_port, *_named_servers())
     os.environ |= settings.environment  # before Prefect reads it
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from flows.up import up as start
 
     start(settings)
+
+
+@app.command()
+def doctor(
+    root: Root = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Say what a night needs of this machine and does not find; exit code 1 where it does not."""
+    from flows import environment
+
+    environment.prepare(root)
+    serves = "PREFECT_API_URL" in os.environ
+    from flows.doctor import FAULT, examine_machine
+    from flows.service import Settings
+
+    settings = Settings(root, "127.0.0.1", 4200, 5000, *_named_servers())
+    findings = []
+    for finding in examine_machine(settings, serves):
+        findings.append(finding)
+        if not as_json:
+            print(f"{finding.level:5}  {finding.what}: {finding.found}", flush=True)
+            if finding.remedy:
+                print(f"       -> {finding.remedy}", flush=True)
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings], indent=2))
+    if any(finding.level == FAULT for finding in findings):
+        raise typer.Exit(1)
+
+
+def _named_servers() -> tuple[str, str]:
+    """Those of the environment."""
+    return os.environ.get("PREFECT_API_URL", ""), os.environ.get("MLFLOW_TRACKING_URI", "")

@@ -6,13 +6,23 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from prefect import State, Task
-from prefect.states import Cancelled
+from prefect.context import FlowRunContext
+from prefect.states import Cancelled, Failed
 
+from flows.ending import tell_of_cancellation, tell_of_end, to_do
+from gpt.errors import GPTError
 from tasks.stopping import StopRequested, stopping
 
 Result = TypeVar("Result")
 Call = Callable[[Task], Callable[..., Any]]
 """How a stage is called."""
+TOLD: dict[str, Any] = {
+    "on_completion": [tell_of_end],
+    "on_failure": [tell_of_end],
+    "on_crashed": [tell_of_end],
+    "on_cancellation": [tell_of_cancellation],
+}
+"""For `@flow`: every end but the one by a signal, which `told` tells of."""
 
 
 def as_task(stage: Task) -> Callable[..., Any]:
@@ -21,6 +31,20 @@ def as_task(stage: Task) -> Callable[..., Any]:
 
 def as_function(stage: Task) -> Callable[..., Any]:
     return stage.fn
+
+
+def told(run: Callable[[], Result]) -> Result | State:
+    """What `run` returns, for a flow whose end is told (`flows.ending`): Cancelled where a signal
+    stopped it, Failed with what to do first where the user can mend it."""
+    try:
+        returned = stopped_or(run)
+    except GPTError as error:
+        return Failed(message=f"{to_do(error.problems)}\n\n{error}", data=error)
+    context = FlowRunContext.get()
+    if isinstance(returned, State) and context and context.flow and context.flow_run:
+        # Prefect has hooks for what it cancels itself alone, and calls them in another process.
+        tell_of_end(context.flow, context.flow_run, returned)
+    return returned
 
 
 def stopped_or(run: Callable[[], Result]) -> Result | State:

@@ -81,7 +81,7 @@ def _start_worker(client: SyncPrefectClient, worker: Part, settings: Settings) -
     print(f"starting {worker.name}, log in {worker.log}", flush=True)
     worker.start()
     end = time.monotonic() + START_SECONDS
-    while not deployments.worker_online(client, settings.worker):
+    while settings.worker not in deployments.workers_online(client):
         if worker.ended() or time.monotonic() > end:
             rule = "does not come up"
             raise ServiceError(Problem(worker.name, "", rule, f"read the end of {worker.log}"))

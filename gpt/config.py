@@ -48,6 +48,8 @@ class RunSection(Section):
     """Names the run's folder and its MLflow run."""
     root: Path = Path("runs")
     """Folder of everything that is written: data sets, checkpoints, MLflow, Prefect."""
+    notify: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]+/[^/]+$")], ...] = ()
+    """Prefect blocks that are told how a run ended, as slack-webhook/me: any that notifies."""
 
 
 class ModelSection(Section):

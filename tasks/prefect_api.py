@@ -28,14 +28,18 @@ def is_away(error: BaseException | None) -> bool:
     return False
 
 
+def artifact_key(text: str) -> str:
+    """As Prefect takes one: all but letters and digits as dashes."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def show_page(key: str, markdown: str, description: str) -> None:
-    """A markdown artifact of this run, under `key` with all but letters and digits as dashes;
-    nothing outside of a Prefect run."""
+    """A markdown artifact of this run; nothing outside of a Prefect run."""
     try:
         get_run_context()
     except MissingContextError:
         return
-    name = re.sub("[^a-z0-9]+", "-", key.lower()).strip("-")
+    name = artifact_key(key)
     try:
         create_markdown_artifact(key=name, markdown=markdown, description=description)
     except Exception as error:
