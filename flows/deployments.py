@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,8 @@ def deploy(client: SyncPrefectClient) -> list[str]:
     with _switches_kept(client):
         done = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            # {{ $PWD }} in prefect.yaml is the shell's word, which may be of another folder.
+            env=os.environ | {"PWD": str(Path.cwd())},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
