@@ -27,7 +27,7 @@ def find_model(name: str, root: Path) -> Path:
     there is no such run, `CheckpointError` where it has no checkpoint yet."""
     if name.startswith("models:"):
         from tasks.description import store_uri
-        from tasks.registry import fetch_model
+        from tasks.registered import fetch_model
 
         return fetch_model(name, store_uri(root), root)
     if (Path(name) / MODEL_FILE).is_file():

@@ -55,7 +55,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
-from tasks.registry import UID_TAG, first_line, send_models, send_registration  # noqa: E402
+from tasks.registered import UID_TAG, first_line  # noqa: E402
+from tasks.registry import send_models, send_registration  # noqa: E402
 
 ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
@@ -92,16 +93,22 @@ class RunRef(Artifact):
 
 
 def open_run(
-    config: RunConfig, dataset: DatasetManifest, folder: Path, parent: Path | None = None
+    config: RunConfig,
+    dataset: DatasetManifest,
+    folder: Path,
+    parent: Path | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> RunRef:
     """The MLflow run of this run folder: made, or the one that the folder names; below the one of
-    the folder `parent`.
+    the folder `parent`; with `labels` among its tags.
 
     Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
     """
     outbox = journal.read_outbox(folder) or describe(config, dataset, folder)
     if parent:
         outbox = outbox.model_copy(update={"parent": parent.resolve()})
+    if labels:
+        outbox = outbox.model_copy(update={"labels": outbox.labels | dict(labels)})
     return _opened(config, folder, outbox)
 
 
@@ -368,7 +375,7 @@ def _send_description(
 
 def _send_tags(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
     above = journal.read_receipt(outbox.parent) if outbox.parent else None
-    wanted = {NOTE_TAG: outbox.note} if outbox.note else {}
+    wanted = outbox.labels | ({NOTE_TAG: outbox.note} if outbox.note else {})
     if above and above.uri == receipt.uri:
         wanted[PARENT_TAG] = above.run_id
     for key, value in wanted.items():
