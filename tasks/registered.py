@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,18 @@ def fetch_model(name: str, uri: str, root: Path) -> Path:
     if uri.startswith("sqlite:///") and not database.exists():
         rule = f"no run has registered a model yet: {database} is not there"
         raise cannot(name, rule, "name another --root, or a server with MLFLOW_TRACKING_URI")
-    try:
+    with asking(name, uri):
         return _fetched(MlflowClient(tracking_uri=uri), name, match, root)
+
+
+@contextmanager
+def asking(name: str, uri: str) -> Iterator[None]:
+    """For calls about `name`: whatever MLflow raises becomes a `RegistryError`."""
+    try:
+        yield
     except RegistryError:
         raise
-    except Exception as error:  # whatever MLflow raises
+    except Exception as error:
         rule = f"MLflow at {uri} cannot be asked: {first_line(error)}"
         remedy = "start that server, or name another with MLFLOW_TRACKING_URI"
         raise cannot(name, rule, remedy) from error
