@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, EvaluationReport
 from gpt.config import RunConfig, build_config, merged, read_toml
-from gpt.data.continuation import CONTINUATIONS
+from gpt.data.continuation import DERIVED
 from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import CheckpointError, ConfigError, DatasetError, Problem
 from gpt.evaluation.kept import REPORT, read_report
@@ -79,7 +79,7 @@ def asked_of(
 
 
 def _dataset(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
-    kinds = ("datasets", CONTINUATIONS)
+    kinds = ("datasets", DERIVED)
     for path in (p for root in roots for kind in kinds for p in root.glob(f"{kind}/*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValidationError, DatasetError):
             manifest = read_manifest(path.parent)

@@ -12,7 +12,7 @@ from flows.retrained import Retrained, Text, page
 from flows.stages import Call, as_function, as_task, stopped_or
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config import load_config
-from gpt.data.continuation import units_by_file
+from gpt.data.continuation import DERIVED, new_validation_text, units_by_file
 from gpt.data.units import keys_below
 from gpt.training.run_folder import open_run_folder
 from tasks.champion import TRIAL_TAG
@@ -78,6 +78,7 @@ def _stages(
         tell(reason)
         return _shown(_ended(found, reason))
     text = _text(dataset, before)
+    new = new_validation_text(dataset, found.changes.known, asked.run.root / DERIVED)
     begins = found.champion if start == "champion" else None
     if begins:
         most = overrides.get("training", {}).get("max_steps")
@@ -87,8 +88,8 @@ def _stages(
     def held_against(checkpoint: CheckpointRef, run: RunRef) -> None:
         if found.champion and found.model:
             evaluating = call(evaluate_slices)
-            made = evaluating(asked, dataset, checkpoint, run, found.champion, found.model)
-            slices.append(made)
+            held = (dataset, new, checkpoint, run, found.champion, found.model)
+            slices.append(evaluating(asked, *held))
 
     outcome = trained(
         asked,

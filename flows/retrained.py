@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flows.outcome import Outcome
 from gpt.artifacts import Artifact, EvaluationReport
-from tasks.evaluate_slices import Slices
+from tasks.evaluate_slices import Pair, Slices
 
 
 class Text(Artifact):
@@ -53,45 +53,41 @@ class Retrained(Artifact):
 def _on_slices(
     report: EvaluationReport, slices: Slices | None, champion: str
 ) -> list[tuple[str, str]]:
+    over = f"loss over {report.tokens:,} tokens"
     if slices is None:
-        return [("current slice", f"challenger {report.loss:.4f}")]
-    theirs = slices.champion
-    told = [
-        (
-            "current slice",
-            f"challenger {report.loss:.4f}, {champion} {theirs.loss:.4f} (loss over "
-            f"{report.tokens:,} tokens)",
+        return [("current slice", f"challenger {report.loss:.4f} ({over})")]
+    told = [("current slice", f"{_losses(slices.current, champion)} ({over})")]
+    for name, pair, words in (
+        ("old slice", slices.old, ("better there too", "forgotten some")),
+        ("new text", slices.new, ("learned", "worse there too")),
+    ):
+        if pair:
+            told.append((name, f"{_losses(pair, champion)}: {_told(pair, *words)}"))
+    if slices.old and slices.old.challenger.slice_fingerprint == report.slice_fingerprint:
+        rule = (
+            "the current slice is the old one, because new text comes behind the first "
+            f"{report.tokens:,} validation tokens; a larger evaluation.tokens would reach it"
         )
-    ]
-    if slices.old and slices.champion_old:
-        told.append(
-            (
-                "old slice",
-                f"challenger {slices.old.loss:.4f}, {champion} {slices.champion_old.loss:.4f}: "
-                + _forgetting(slices.old, slices.champion_old),
-            )
-        )
-        if slices.old.slice_fingerprint == report.slice_fingerprint:
-            rule = (
-                "both slices are the same text, because the new files come behind the first "
-                f"{report.tokens:,} validation tokens; a larger evaluation.tokens reaches them"
-            )
-            told.append(("note", rule))
+        told.append(("note", rule))
     return told
 
 
-def _forgetting(ours: EvaluationReport, theirs: EvaluationReport) -> str:
+def _losses(pair: Pair, champion: str) -> str:
+    return f"challenger {pair.challenger.loss:.4f}, {champion} {pair.champion.loss:.4f}"
+
+
+def _told(pair: Pair, better: str, worse: str) -> str:
     from gpt.evaluation.difference import difference
 
-    if ours.slice_fingerprint != theirs.slice_fingerprint:
+    if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
         return "not compared, because other block sizes cut it at another place"
-    found = difference(ours, theirs)
+    found = difference(pair.challenger, pair.champion)
     if found.low is None or found.high is None:
         return found.basis
     interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.basis}"
     if not found.is_real:
-        return f"nothing forgotten beyond chance ({interval})"
-    return f"better there too ({interval})" if found.is_better else f"forgotten some ({interval})"
+        return f"no difference beyond chance ({interval})"
+    return f"{better if found.is_better else worse} ({interval})"
 
 
 def page(done: Retrained) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gpt.artifacts import Artifact, DatasetManifest
-from gpt.data.continuation import CONTINUATIONS
+from gpt.data.continuation import DERIVED
 from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import DatasetError
 from tasks import mlflow_settings
@@ -137,7 +137,7 @@ def _dataset_of(client: MlflowClient, run: Run, root: Path) -> tuple[DatasetMani
     """The run's data set as it lies here, else its manifest as MLflow keeps it; whether it is
     here."""
     fingerprint = run.data.params.get(FINGERPRINT, "")
-    for kind in ("datasets", CONTINUATIONS):
+    for kind in ("datasets", DERIVED):
         with contextlib.suppress(DatasetError):
             found = read_manifest(root / kind / fingerprint[:16])
             if found.fingerprint == fingerprint:

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
 from gpt.data.changes import Changes
-from gpt.data.continuation import CONTINUATIONS, continuation
+from gpt.data.continuation import DERIVED, continuation
 from gpt.training.continuing import continued
 from tasks.console import tell
 from tasks.find_changes import changed
@@ -20,11 +20,9 @@ def continue_data(
 ) -> tuple[RunConfig, DatasetManifest]:
     """The config with the length and the schedule for the new text, and the data set of that text
     and a share of the old (gpt.data.continuation)."""
-    parent = config.run.root / CONTINUATIONS
+    parent = config.run.root / DERIVED
     made = continuation(dataset, changes.known, config.tokens_per_step, parent)
     going_on = changed(config, continued(config, made.train.tokens, most_steps))
-    tell(
-        f"going on from the champion over {made.train.tokens:,} tokens in "
-        f"{going_on.training.max_steps:,} steps: {made.notes[-1] if made.notes else 'all is new'}"
-    )
+    what = "all of it, which is new" if made is dataset else made.notes[-1]
+    tell(f"{going_on.training.max_steps:,} steps with {made.folder}, {what}")
     return going_on, made

@@ -66,19 +66,11 @@ class Recorder:
     def report(self, report: EvaluationReport) -> None:
         self._append(report.step, report_metrics(report))
 
-    def against(
-        self,
-        step: int,
-        champion: EvaluationReport,
-        old: EvaluationReport | None,
-        champion_old: EvaluationReport | None,
-    ) -> None:
-        """What the model of `step` is held against, and how both do on the champion's slice."""
-        theirs = report_metrics(champion).items()
+    def against(self, step: int, rival: EvaluationReport, others: Mapping[str, float]) -> None:
+        """What the model of `step` is held against, and other numbers on both."""
+        theirs = report_metrics(rival).items()
         metrics = {key.replace("final/", "champion/", 1): value for key, value in theirs}
-        metrics["final/old_slice_loss"] = old.loss if old else None
-        metrics["champion/old_slice_loss"] = champion_old.loss if champion_old else None
-        self._append(step, metrics)
+        self._append(step, {**metrics, **others})
 
     def _append(self, step: int, metrics: Mapping[str, float | None]) -> None:
         try:

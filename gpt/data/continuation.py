@@ -1,22 +1,23 @@
-"""The data set with which a model goes on: the text that is new to it, and a share of the rest.
+"""Data sets cut out of a whole one, for a model that knows a part of its files already: the text to
+go on with, and the validation text that is new.
 
 Training on new text alone makes a network forget the old. Replaying 5% of old tokens among the new
 prevents most of that where the texts are of one kind (Ibrahim et al. 2024, "Simple and Scalable
 Strategies to Continually Pre-train Large Language Models", arXiv:2403.08763, section 6; 25% for
-another language). It is made out of the shards of the whole data set, of which it has the
-validation side as it is, so that it is evaluated on the same slice.
+another language).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt.artifacts import DatasetManifest, SourceFile, Split
+from gpt.artifacts import DatasetManifest, Shard, SourceFile, Split
 from gpt.config import fingerprint
 from gpt.data.shards import (
     MANIFEST,
@@ -28,57 +29,101 @@ from gpt.data.shards import (
     write_manifest,
 )
 from gpt.data.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt.data.units import JOURNAL, Stored, stored_units
+from gpt.data.units import JOURNAL, Side, Stored, stored_units
 from gpt.errors import DatasetError, Problem
 from gpt.files import new_folder
 
-CONTINUATIONS = "continuations"
-"""Their place beside `datasets`: none is what its sources make."""
+DERIVED = "derived"
+"""The folder, beside `datasets`, of data sets that are cut out of others: none is what its sources
+make."""
 REPLAY_FRACTION = 0.05
 FORMAT_VERSION = 1
 """Raised when the same values would give other shards."""
+
+Ids = Iterator[NDArray[np.uint16]]
 
 
 def continuation(
     dataset: DatasetManifest, known: Collection[str], least_tokens: int, parent: Path
 ) -> DatasetManifest:
     """Of `dataset`, the training documents of the files that are not among the SHA-256 `known`, and
-    of the others as many, drawn at random, as make up `REPLAY_FRACTION` of all its tokens, or
-    `least_tokens`. Where nothing is known, `dataset` itself.
+    of the others as many, evenly spread, as make up `REPLAY_FRACTION` of all its tokens, or
+    `least_tokens`; and its validation side as it is, so that it is evaluated on the same slice.
+    Where nothing is known, `dataset` itself.
 
     Content-addressed below `parent`, made once. Raises `DatasetError` where there is no new
     training text, or where the journal of `dataset` is not whole.
     """
-    by_file = units_by_file(dataset)
-    new = [unit for file, units in by_file if file.sha256 not in known for unit in units]
-    old = [unit for file, units in by_file if file.sha256 in known for unit in units]
-    if not _tokens(new):
+    new, old = _new_and_old(dataset, known)
+    tokens, tokens_known = (_summed(units, "train").tokens for units in (new, old))
+    if not tokens:
         rule = "the new files have no document for training"
         raise DatasetError(Problem(str(dataset.folder), "", rule, "wait for more text"))
     if not old:
         return dataset
-    values = {
-        "format": FORMAT_VERSION,
-        "dataset": dataset.fingerprint,
-        "known": sorted(file.sha256 for file, _ in by_file if file.sha256 in known),
-        "replay_fraction": REPLAY_FRACTION,
-        "least_tokens": least_tokens,
-    }
-    name = fingerprint(values)
-    folder = parent / name[:16]
-    if not (folder / MANIFEST).is_file():
-        with new_folder(folder) as partial:
-            _write(dataset, name, partial, new, old, least_tokens)
-    made = read_manifest(folder)
-    check(made)
-    return made
+    wanted = max(tokens * REPLAY_FRACTION / (1 - REPLAY_FRACTION), least_tokens - tokens)
+    share = min(1.0, wanted / tokens_known) if tokens_known else 0.0
+
+    def write(name: str, folder: Path) -> DatasetManifest:
+        replayed, phase = _Counted(), np.random.default_rng(int(name[:16], 16)).random()
+
+        def ids() -> Ids:
+            for unit in new:
+                yield from unit.ids("train")
+            yield from replayed.counting(_drawn(old, share, phase))
+
+        shards = _write_split(dataset, folder, "train", ids())
+        for shard in dataset.validation.shards:
+            shutil.copyfile(dataset.folder / shard.name, folder / shard.name)
+        note = (
+            f"to go on from an earlier model: {tokens:,} training tokens that are new to it and "
+            f"{replayed.tokens:,} of the {tokens_known:,} that it knows, of data set "
+            f"{dataset.fingerprint[:16]}, whose validation side it has"
+        )
+        total = _summed(new, "train")
+        total.add(replayed)
+        return dataset.model_copy(
+            update={"train": _split(shards, total), "notes": (*dataset.notes, note)}
+        )
+
+    asked = {"replay_fraction": REPLAY_FRACTION, "least_tokens": least_tokens}
+    return _made(dataset, known, {"what": "continuation", **asked}, parent, write)
+
+
+def new_validation_text(
+    dataset: DatasetManifest, known: Collection[str], parent: Path
+) -> DatasetManifest | None:
+    """Of `dataset`, the validation documents of the files that are not among the SHA-256 `known`,
+    and no training side. None where there are none, or where nothing is known.
+
+    Content-addressed below `parent`, made once. Raises `DatasetError` where the journal of
+    `dataset` is not whole.
+    """
+    new, old = _new_and_old(dataset, known)
+    total = _summed(new, "validation")
+    if not (total.tokens and old):
+        return None
+
+    def write(_: str, folder: Path) -> DatasetManifest:
+        ids = (ids for unit in new for ids in unit.ids("validation"))
+        shards = _write_split(dataset, folder, "validation", ids)
+        note = f"the validation text of data set {dataset.fingerprint[:16]} that is new to a model"
+        return dataset.model_copy(
+            update={
+                "train": Split(shards=(), documents=0, tokens=0, text_bytes=0),
+                "validation": _split(shards, total),
+                "notes": (*dataset.notes, note),
+            }
+        )
+
+    return _made(dataset, known, {"what": "new validation text"}, parent, write)
 
 
 def units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list[Stored]]]:
     """Each source with its units, in order; with data.max_tokens the last may have fewer, or none.
     Raises `DatasetError` where the journal does not account for every token."""
     stored = stored_units(dataset.folder)
-    if _tokens(stored) != dataset.train.tokens:
+    if _summed(stored, "train").tokens != dataset.train.tokens:
         rule = "does not account for the tokens of the manifest"
         raise DatasetError(Problem(str(dataset.folder / JOURNAL), "", rule, REMEDY))
     units = iter(stored)
@@ -93,87 +138,99 @@ def units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list[Store
     return found
 
 
-def _tokens(units: Iterable[Stored]) -> int:
-    return sum(unit.entry.tally.sides["train"].tokens for unit in units)
+# --- cutting out ---------------------------------------------------------------------------------
 
 
-def _write(
+def _new_and_old(
+    dataset: DatasetManifest, known: Collection[str]
+) -> tuple[list[Stored], list[Stored]]:
+    by_file = units_by_file(dataset)
+    new = [unit for file, units in by_file if file.sha256 not in known for unit in units]
+    return new, [unit for file, units in by_file if file.sha256 in known for unit in units]
+
+
+def _summed(units: Iterable[Stored], split: str) -> Side:
+    total = Side()
+    for unit in units:
+        total.add(unit.entry.tally.sides[split])
+    return total
+
+
+def _made(
     dataset: DatasetManifest,
-    name: str,
-    folder: Path,
-    new: Sequence[Stored],
-    old: Sequence[Stored],
-    least_tokens: int,
-) -> None:
-    """The folder's shards, copied and chosen, and the manifest last."""
-    wanted = max(
-        _tokens(new) * REPLAY_FRACTION / (1 - REPLAY_FRACTION), least_tokens - _tokens(new)
-    )
-    share = min(1.0, wanted / _tokens(old)) if _tokens(old) else 0.0
-    replayed = _Counted()
-    per_shard = int(dataset.settings["tokens_per_shard"] or 0)
-    with ShardWriter(folder, "train", per_shard) as writer:
-        for unit in new:
-            for ids in unit.ids("train"):
-                writer.write(ids)
-        for ids in _drawn(old, share, np.random.default_rng(int(name[:16], 16))):
-            replayed.add(ids)
+    known: Collection[str],
+    asked: dict[str, Any],
+    parent: Path,
+    write: Callable[[str, Path], DatasetManifest],
+) -> DatasetManifest:
+    """The data set that `write` makes, given its fingerprint and its folder, or has made before."""
+    values = {
+        "format": FORMAT_VERSION,
+        "dataset": dataset.fingerprint,
+        "known": sorted(file.sha256 for file in dataset.sources if file.sha256 in known),
+    }
+    name = fingerprint(values | asked)
+    folder = parent / name[:16]
+    if not (folder / MANIFEST).is_file():
+        with new_folder(folder) as partial:
+            made = write(name, partial).model_copy(
+                update={
+                    "fingerprint": name,
+                    "folder": partial,
+                    "document_lengths": (),  # those of a part are not counted
+                }
+            )
+            write_manifest(made)
+            remember_checked(made)
+    found = read_manifest(folder)
+    check(found)
+    return found
+
+
+def _write_split(
+    dataset: DatasetManifest, folder: Path, split: str, parts: Iterable[NDArray[np.uint16]]
+) -> tuple[Shard, ...]:
+    with ShardWriter(folder, split, int(dataset.settings["tokens_per_shard"] or 0)) as writer:
+        for ids in parts:
             writer.write(ids)
-        shards = writer.close()
-    for shard in dataset.validation.shards:
-        shutil.copyfile(dataset.folder / shard.name, folder / shard.name)
-    sides = [unit.entry.tally.sides["train"] for unit in new]
-    train = Split(
+        return writer.close()
+
+
+def _split(shards: tuple[Shard, ...], total: Side) -> Split:
+    return Split(
         shards=shards,
-        documents=sum(side.documents for side in sides) + replayed.documents,
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(side.text_bytes for side in sides) + replayed.text_bytes,
+        documents=total.documents,
+        tokens=total.tokens,
+        text_bytes=total.text_bytes,
     )
-    note = (
-        f"goes on from an earlier model: {_tokens(new):,} training tokens that are new to it and "
-        f"{replayed.tokens:,} of {_tokens(old):,} that it knows, of data set "
-        f"{dataset.fingerprint[:16]}, whose validation side it has"
-    )
-    made = dataset.model_copy(
-        update={
-            "fingerprint": name,
-            "folder": folder,
-            "train": train,
-            "notes": (*dataset.notes, note),
-            "document_lengths": (),  # those that are replayed are not counted
-        }
-    )
-    write_manifest(made)
-    remember_checked(made)
 
 
-class _Counted:
-    """What was replayed."""
+class _Counted(Side):
+    """What goes by."""
 
-    def __init__(self) -> None:
-        self.documents = self.tokens = self.text_bytes = 0
-
-    def add(self, ids: NDArray[np.uint16]) -> None:
-        ends = int(np.count_nonzero(ids == END_OF_TEXT))
-        text = ids[ids != END_OF_TEXT].tolist()
-        self.documents += ends
-        self.tokens += ids.size
-        self.text_bytes += len(load_tokenizer().decode_bytes(text))
+    def counting(self, parts: Ids) -> Ids:
+        for ids in parts:
+            self.documents += int(np.count_nonzero(ids == END_OF_TEXT))
+            self.tokens += ids.size
+            text = ids[ids != END_OF_TEXT].tolist()
+            self.text_bytes += len(load_tokenizer().decode_bytes(text))
+            yield ids
 
 
-def _drawn(
-    units: Iterable[Stored], share: float, generator: np.random.Generator
-) -> Iterator[NDArray[np.uint16]]:
-    """Each document with the same chance, whole, in order."""
+def _drawn(units: Sequence[Stored], share: float, phase: float) -> Ids:
+    """A `share` of the documents, whole, in order, at even distances from `phase` in [0, 1) on:
+    with a drawn phase each has the same chance."""
+    passed = 0
     for unit in units:
         for block in _whole_documents(unit):
             starts = np.flatnonzero(block == END_OF_TEXT)
             lengths = np.diff(starts, append=block.size)
-            chosen = generator.random(starts.size) < share
-            yield block[np.repeat(chosen, lengths)]
+            places = np.floor(np.arange(passed, passed + starts.size + 1) * share + phase)
+            passed += starts.size
+            yield block[np.repeat(np.diff(places) > 0, lengths)]
 
 
-def _whole_documents(unit: Stored) -> Iterator[NDArray[np.uint16]]:
+def _whole_documents(unit: Stored) -> Ids:
     """The unit's training ids in pieces that begin and end with a document; a document begins with
     its end-of-text."""
     rest = np.empty(0, dtype=np.uint16)
