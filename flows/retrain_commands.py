@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,6 +53,35 @@ def retrain(
     except KeyboardInterrupt:  # before the flow could take it
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where Parquet files come.")],
+    interval: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks; a file must rest for one.")
+    ] = 10.0,
+    pattern: Annotated[str, typer.Option(help="Of the files' names, at any depth.")] = "*.parquet",
+    existing: Annotated[
+        bool, typer.Option("--existing", help="Tell of files that are there at the first start.")
+    ] = False,
+    root: Annotated[
+        Path, typer.Option("--root", help="Where runs lie (run.root); the state lies there too.")
+    ] = Path("runs"),
+) -> None:
+    """Tell Prefect's server of each whole new Parquet file, which starts a retraining there."""
+    import signal
+
+    from flows import environment
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        environment.prepare(root)
+        from flows.watch import watch as watching
+
+        watching(directory, pattern, interval, existing, root)
+    except KeyboardInterrupt:
+        print("\nno longer watching; started again, it goes on from here", file=sys.stderr)
 
 
 def _print(done: Retrained) -> None:
