@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,13 @@ def trained(
     folder: Path,
     call: Call,
     parent: Path | None = None,
-    labels: Mapping[str, str] | None = None,
+    trial: str = "",
     before_judgement: Callable[[CheckpointRef, RunRef], None] = lambda *_: None,
 ) -> Outcome:
-    """The stages from training on, in a run's folder. `labels` are tags of the MLflow run;
-    `before_judgement` is done between the evaluation and the registration."""
+    """The stages from training on, in a run's folder. `trial` names what is tried, for
+    the version; `before_judgement` is done between the evaluation and the registration."""
     with run_lock(folder), _standing_told(folder):
-        run = open_run(config, dataset, folder, parent, labels)
+        run = open_run(config, dataset, folder, parent, trial)
         with ended_by_outcome(run):
             checkpoint = call(train)(config, dataset, run)
             report = call(evaluate)(config, dataset, checkpoint, run)

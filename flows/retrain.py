@@ -15,7 +15,6 @@ from gpt.config import load_config
 from gpt.data.continuation import DERIVED, new_validation_text, units_by_file
 from gpt.data.units import keys_below
 from gpt.training.run_folder import open_run_folder
-from tasks.champion import TRIAL_TAG
 from tasks.console import tell
 from tasks.continue_data import continue_data
 from tasks.description import tracking_uri
@@ -96,7 +95,7 @@ def _stages(
         dataset,
         open_run_folder(asked, dataset),
         call,
-        labels={TRIAL_TAG: found.trial},
+        trial=found.trial,
         before_judgement=held_against,
     )
     return _shown(

@@ -17,6 +17,7 @@ from tasks.registered import (
     CHAMPION,
     REASON_TAG,
     STEP_TAG,
+    TRIAL_TAG,
     asking,
     cannot,
     existing,
@@ -28,8 +29,6 @@ mlflow_settings.apply()
 from mlflow.entities import Run  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
-TRIAL_TAG = "overnight.trial"
-"""Of an MLflow run: what was tried by it, so that a challenger that lost is not trained again."""
 FINGERPRINT, FRACTION = "dataset.fingerprint", "data.validation_fraction"
 """Parameters of a run."""
 
@@ -104,20 +103,15 @@ def champion_folder(champion: Champion, uri: str, root: Path) -> Path:
     return fetch_model(f"models:/{champion.name}/{champion.version}", uri, root)
 
 
-def find_trial(name: str, uri: str, experiment: str, trial: str) -> Trial | None:
+def find_trial(name: str, uri: str, trial: str) -> Trial | None:
     """What came of the version that was made of this trial, the last one; None where it was not
     tried, or not judged. Raises `RegistryError` where MLflow cannot be asked."""
     if not _store_is_there(uri):
         return None
     with asking(name, uri):
         client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if not found:
-            return None
-        runs = client.search_runs([found.experiment_id], f"tags.`{TRIAL_TAG}` = '{trial}'")
-        tried = {run.info.run_id for run in runs}
-        versions = client.search_model_versions(f"name = '{name}'") if tried else []
-        judged = [v for v in versions if v.run_id in tried and REASON_TAG in v.tags]
+        versions = client.search_model_versions(f"name = '{name}'")
+        judged = [version for version in versions if version.tags.get(TRIAL_TAG) == trial]
         if not judged:
             return None
         last = max(judged, key=lambda version: int(version.version))

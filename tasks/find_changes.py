@@ -106,7 +106,7 @@ def look(config: RunConfig, path: str | None, start: Start) -> Look:
         "begins_with": begins.location if begins else "",
     }
     trial = fingerprint(values)
-    tried = find_trial(name, uri, asked.tracking.experiment, trial)
+    tried = find_trial(name, uri, trial)
     model = champion_folder(champion, uri, root) if champion and not tried else None
     if begins and model:
         asked = _beginning_with(asked, model)

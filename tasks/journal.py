@@ -73,6 +73,7 @@ class Registered(Artifact):
     reason: str
     comparable: bool = True
     """False where it could not be held against the champion: it is judged again when it can."""
+    trial: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}, {self.alias}: {self.reason}"
@@ -98,8 +99,8 @@ class Outbox(Artifact):
     """Folder of the run that this one is part of."""
     note: str = ""
     """Markdown that MLflow's page of the run begins with."""
-    labels: dict[str, str] = Field(default_factory=dict)
-    """Tags that the run is given even where it was made before."""
+    trial: str = ""
+    """What the run tries as a retraining (tasks.find_changes), to be known of its version."""
     models: tuple[ModelEntry, ...] = ()
     registered_model: str = ""
     """Registered model that the last of `models` is to be a version of; empty: of none."""

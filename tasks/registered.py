@@ -31,6 +31,8 @@ UID_TAG, STEP_TAG, LOSS_TAG = "overnight.uid", "overnight.step", "overnight.loss
 REASON_TAG, ALIAS_TAG = "overnight.reason", "overnight.alias"
 AGAINST_TAG = "overnight.judged_against"
 """The version that was the champion when this one was judged; empty: there was none."""
+TRIAL_TAG = "overnight.trial"
+"""What was tried by it as a retraining, so that a challenger that lost is not trained again."""
 SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT)
 """What is stored of a model, beside what MLflow needs to load it."""
 

@@ -37,6 +37,7 @@ from tasks.registered import (
     PREVIOUS,
     REASON_TAG,
     STEP_TAG,
+    TRIAL_TAG,
     UID_TAG,
     existing,
     holder,
@@ -174,15 +175,18 @@ def send_registration(
     if entry is None:
         return receipt
     done = journal.registration(receipt, name, entry.step)
-    if done and (done.comparable or not now_comparable(client, folder, name, entry)):
+    again = bool(done and not done.comparable and now_comparable(client, folder, name, entry))
+    if done and not again and (not done.comparable or done.trial == outbox.trial):
         return receipt
     if not existing(lambda: client.get_registered_model(name)):
         client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
     version = _version(client, versions, outbox, receipt, entry)
     comparable = True
-    if REASON_TAG not in version.tags or done:
+    if REASON_TAG not in version.tags or again:
         version, comparable = judged(client, versions, version, folder, entry)
+    if outbox.trial:
+        client.set_model_version_tag(name, version.version, TRIAL_TAG, outbox.trial)
     _give_alias(client, version)
     # How MLflow's page of the model knows; a server does it by itself, a bare store does not.
     known = json.dumps([{"name": name, "version": str(version.version)}])
@@ -194,6 +198,7 @@ def send_registration(
         alias=version.tags[ALIAS_TAG],
         reason=version.tags[REASON_TAG],
         comparable=comparable,
+        trial=outbox.trial,
     )
     return noted(folder, receipt, registered=registered)
 

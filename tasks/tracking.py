@@ -97,18 +97,18 @@ def open_run(
     dataset: DatasetManifest,
     folder: Path,
     parent: Path | None = None,
-    labels: Mapping[str, str] | None = None,
+    trial: str = "",
 ) -> RunRef:
     """The MLflow run of this run folder: made, or the one that the folder names; below the one of
-    the folder `parent`; with `labels` among its tags.
+    the folder `parent`; `trial` names what it tries as a retraining.
 
     Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
     """
     outbox = journal.read_outbox(folder) or describe(config, dataset, folder)
     if parent:
         outbox = outbox.model_copy(update={"parent": parent.resolve()})
-    if labels:
-        outbox = outbox.model_copy(update={"labels": outbox.labels | dict(labels)})
+    if trial:
+        outbox = outbox.model_copy(update={"trial": trial})
     return _opened(config, folder, outbox)
 
 
@@ -375,7 +375,7 @@ def _send_description(
 
 def _send_tags(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
     above = journal.read_receipt(outbox.parent) if outbox.parent else None
-    wanted = outbox.labels | ({NOTE_TAG: outbox.note} if outbox.note else {})
+    wanted = {NOTE_TAG: outbox.note} if outbox.note else {}
     if above and above.uri == receipt.uri:
         wanted[PARENT_TAG] = above.run_id
     for key, value in wanted.items():

@@ -24,7 +24,7 @@ from gpt.errors import ConfigError, CorpusError, RegistryError
 from gpt.evaluation.difference import judge
 from gpt.training import loop
 from gpt.training.checkpoint import latest_checkpoint
-from tasks import registry
+from tasks import evaluate_slices, registry
 from tasks.tracking import MlflowClient
 
 LENGTH = 500
@@ -208,6 +208,21 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(loop.Trainer, "_take_step", fails)
 
 
+def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
+    """The evaluations of both models that are asked for; one of them breaks off."""
+    asked: list[Any] = []
+    really = evaluate_slices.evaluated
+
+    def evaluated(*arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) == call:
+            raise RuntimeError("the machine went away")
+        return really(*arguments)
+
+    monkeypatch.setattr(evaluate_slices, "evaluated", evaluated)
+    return asked
+
+
 def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +269,13 @@ def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
     # What a champion that went on was trained on is all that it has ever seen.
     third = TEXTS[90:120]
     nights.arrives("c.parquet", third)
-    last = nights.night("champion", path, training={"max_steps": 5})
+    few: dict[str, Any] = {"training": {"max_steps": 5}}
+    with monkeypatch.context() as patch:
+        evaluated = fails_once(patch, 3)
+        with pytest.raises(RuntimeError, match="went away"):
+            nights.night("champion", path, **few)
+        last = nights.night("champion", path, **few)
+    assert len(evaluated) == 5 + 1, "no report is made twice"
     assert last.reason.endswith(f"new to gpt version 2: {nights.source}/c.parquet")
     assert last.outcome.report.step == 5, "at most what is laid over the config"
     made = nights.dataset(last)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from gpt.artifacts import DatasetManifest, Shard, SourceFile, Split
@@ -31,12 +32,14 @@ from gpt.data.shards import (
 from gpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.data.units import JOURNAL, Side, Stored, stored_units
 from gpt.errors import DatasetError, Problem
-from gpt.files import new_folder
+from gpt.files import PARTIAL, new_folder
 
 DERIVED = "derived"
 """The folder, beside `datasets`, of data sets that are cut out of others: none is what its sources
 make."""
 REPLAY_FRACTION = 0.05
+TOKENS_PER_SHARD = 100_000_000
+"""Where a manifest of long ago does not say."""
 FORMAT_VERSION = 1
 """Raised when the same values would give other shards."""
 
@@ -171,17 +174,21 @@ def _made(
     }
     name = fingerprint(values | asked)
     folder = parent / name[:16]
-    if not (folder / MANIFEST).is_file():
-        with new_folder(folder) as partial:
-            made = write(name, partial).model_copy(
-                update={
-                    "fingerprint": name,
-                    "folder": partial,
-                    "document_lengths": (),  # those of a part are not counted
-                }
-            )
-            write_manifest(made)
-            remember_checked(made)
+    parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(parent / f".{folder.name}.lock"):
+        if not (folder / MANIFEST).is_file():
+            for leftover in parent.glob(f".{folder.name}.*{PARTIAL}"):  # of a killed process
+                shutil.rmtree(leftover)
+            with new_folder(folder) as partial:
+                made = write(name, partial).model_copy(
+                    update={
+                        "fingerprint": name,
+                        "folder": partial,
+                        "document_lengths": (),  # those of a part are not counted
+                    }
+                )
+                write_manifest(made)
+                remember_checked(made)
     found = read_manifest(folder)
     check(found)
     return found
@@ -190,7 +197,8 @@ def _made(
 def _write_split(
     dataset: DatasetManifest, folder: Path, split: str, parts: Iterable[NDArray[np.uint16]]
 ) -> tuple[Shard, ...]:
-    with ShardWriter(folder, split, int(dataset.settings["tokens_per_shard"] or 0)) as writer:
+    per_shard = int(dataset.settings.get("tokens_per_shard") or TOKENS_PER_SHARD)
+    with ShardWriter(folder, split, per_shard) as writer:
         for ids in parts:
             writer.write(ids)
         return writer.close()
