@@ -19,7 +19,7 @@ from tasks.console import tell
 from tasks.continue_data import continue_data
 from tasks.description import tracking_uri
 from tasks.evaluate_slices import Slices, evaluate_slices
-from tasks.find_changes import Look, Start, find_changes_since, look, notes
+from tasks.find_changes import Look, Start, find_changes_since, listed, look, notes
 from tasks.prefect_api import show_page
 from tasks.tokenize_parquet import tokenize_parquet
 from tasks.tracking import RunRef
@@ -134,8 +134,7 @@ def _only_known_text(found: Look, dataset: DatasetManifest) -> str:
     new = (units for file, units in units_by_file(dataset) if file.sha256 not in known)
     if any(unit.entry.tally.sides["train"].tokens for units in new for unit in units):
         return ""
-    named = ", ".join(found.changes.new)
-    return f"unchanged: {named} has no document for training"
+    return f"unchanged: no document for training is in {listed(found.changes.new)}"
 
 
 def _text(dataset: DatasetManifest, before: set[str]) -> Text:

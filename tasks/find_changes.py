@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,8 @@ from tasks.champion import Champion, Trial, champion_folder, find_champion, find
 from tasks.console import tell, warn
 from tasks.description import tracking_uri
 
+MOST_LISTED = 5
+"""Files that a line names."""
 Start = Literal["scratch", "champion"]
 """With which weights a challenger begins."""
 
@@ -64,7 +67,7 @@ class Look(Artifact):
             )
         if not self.champion.dataset:
             return f"changed: what {self.champion} was trained on is not known any more: all is new"
-        named = ", ".join(self.changes.new)
+        named = listed(self.changes.new)
         new = [f"new to {self.champion}: {named}"] if named else []
         return f"changed: {'; '.join([*new, *self.changes.settings])}"
 
@@ -122,7 +125,7 @@ def notes(found: Look) -> list[str]:
         return []
     said = []
     if champion.dataset and found.changes.gone:
-        gone = ", ".join(found.changes.gone)
+        gone = listed(found.changes.gone)
         said.append(f"the source does not have any more what {champion} was trained on: {gone}")
     if champion.dataset and not champion.dataset_is_here:
         said.append(f"the data set of {champion} is gone: nothing is told of its old slice")
@@ -151,6 +154,12 @@ def with_file(config: RunConfig, path: str) -> RunConfig:
     if all(file.key in covered for file in files):
         return config
     return changed(config, {"data": {"source": [*data.source, given]}})
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def changed(config: RunConfig, values: dict[str, dict[str, object]]) -> RunConfig:
