@@ -1,10 +1,10 @@
 """Data sets cut out of a whole one, for a model that knows a part of its files already: the text to
 go on with, and the validation text that is new.
 
-Training on new text alone makes a network forget the old. Replaying 5% of old tokens among the new
-prevents most of that where the texts are of one kind (Ibrahim et al. 2024, "Simple and Scalable
-Strategies to Continually Pre-train Large Language Models", arXiv:2403.08763, section 6; 25% for
-another language).
+Training on new text alone makes a network forget the old. A share of old text among the new
+prevents most of that: Ibrahim et al. 2024 ("Simple and Scalable Strategies to Continually Pre-train
+Large Language Models", arXiv:2403.08763) end where training from scratch on all would with 5% where
+the texts are of one language, and with 25% where the new one is another's.
 """
 
 from __future__ import annotations
