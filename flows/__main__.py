@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import model_commands, service_commands
+from flows import model_commands, retrain_commands, service_commands
 from flows.options import ConfigPath, Gpu, Overrides
 from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
@@ -37,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(model_commands.app)
+app.add_typer(retrain_commands.app)
 app.add_typer(service_commands.app)
 
 

@@ -351,11 +351,10 @@ def schedules(
         if not schedule.active:
             yield good(what, f"{cron}, switched off")
             continue
-        due = _next_run(client, deployment)
-        if due:
-            yield good(what, f"{cron}, next at {due.astimezone():%Y-%m-%d %H:%M %Z}")
-        elif deployment.paused:
+        if deployment.paused:
             yield fault(what, f"{cron}, but the deployment is paused", "resume it on its page")
+        elif due := _next_run(client, deployment):
+            yield good(what, f"{cron}, next at {due.astimezone():%Y-%m-%d %H:%M %Z}")
         else:
             remedy = "pip install 'sqlalchemy<2.1' (newer ones silently plan nothing), then "
             remedy += "start `overnight up` again"

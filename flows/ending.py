@@ -39,6 +39,7 @@ LOSSES = ("final/loss", "val/loss", "train/loss")
 
 def tell_of_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """The artifact `end-<name>` of the flow run, and a message through the config's blocks."""
+    flow_run = _named(flow_run)
     page = ending_page(flow, flow_run, state)
     subject = f"{flow.name} {flow_run.name}: {state.type.value.lower()}"
     try:
@@ -58,8 +59,16 @@ def tell_of_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
     notify(_blocks(flow_run.parameters), f"overnight: {subject}", page)
 
 
+def _named(flow_run: FlowRun) -> FlowRun:
+    """As Prefect has it by now: a worker knows a run by the name from before it began."""
+    with suppress(Exception), get_client(sync_client=True) as client:
+        return client.read_flow_run(flow_run.id)
+    return flow_run
+
+
 def tell_of_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """For a run that Prefect cancelled; most have told of it themselves, before they ended."""
+    flow_run = _named(flow_run)
     wanted = ArtifactFilter(
         key=ArtifactFilterKey(any_=[_key(flow_run)]),
         flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]),

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, EvaluationReport
 from gpt.config import RunConfig, build_config, merged, read_toml
-from gpt.data.shards import read_manifest
+from gpt.data.continuation import DERIVED
+from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import CheckpointError, ConfigError, DatasetError, Problem
 from gpt.evaluation.kept import REPORT, read_report
 from gpt.exchange.model_card import Facts
@@ -27,7 +28,7 @@ def find_model(name: str, root: Path) -> Path:
     there is no such run, `CheckpointError` where it has no checkpoint yet."""
     if name.startswith("models:"):
         from tasks.description import store_uri
-        from tasks.registry import fetch_model
+        from tasks.registered import fetch_model
 
         return fetch_model(name, store_uri(root), root)
     if (Path(name) / MODEL_FILE).is_file():
@@ -78,7 +79,8 @@ def asked_of(
 
 
 def _dataset(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
-    for path in (path for root in roots for path in root.glob("datasets/*/manifest.json")):
+    kinds = ("datasets", DERIVED)
+    for path in (p for root in roots for kind in kinds for p in root.glob(f"{kind}/*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValidationError, DatasetError):
             manifest = read_manifest(path.parent)
             if manifest.fingerprint == fingerprint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from prefect.runtime import flow_run
 
 from flows.outcome import Outcome, outcome_of, result_page
 from flows.stages import TOLD, Call, as_function, as_task, stopped_or, told
-from gpt.config import merged, read_toml
+from gpt.artifacts import CheckpointRef, DatasetManifest
+from gpt.config import RunConfig, merged, read_toml
 from gpt.errors import GPTError
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.run_folder import open_run_folder
@@ -22,12 +23,12 @@ from tasks.prefect_api import show_page
 from tasks.register_model import register_model
 from tasks.stopping import StopRequested
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking import ended_by_outcome, open_run
+from tasks.tracking import RunRef, ended_by_outcome, open_run
 from tasks.train import train
 from tasks.validate_config import validate_config
 
 
-def _flow_run_name() -> str:
+def run_name_asked() -> str:
     """The run's name; the config file's where that cannot be read, which the flow will say."""
     parameters = flow_run.get_parameters()
     path = Path(parameters["config"])
@@ -38,7 +39,7 @@ def _flow_run_name() -> str:
         return path.stem
 
 
-@flow(name="pretrain", flow_run_name=_flow_run_name, **TOLD)
+@flow(name="pretrain", flow_run_name=run_name_asked, **TOLD)
 def pretrain(
     config: str,
     overrides: dict[str, Any] | None = None,
@@ -71,13 +72,28 @@ def _stages(
     checked = call(validate_config)(config, overrides)
     dataset = call(tokenize_parquet)(checked)
     folder = open_run_folder(checked, dataset, fresh=fresh)
+    return trained(checked, dataset, folder, call, parent=Path(parent) if parent else None)
+
+
+def trained(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    folder: Path,
+    call: Call,
+    parent: Path | None = None,
+    trial: str = "",
+    before_judgement: Callable[[CheckpointRef, RunRef], None] = lambda *_: None,
+) -> Outcome:
+    """The stages from training on, in a run's folder. `trial` names what is tried, for
+    the version; `before_judgement` is done between the evaluation and the registration."""
     with run_lock(folder), _standing_told(folder):
-        run = open_run(checked, dataset, folder, Path(parent) if parent else None)
+        run = open_run(config, dataset, folder, parent, trial)
         with ended_by_outcome(run):
-            checkpoint = call(train)(checked, dataset, run)
-            report = call(evaluate)(checked, dataset, checkpoint, run)
-            registered = call(register_model)(checked, run)
-    outcome = outcome_of(checked, folder, checkpoint, report, run.uri, run.run_id, registered)
+            checkpoint = call(train)(config, dataset, run)
+            report = call(evaluate)(config, dataset, checkpoint, run)
+            before_judgement(checkpoint, run)
+            registered = call(register_model)(config, run)
+    outcome = outcome_of(config, folder, checkpoint, report, run.uri, run.run_id, registered)
     reached = f"Validation loss {report.loss:.4f} after {report.step} steps"
     show_page(f"result-{outcome.name}", result_page(outcome), reached)
     return outcome

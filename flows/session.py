@@ -22,6 +22,8 @@ from tasks.stopping import stopping
 
 if TYPE_CHECKING:
     from flows.compare import Compared
+    from flows.retrained import Retrained
+    from tasks.find_changes import Start
 
 SIGNALLED = 128
 """Added to a signal's number this is the exit code of what it ended."""
@@ -52,6 +54,19 @@ def run_compare(
 
     asked = (configs, overrides, tokens, seeds, name)
     return cast("Compared", _run(lambda: compare(*asked), lambda: compare_without_prefect(*asked)))
+
+
+def run_retrain(
+    config: str, overrides: dict[str, Any], path: str | None, start: Start
+) -> Retrained:
+    """The flow `retrain`; where the source holds nothing new, its result without Prefect, whose API
+    takes longer to start than that takes to find out."""
+    from flows.retrain import nothing_to_do, retrain, retrain_without_prefect
+
+    asked = (config, overrides, path, start)
+    if ended := nothing_to_do(*asked):
+        return ended
+    return cast("Retrained", _run(lambda: retrain(*asked), lambda: retrain_without_prefect(*asked)))
 
 
 def _run(under_prefect: Callable[[], Any], without: Callable[[], Any]) -> Any:

@@ -117,6 +117,12 @@ class RegistryError(GPTError):
     headline = "the registered model cannot be used"
 
 
+class WatchError(GPTError):
+    """A folder that cannot be watched, or nobody to tell of it."""
+
+    headline = "cannot watch"
+
+
 class TrackingError(GPTError):
     """A tracking server that cannot be reached, or has nothing to be told."""
 

@@ -71,6 +71,9 @@ class Registered(Artifact):
     alias: str
     """The one that the version was given: champion or challenger."""
     reason: str
+    comparable: bool = True
+    """False where it could not be held against the champion: it is judged again when it can."""
+    trial: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}, {self.alias}: {self.reason}"
@@ -96,6 +99,8 @@ class Outbox(Artifact):
     """Folder of the run that this one is part of."""
     note: str = ""
     """Markdown that MLflow's page of the run begins with."""
+    trial: str = ""
+    """What the run tries as a retraining (tasks.find_changes), to be known of its version."""
     models: tuple[ModelEntry, ...] = ()
     registered_model: str = ""
     """Registered model that the last of `models` is to be a version of; empty: of none."""

@@ -66,6 +66,12 @@ class Recorder:
     def report(self, report: EvaluationReport) -> None:
         self._append(report.step, report_metrics(report))
 
+    def against(self, step: int, rival: EvaluationReport, others: Mapping[str, float]) -> None:
+        """What the model of `step` is held against, and other numbers on both."""
+        theirs = report_metrics(rival).items()
+        metrics = {key.replace("final/", "champion/", 1): value for key, value in theirs}
+        self._append(step, {**metrics, **others})
+
     def _append(self, step: int, metrics: Mapping[str, float | None]) -> None:
         try:
             known = {key: float(value) for key, value in metrics.items() if value is not None}

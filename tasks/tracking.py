@@ -56,7 +56,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
-from tasks.registry import UID_TAG, first_line, send_models, send_registration  # noqa: E402
+from tasks.registered import UID_TAG, first_line  # noqa: E402
+from tasks.registry import send_models, send_registration  # noqa: E402
 
 ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
@@ -93,16 +94,22 @@ class RunRef(Artifact):
 
 
 def open_run(
-    config: RunConfig, dataset: DatasetManifest, folder: Path, parent: Path | None = None
+    config: RunConfig,
+    dataset: DatasetManifest,
+    folder: Path,
+    parent: Path | None = None,
+    trial: str = "",
 ) -> RunRef:
     """The MLflow run of this run folder: made, or the one that the folder names; below the one of
-    the folder `parent`.
+    the folder `parent`; `trial` names what it tries as a retraining.
 
     Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
     """
     outbox = journal.read_outbox(folder) or describe(config, dataset, folder)
     if parent:
         outbox = outbox.model_copy(update={"parent": parent.resolve()})
+    if trial:
+        outbox = outbox.model_copy(update={"trial": trial})
     return _opened(config, folder, outbox)
 
 

@@ -114,11 +114,15 @@ class Service:
     def family(self) -> list[psutil.Process]:
         assert self.process
         whole = psutil.Process(self.process.pid)
-        return [whole, *whole.children(recursive=True)]
+        everything = [whole, *whole.children(recursive=True)]
+        return [each for each in everything if each.status() != psutil.STATUS_ZOMBIE]
 
     def worker(self) -> psutil.Process:
-        (found,) = [p for p in self.family() if "worker" in p.cmdline()]
-        return found
+        """The one that takes runs, as soon as there is one."""
+        return wait_for("the worker", self._worker)
+
+    def _worker(self) -> psutil.Process | None:
+        return next((p for p in self.family() if "worker" in p.cmdline()), None)
 
     def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """A command of ours, in another terminal."""

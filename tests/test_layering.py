@@ -95,6 +95,9 @@ def test_mlflow_is_imported_where_it_is_told_and_where_it_serves() -> None:
         if "mlflow" in {imported.split(".")[0] for imported in _imports(path)}
     ]
     assert importing == [
+        "tasks.champion",
+        "tasks.judgement",
+        "tasks.registered",
         "tasks.registry",
         "tasks.served_model",
         "tasks.system_metrics",

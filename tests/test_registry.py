@@ -13,7 +13,15 @@ from test_servers_away import MlflowServer
 from flows.models import facts_of, find_model
 from gpt.errors import RegistryError
 from tasks import journal, registry, tracking
-from tasks.registry import AGAINST_TAG, ALIAS_TAG, LOSS_TAG, REASON_TAG, STEP_TAG, UID_TAG
+from tasks.registered import (
+    AGAINST_TAG,
+    ALIAS_TAG,
+    LOSS_TAG,
+    REASON_TAG,
+    STEP_TAG,
+    UID_TAG,
+    local_folder,
+)
 from tasks.tracking import MlflowClient, register, sync_run
 
 
@@ -199,14 +207,14 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
     # No point of the run's own curve is there twice.
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == list(STEPS)
 
-    stored = registry.local_folder(last.artifact_location)
+    stored = local_folder(last.artifact_location)
     files = {path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()}
     assert {"MLmodel", "model.safetensors", "config.json", "report.json"} <= files
     assert "code/gpt/model/generation.py" in files
     assert {Path(file).suffix for file in files} <= {
         *(".py", ".json", ".txt", ".yaml", ".safetensors", ""),
     }, "nothing that could be a pickle"
-    assert not registry.local_folder(first.artifact_location).exists(), "the weights lie once"
+    assert not local_folder(first.artifact_location).exists(), "the weights lie once"
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
         *("config.json", "dataset", "report.json")
     }

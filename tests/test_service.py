@@ -12,20 +12,26 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentUpdate,
+    WorkPoolUpdate,
+)
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Running
-from service import ROOT, Service, Webhook, small, wait_for
+from service import ROOT, SMALL, Service, Webhook, small, wait_for
 
 from flows import deployments
 from flows.service import POOL, Settings
@@ -37,7 +43,7 @@ from tasks.tracking import MlflowClient
 EXIT_SECONDS = 25.0
 DEPLOYED = [
     *("compare/widths", "pretrain/gpt-480", "pretrain/gpt-576", "pretrain/gpt-720"),
-    *("pretrain/gpt-768", "pretrain/tiny"),
+    *("pretrain/gpt-768", "pretrain/tiny", "retrain/nightly"),
 ]
 FOREVER = {"max_steps": 100_000, "grad_acc": 8}
 EVERY_MINUTE = "pretrain/gpt-768"
@@ -230,7 +236,7 @@ def test_a_worker_that_is_killed_comes_back_and_its_run_goes_on(service: Service
     run = in_training(service, last_step(service))
     pid, worker = pid_of(run), service.worker()
     worker.kill()
-    wait_for("another worker", lambda: service.worker().pid != worker.pid)
+    wait_for("another worker", lambda: service.worker() != worker)
     step = last_step(service)
     wait_for("more steps", lambda: last_step(service) > step + 8)
     assert pid_of(service.read(run)) == pid
@@ -262,26 +268,87 @@ def test_in_mlflow_it_stayed_one_run(service: Service) -> None:
 # --- schedules -----------------------------------------------------------------------------------
 
 
-def planned(client: SyncPrefectClient, kinds: set[StateType] | None = None) -> list[FlowRun]:
-    """The runs of the schedule, in such states."""
+def on_schedule(client: SyncPrefectClient, kind: StateType) -> list[FlowRun]:
+    """The runs of the schedule in such a state."""
     deployment = client.read_deployment_by_name(EVERY_MINUTE)
     runs = [run for run in client.read_flow_runs(limit=200) if run.auto_scheduled]
     ours = [run for run in runs if run.deployment_id == deployment.id]
-    return [run for run in ours if run.state and (not kinds or run.state.type in kinds)]
+    return [run for run in ours if run.state and run.state.type == kind]
+
+
+def planned(client: SyncPrefectClient) -> list[FlowRun]:
+    """Those that are still to come."""
+    runs = on_schedule(client, StateType.SCHEDULED)
+    return [run for run in runs if run.expected_start_time > datetime.now(UTC)]
 
 
 def test_a_schedule_fires_each_minute_until_it_is_paused(service: Service) -> None:
     with service.client() as client:
-        fired = wait_for("a run on schedule", lambda: planned(client, {StateType.FAILED}))
+        fired = wait_for("a run on schedule", lambda: on_schedule(client, StateType.FAILED))
         assert "data.source" in (fired[0].state.message or "")
-        assert planned(client, {StateType.SCHEDULED})
+        assert planned(client)
         report = service.run("doctor", "--json")
         assert "next at" in report.stdout
 
         deployment = client.read_deployment_by_name(EVERY_MINUTE)
         (schedule,) = deployment.schedules
         client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        wait_for("nothing planned", lambda: not planned(client, {StateType.SCHEDULED}))
+        wait_for("nothing planned", lambda: not planned(client))
+
+
+# --- new data ------------------------------------------------------------------------------------
+
+
+def test_a_file_that_has_come_starts_a_retraining_with_its_path(
+    service: Service, parquet: Path
+) -> None:
+    folder = service.project / "incoming"
+    folder.mkdir()
+    source = {"data": {**SMALL["data"], "source": "incoming/*.parquet"}}
+    no_champion = {"tracking": {"registered_model": "new-data"}}
+    overrides = small(**told("new-data"), **source, **no_champion)
+    with service.client() as client:
+        deployment = client.read_deployment_by_name("retrain/nightly")
+        given = {"config": "configs/tiny.toml", "overrides": overrides}
+        client.update_deployment(deployment.id, DeploymentUpdate(parameters=given))
+
+        def started() -> list[FlowRun]:
+            runs = client.read_flow_runs(limit=200)
+            return [run for run in runs if run.deployment_id == deployment.id]
+
+        watching = subprocess.Popen(
+            service.command("watch", str(folder), "--interval", "0.5"),
+            **{"cwd": service.project, "env": service.environment},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        )
+        assert watching.stdout
+        try:
+            assert "watching" in watching.stdout.readline()
+            arrived = folder / "new.parquet"
+            shutil.copy(parquet, arrived)
+            assert f"{arrived} has come" in watching.stdout.readline()
+            wait_for("the flow run", started)
+            # As a watcher does that was killed before it had crossed the event out.
+            service.python(f"""
+from pathlib import Path
+from uuid import UUID
+from tasks.source_events import send_arrival
+for _ in range(2):
+    send_arrival(Path({str(arrived)!r}), UUID(int=7))
+""")
+            wait_for("the second flow run", lambda: len(started()) == 2)
+            watching.send_signal(signal.SIGINT)
+            assert "no longer watching" in watching.stdout.read()
+            assert watching.wait(10) == 0
+        finally:
+            watching.kill()
+            watching.stdout.close()
+        first, second = sorted(map(service.ended, started()), key=lambda run: run.start_time)
+        assert (first.state_name, second.state_name) == ("Completed", "Completed")
+        assert first.parameters == given | {"path": str(arrived)}
+        assert "there is no champion yet" in page_of(service, first)
+        assert "unchanged" in page_of(service, second)
+        assert len(started()) == 2, "one a file, one for the event that was sent twice"
 
 
 # --- the doctor ----------------------------------------------------------------------------------

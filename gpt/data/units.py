@@ -203,6 +203,12 @@ class Stored:
         return True
 
 
+def keys_below(datasets: Path) -> set[str]:
+    """The keys of the units of every data set in a folder, whole or broken off."""
+    folders = datasets.iterdir() if datasets.is_dir() else ()
+    return {stored.entry.key for folder in folders for stored in stored_units(folder)}
+
+
 def stored_units(folder: Path) -> list[Stored]:
     """The units of the data set in `folder`, whole or broken off; none if there is no journal.
     What follows a line that is torn or makes no sense is as good as none."""

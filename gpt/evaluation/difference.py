@@ -77,6 +77,8 @@ class Judgement:
 
     promoted: bool
     reason: str
+    comparable: bool = True
+    """False where there was nothing that the two could be held against each other by."""
 
 
 def judge(challenger: EvaluationReport, champion: EvaluationReport | None) -> Judgement:
@@ -88,6 +90,7 @@ def judge(challenger: EvaluationReport, champion: EvaluationReport | None) -> Ju
             False,
             "cannot be compared with the champion: it was evaluated on other text; evaluate both "
             "on one slice",
+            comparable=False,
         )
     found = difference(challenger, champion)
     losses = f"loss {challenger.loss:.4f} against the champion's {champion.loss:.4f}"

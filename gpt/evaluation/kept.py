@@ -12,15 +12,22 @@ from gpt.config import RunConfig
 from gpt.files import write_text
 
 REPORT = "report.json"
+RIVAL_REPORT = "champion_report.json"
+"""On the model that the run's own is held against, on the slice of the run."""
 
 
 def kept_report(folder: Path, config: RunConfig, step: int) -> EvaluationReport | None:
     """The report on the checkpoint of `step`, made with the config's [evaluation]."""
+    return kept_for(folder / REPORT, _asked(config, step))
+
+
+def kept_for(path: Path, asked: dict[str, Any]) -> EvaluationReport | None:
+    """The report in such a file, if it was made for what is asked."""
     try:
-        kept = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return EvaluationReport(**kept["report"]) if kept["asked"] == _asked(config, step) else None
+    return EvaluationReport(**kept["report"]) if kept["asked"] == asked else None
 
 
 def read_report(path: Path) -> EvaluationReport | None:
@@ -31,8 +38,27 @@ def read_report(path: Path) -> EvaluationReport | None:
 
 
 def keep_report(folder: Path, config: RunConfig, report: EvaluationReport) -> None:
-    values = {"asked": _asked(config, report.step), "report": report.model_dump(mode="json")}
-    write_text(folder / REPORT, json.dumps(values, indent=2) + "\n")
+    keep_for(folder / REPORT, _asked(config, report.step), report)
+
+
+def keep_for(path: Path, asked: dict[str, Any], report: EvaluationReport) -> None:
+    values = {"asked": asked, "report": report.model_dump(mode="json")}
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def asked_of_model(model: str, dataset: str, config: RunConfig) -> dict[str, Any]:
+    """For a report on a model, by what names it for good, on the data set of that fingerprint."""
+    evaluation = config.evaluation.model_dump(mode="json")
+    return {"model": model, "dataset": dataset, "evaluation": evaluation}
+
+
+def report_on_rival(folder: Path, model: str) -> EvaluationReport | None:
+    """The report that a run's folder keeps on `model`, if it does."""
+    path = folder / RIVAL_REPORT
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(path.read_bytes())["asked"]["model"] == model:
+            return read_report(path)
+    return None
 
 
 def _asked(config: RunConfig, step: int) -> dict[str, Any]:

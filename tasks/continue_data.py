@@ -1,0 +1,28 @@
+"""What a challenger that begins with the champion's weights is trained on, and for how long."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gpt.artifacts import DatasetManifest
+from gpt.config import RunConfig
+from gpt.data.changes import Changes
+from gpt.data.continuation import DERIVED, continuation
+from gpt.training.continuing import continued
+from tasks.console import tell
+from tasks.find_changes import changed
+
+
+@task(name="continue-data", task_run_name="continue-data", cache_policy=NO_CACHE)
+def continue_data(
+    config: RunConfig, dataset: DatasetManifest, changes: Changes, most_steps: int | None
+) -> tuple[RunConfig, DatasetManifest]:
+    """The config with the length and the schedule for the new text, and the data set of that text
+    and a share of the old (gpt.data.continuation)."""
+    parent = config.run.root / DERIVED
+    made = continuation(dataset, changes.known, config.tokens_per_step, parent)
+    going_on = changed(config, continued(config, made.train.tokens, most_steps))
+    what = "all of it, which is new" if made is dataset else made.notes[-1]
+    tell(f"{going_on.training.max_steps:,} steps with {made.folder}, {what}")
+    return going_on, made
