@@ -51,8 +51,7 @@ def prepare(root: Path) -> None:
     Prefect at `root`/prefect, and tell torch how to wait and to allocate. Too late once Prefect or
     torch has been imported: asserts that."""
     assert not {"prefect", "torch"} & sys.modules.keys(), "settings have been read already"
-    for name, value in service_environment(root).items():
-        os.environ.setdefault(name, value)
+    use_service(root)
     home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
     home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder alone
     for name, value in (EMBEDDED | COMPUTE).items():
@@ -62,6 +61,12 @@ def prepare(root: Path) -> None:
 def prefect_home(root: Path) -> Path:
     """Absolute, because Prefect's server is a process of its own."""
     return root.resolve() / "prefect"
+
+
+def use_service(root: Path) -> None:
+    """Take the servers of an `overnight up` that runs on this root, unless others are named."""
+    for name, value in service_environment(root).items():
+        os.environ.setdefault(name, value)
 
 
 def service_environment(root: Path) -> dict[str, str]:

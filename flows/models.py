@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows.environment import use_service
 from gpt.artifacts import DatasetManifest, EvaluationReport
 from gpt.config import RunConfig, build_config, merged, read_toml
 from gpt.data.continuation import DERIVED
@@ -27,6 +28,7 @@ def find_model(name: str, root: Path) -> Path:
     `name` is the folder or, below `root`, the name of. Raises `RegistryError`, `ConfigError` where
     there is no such run, `CheckpointError` where it has no checkpoint yet."""
     if name.startswith("models:"):
+        use_service(root)
         from tasks.description import store_uri
         from tasks.registered import fetch_model
 

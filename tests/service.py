@@ -146,7 +146,13 @@ class Service:
 
     def deployed(self, name: str, **overrides: Any) -> FlowRun:
         """A run of a deployment, small, with the overrides by section laid over that."""
-        parameters = {"overrides": small(**overrides)}
+        return self._started(name, {"overrides": small(**overrides)})
+
+    def deployed_with(self, name: str, config: str, overrides: dict[str, Any]) -> FlowRun:
+        """The same, of another config, with these overrides alone."""
+        return self._started(name, {"config": config, "overrides": overrides})
+
+    def _started(self, name: str, parameters: dict[str, Any]) -> FlowRun:
         with self.client() as client:
             deployment = client.read_deployment_by_name(name)
             return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)

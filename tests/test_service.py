@@ -401,7 +401,8 @@ def test_ctrl_c_leaves_no_process_and_a_checkpoint(service: Service) -> None:
     run = service.deployed("pretrain/tiny", run={"name": "last"}, training=FOREVER)
 
     def training() -> bool:
-        return any(read_lines(f / METRICS)[0] for f in (service.root / "train").glob("last-*"))
+        journals = [f / METRICS for f in (service.root / "train").glob("last-*")]
+        return any(line.step > 0 for path in journals for line in read_lines(path)[0])
 
     wait_for("the run", training)
     everything = [*service.family(), psutil.Process(pid_of(service.read(run)))]
