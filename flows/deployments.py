@@ -26,11 +26,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled
 from prefect.workers.process import ProcessWorker
 
-from flows.service import POOL
+from flows.service import POOL, PROJECT
 from gpt.errors import Problem, ServiceError
 
 WORKER_LABEL = "prefect.worker.name"
-PROJECT = Path("prefect.yaml")
 
 
 def make_pool(client: SyncPrefectClient) -> None:

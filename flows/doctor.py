@@ -30,7 +30,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 
 from flows import deployments
-from flows.service import POOL, Settings
+from flows.service import POOL, PROJECT, Settings
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
 FREE_DISK_BYTES = 10 * 2**30
@@ -268,7 +268,7 @@ def prefect_server(settings: Settings) -> Iterator[Finding]:
     with deployments.api() as client:
         for check in (work_pool, worker, lost_runs):
             yield check(client, settings)
-        yield from what_is_deployed(client, deployments.PROJECT)
+        yield from what_is_deployed(client, PROJECT)
 
 
 def clock_of_server(date: str) -> Finding:

@@ -28,6 +28,8 @@ from gpt.files import write_text
 from tasks import mlflow_settings
 
 POOL = "gpu"
+PROJECT = Path("prefect.yaml")
+"""What is deployed."""
 START_SECONDS = 120.0
 """Longest wait for a server; the first start makes its database."""
 STOP_SECONDS = 25.0
@@ -200,6 +202,14 @@ def _running(root: Path) -> Problem:
         where = "another process"
     rule = f"is running already: {where}"
     return Problem("overnight up", str(root), rule, "use that one, or stop it with Ctrl-C there")
+
+
+def refuse_without_project() -> None:
+    """Raises `ServiceError` in a folder that has nothing to deploy."""
+    if not PROJECT.exists():
+        rule = "is not in this folder, so there is nothing to deploy"
+        remedy = "change into the checkout of overnight, where it is"
+        raise ServiceError(Problem(str(PROJECT), str(Path.cwd()), rule, remedy))
 
 
 def refuse_ports_in_use(settings: Settings) -> None:

@@ -29,8 +29,9 @@ def up(
 
     A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is used, and none started for it.
     """
-    from flows.service import Settings
+    from flows.service import Settings, refuse_without_project
 
+    refuse_without_project()
     settings = Settings(root, host, prefect_port, mlflow_port, *_named_servers())
     os.environ |= settings.environment  # before Prefect reads it
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -32,13 +32,9 @@ SAMPLE = Path("data/sample.parquet")
 def up(settings: Settings) -> None:
     """Start everything, say where it is, keep it running until Ctrl-C or SIGTERM, end everything.
 
-    Raises `ServiceError` for a folder without deployments, a service that runs already, ports in
-    use, and servers that do not come up.
+    Raises `ServiceError` for a service that runs already, ports in use, and servers that do not
+    come up.
     """
-    if not deployments.PROJECT.exists():
-        rule = "is not in this folder, so there is nothing to deploy"
-        remedy = "change into the checkout of overnight, where it is"
-        raise ServiceError(Problem(str(deployments.PROJECT), str(Path.cwd()), rule, remedy))
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     servers, worker = parts(settings)
