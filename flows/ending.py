@@ -29,34 +29,42 @@ from gpt.data.corpus import find_dataset
 from gpt.errors import GPTError, Problem
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.run_folder import find_run_folder
+from tasks.console import warn
 from tasks.journal import METRICS, read_lines
 from tasks.notify import notify
-from tasks.prefect_api import artifact_key, is_away
+from tasks.prefect_api import artifact_key
 
 LOSSES = ("final/loss", "val/loss", "train/loss")
 """The first of these that a run has is what it reached."""
+OPTIONS = ("path", "start", "tokens", "seeds", "name")
+"""Parameters of a flow that its command has as options of the same name."""
 
 
 def tell_of_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
-    """The artifact `end-<name>` of the flow run, and a message through the config's blocks."""
+    """The artifact `end-<name>` of the flow run, and a message through the config's blocks. Never
+    raises: what cannot be told must not change how the run ended."""
     flow_run = _named(flow_run)
-    page = ending_page(flow, flow_run, state)
     subject = f"{flow.name} {flow_run.name}: {state.type.value.lower()}"
     try:
-        with get_client(sync_client=True) as client:
-            client.create_artifact(
-                ArtifactCreate(
-                    key=_key(flow_run),
-                    type="markdown",
-                    data=page,
-                    description=subject,
-                    flow_run_id=flow_run.id,
-                )
-            )
+        page = ending_page(flow, flow_run, state)
+        notify(_blocks(flow_run.parameters), f"overnight: {subject}", page)
+        _keep(page, subject, flow_run)
     except Exception as error:
-        if not is_away(error):
-            raise
-    notify(_blocks(flow_run.parameters), f"overnight: {subject}", page)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warn(f"how this run ended could not be told: {reason}")
+
+
+def _keep(page: str, subject: str, flow_run: FlowRun) -> None:
+    with get_client(sync_client=True) as client:
+        client.create_artifact(
+            ArtifactCreate(
+                key=_key(flow_run),
+                type="markdown",
+                data=page,
+                description=subject,
+                flow_run_id=flow_run.id,
+            )
+        )
 
 
 def _named(flow_run: FlowRun) -> FlowRun:
@@ -118,13 +126,15 @@ def command(flow: Flow, run: FlowRun) -> str:
     """What starts the same run again, which goes on where it stood."""
     if run.deployment_id:
         with suppress(Exception), get_client(sync_client=True) as client:
-            name = client.read_deployment(run.deployment_id).name
-            given = client.read_deployment(run.deployment_id).parameters
+            deployment = client.read_deployment(run.deployment_id)
+            given = deployment.parameters
             changed = {k: v for k, v in run.parameters.items() if given.get(k) != v and v}
             words = [f"-p {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in changed.items()]
-            return " ".join(["prefect deployment run", f"{flow.name}/{name}", *words])
+            return " ".join(["prefect deployment run", f"{flow.name}/{deployment.name}", *words])
     verb = "run" if flow.name == "pretrain" else flow.name
     words = [f"--set {shlex.quote(text)}" for text in _settings(run.parameters.get("overrides"))]
+    options = {k: run.parameters[k] for k in OPTIONS if run.parameters.get(k)}
+    words += [f"--{key} {shlex.quote(str(value))}" for key, value in options.items()]
     return " ".join(["overnight", verb, *_configs(run.parameters), *words])
 
 
@@ -182,5 +192,5 @@ def _blocks(parameters: Mapping[str, Any]) -> list[str]:
     for path in _configs(parameters):
         with suppress(GPTError, KeyError, TypeError):
             raw = merged(read_toml(Path(path)), parameters.get("overrides") or {})
-            names += [name for name in raw["run"].get("notify", ()) if isinstance(name, str)]
+            names += [name for name in raw["run"].get("notify", ()) if "/" in str(name)]
     return list(dict.fromkeys(names))
