@@ -77,6 +77,20 @@ class Settings:
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
         }
 
+    @property
+    def own_environment(self) -> dict[str, str]:
+        """The same without what was named to us, which may hold a password."""
+        named = {"PREFECT_API_URL": self.prefect_named, "MLFLOW_TRACKING_URI": self.mlflow_named}
+        return {key: value for key, value in self.environment.items() if not named.get(key)}
+
+
+def without_password(uri: str) -> str:
+    if "@" not in uri:
+        return uri
+    import sqlalchemy
+
+    return sqlalchemy.make_url(uri).render_as_string(hide_password=True)
+
 
 @dataclass
 class Part:
@@ -177,8 +191,8 @@ def published(settings: Settings) -> Iterator[None]:
     (`flows.environment`), Prefect's own by the `prefect.toml` that it looks for in the folder
     where it is called, unless there is one."""
     toml = Path("prefect.toml").absolute()
-    record: dict[str, Any] = {"pid": os.getpid(), "environment": settings.environment}
-    if not toml.exists():
+    record: dict[str, Any] = {"pid": os.getpid(), "environment": settings.own_environment}
+    if not toml.exists() and not settings.prefect_named:
         record["prefect_toml"] = str(toml)
         write_text(settings.root / RECORD, json.dumps(record, indent=2))
         note = f"# Written by `overnight up`, process {os.getpid()}, which removes it as it ends.\n"
@@ -194,10 +208,9 @@ def _running(root: Path) -> Problem:
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
         environment = record["environment"]
-        where = (
-            f"process {record['pid']}; Prefect: {environment['PREFECT_API_URL']}, "
-            f"MLflow: {environment['MLFLOW_TRACKING_URI']}"
-        )
+        named = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+        told = [f"{name}={environment[name]}" for name in named if name in environment]
+        where = ", ".join([f"process {record['pid']}", *told])
     except (OSError, ValueError, KeyError):  # it is about to say so
         where = "another process"
     rule = f"is running already: {where}"
@@ -251,12 +264,12 @@ def wait_until_healthy(url: str, part: Part | None) -> None:
     raise ServiceError(Problem(name, url, "does not answer", where))
 
 
-def keep_running(kept: Sequence[Part], before: Callable[[Part], None]) -> NoReturn:
-    """What ends is started again, after `before` was called with it."""
+def keep_running(kept: Sequence[Part], may_start: Callable[[Part], bool]) -> NoReturn:
+    """What ends is started again as soon as it `may_start`, which is asked again, later each
+    time."""
     while True:
         for part in kept:
-            if part.ended() and part.due():
-                before(part)
+            if part.ended() and part.due() and may_start(part):
                 part.start()
         time.sleep(POLL_SECONDS)
 

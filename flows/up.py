@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -20,9 +21,11 @@ from flows.service import (
     parts,
     published,
     wait_until_healthy,
+    without_password,
 )
 from gpt.data.sample_corpus import write_sample_corpus
 from gpt.errors import Problem, ServiceError
+from tasks.prefect_api import is_away
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE = Path("data/sample.parquet")
@@ -42,7 +45,7 @@ def up(settings: Settings) -> None:
         try:
             _start(settings, servers, worker)
             _tell(settings)
-            keep_running([*servers, worker], lambda part: _again(part, worker, settings))
+            keep_running([*servers, worker], lambda part: _may_start(part, worker, settings))
         except KeyboardInterrupt:
             pass
         finally:
@@ -50,12 +53,14 @@ def up(settings: Settings) -> None:
                 signal.signal(number, signal.SIG_IGN)
             print("stopping: runs write a checkpoint first", flush=True)
             end_all(_runs(settings), [*servers, worker])
-    print("stopped; `overnight up` starts it again, and runs go on where they were", flush=True)
+    print("stopped; a run that was going on goes on when it is started again", flush=True)
 
 
 def _start(settings: Settings, servers: list[Part], worker: Part) -> None:
     for server in servers:
         print(f"starting {server.name}, log in {server.log}", flush=True)
+        if server.name.startswith("MLflow"):
+            _make_mlflow_store(settings)  # while Prefect's server takes its time
         server.start()
     if not SAMPLE.exists():  # while the servers take their time
         SAMPLE.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +77,17 @@ def _start(settings: Settings, servers: list[Part], worker: Part) -> None:
         _start_worker(client, worker, settings)
 
 
+def _make_mlflow_store(settings: Settings) -> None:
+    """Whole, whenever this is killed: half a store is one that MLflow never works with again."""
+    if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
+        from tasks.description import local_store
+        from tasks.tracking import make_store
+
+        folder = local_store(settings.root)
+        folder.mkdir(parents=True, exist_ok=True)
+        make_store(folder / "mlflow.db")
+
+
 def _start_worker(client: SyncPrefectClient, worker: Part, settings: Settings) -> None:
     _start_lost_runs_again(client, settings)
     print(f"starting {worker.name}, log in {worker.log}", flush=True)
@@ -84,14 +100,21 @@ def _start_worker(client: SyncPrefectClient, worker: Part, settings: Settings) -
         time.sleep(POLL_SECONDS)
 
 
-def _again(part: Part, worker: Part, settings: Settings) -> None:
-    """Before a part is started again that has ended by itself."""
+def _may_start(part: Part, worker: Part, settings: Settings) -> bool:
+    """Whether a part that has ended by itself can be started again: the worker not while nobody
+    knows which runs were lost with it."""
     assert part.process
+    if part is worker:
+        try:
+            with deployments.api() as client:
+                _start_lost_runs_again(client, settings)
+        except Exception as error:
+            if not is_away(error):
+                raise
+            return False
     code = part.process.returncode
     print(f"{part.name} has ended (exit {code}, see {part.log}); started again", flush=True)
-    if part is worker:
-        with deployments.api() as client:
-            _start_lost_runs_again(client, settings)
+    return True
 
 
 def _start_lost_runs_again(client: SyncPrefectClient, settings: Settings) -> None:
@@ -110,15 +133,17 @@ def _runs(settings: Settings) -> list[int]:
 
 
 def _tell(settings: Settings) -> None:
+    addresses = {"PREFECT_API_URL": settings.api_url, "MLFLOW_TRACKING_URI": settings.mlflow_uri}
+    exports = " ".join(f"{name}={without_password(uri)}" for name, uri in addresses.items())
     print(
         f"""
 ready. In a browser:
   Prefect  {settings.api_url.removesuffix("/api")}
-  MLflow   {settings.mlflow_uri}
+  MLflow   {without_password(settings.mlflow_uri)}
 In another terminal, in this folder:
   prefect deployment run pretrain/tiny --watch
 elsewhere after
-  export PREFECT_API_URL={settings.api_url} MLFLOW_TRACKING_URI={settings.mlflow_uri}
+  export {exports}
 Ctrl-C stops everything.""",
         flush=True,
     )

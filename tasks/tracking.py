@@ -140,7 +140,7 @@ def _opened(config: RunConfig, folder: Path, outbox: Outbox) -> RunRef:
         store = local_store(config.run.root)
         (store / "artifacts").mkdir(parents=True, exist_ok=True)
         if uri == f"sqlite:///{store / 'mlflow.db'}":
-            _make_store(store / "mlflow.db")
+            make_store(store / "mlflow.db")
     journal.write_outbox(folder, outbox)
     run = RunRef(folder=folder, uri=uri)
     with _courier(run, OPEN_SECONDS, warns=True):
@@ -149,7 +149,7 @@ def _opened(config: RunConfig, folder: Path, outbox: Outbox) -> RunRef:
     return run.model_copy(update={"run_id": receipt.run_id if receipt else None})
 
 
-def _make_store(database: Path) -> None:
+def make_store(database: Path) -> None:
     """MLflow's SQLite store, whole under its name or not there: a process that is killed while
     MLflow makes the tables leaves a file with which MLflow never works again."""
     if database.exists():

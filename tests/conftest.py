@@ -119,10 +119,10 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mlflow_database(shared_folder: Path) -> Path:
     """MLflow's store as a first run makes it, to be copied: making one takes some seconds."""
-    from tasks.tracking import _make_store
+    from tasks.tracking import make_store
 
     database = shared_folder / "mlflow.db"
-    _make_store(database)
+    make_store(database)
     return database
 
 

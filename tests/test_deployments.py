@@ -8,10 +8,11 @@ import pytest
 import yaml
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.flows import load_flow_from_entrypoint
+from service import free_port
 from test_cli import overnight
 
-from flows.environment import COMPUTE
-from flows.service import POOL
+from flows.environment import COMPUTE, service_environment
+from flows.service import POOL, Settings, only_service, published
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -57,3 +58,18 @@ def test_up_outside_of_a_checkout_is_refused(tmp_path: Path) -> None:
     assert "change into the checkout" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_in_a_named_address_is_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = "postgresql://me:secret@db/mlflow"
+    settings = Settings(tmp_path / "runs", "127.0.0.1", free_port(), 5000, mlflow_named=named)
+    assert settings.environment["MLFLOW_TRACKING_URI"] == named
+    with only_service(settings), published(settings):
+        written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+        assert any(settings.api_url in text for text in written)
+        assert not any("secret" in text for text in written)
+        assert service_environment(settings.root).keys() >= {"PREFECT_API_URL"}
+    assert service_environment(settings.root) == {}

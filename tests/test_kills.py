@@ -17,7 +17,7 @@ from token_data import token_dataset
 from gpt.data.shards import read_manifest
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.run_folder import open_run_folder
-from tasks.tracking import _make_store, ended_by_outcome, open_run
+from tasks.tracking import ended_by_outcome, make_store, open_run
 from tasks.train import train
 
 KILLS = int(os.environ.get("OVERNIGHT_KILLS", "4"))
@@ -100,7 +100,7 @@ def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
 
 def test_killed_while_mlflow_s_store_is_made_the_next_start_makes_it(tmp_path):
     database = tmp_path / "mlflow.db"
-    process = PROCESSES.Process(target=_make_store, args=(database,))
+    process = PROCESSES.Process(target=make_store, args=(database,))
     process.start()
     partial = tmp_path / ".mlflow.db.partial"
     while not (partial.exists() and partial.stat().st_size > 100_000):  # some of its tables
@@ -108,7 +108,7 @@ def test_killed_while_mlflow_s_store_is_made_the_next_start_makes_it(tmp_path):
     process.kill()
     process.join()
     assert not database.exists()
-    _make_store(database)
+    make_store(database)
     client = MlflowClient(f"sqlite:///{database}")
     run = client.create_run(client.create_experiment("after"))
     assert client.get_run(run.info.run_id).info.status == "RUNNING"
