@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 import time
@@ -30,7 +29,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 
 from flows import deployments
-from flows.service import POOL, PROJECT, Settings
+from flows.service import POOL, PROJECT, Settings, without_password
+from tasks.description import store_uri
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
 FREE_DISK_BYTES = 10 * 2**30
@@ -70,7 +70,7 @@ def examine_machine(settings: Settings, serves: bool) -> Iterator[Finding]:
     yield memory(psutil.virtual_memory().available)
     yield disk(settings.root)
     yield writable(settings.root)
-    yield tracking_store(settings.mlflow_uri if serves else _local_store(settings.root))
+    yield tracking_store(store_uri(settings.root))
     yield clock_of_files(settings.root)
     if not serves:
         yield Finding(
@@ -79,10 +79,6 @@ def examine_machine(settings: Settings, serves: bool) -> Iterator[Finding]:
         )
         return
     yield from prefect_server(settings)
-
-
-def _local_store(root: Path) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve()}/mlflow/mlflow.db"
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -201,7 +197,7 @@ def clock_of_files(root: Path) -> Finding:
 
 def tracking_store(uri: str) -> Finding:
     """MLflow's server answers, or its database can be read."""
-    shown = _without_password(uri)
+    shown = without_password(uri)
     try:
         if uri.startswith("http"):
             httpx.get(f"{uri}/health", timeout=PATIENCE_SECONDS).raise_for_status()
@@ -230,14 +226,6 @@ def _ask_database(uri: str) -> None:
             if told != "ok":
                 raise OSError(told)
         connection.execute(sqlalchemy.text("SELECT 1 FROM experiments LIMIT 1"))
-
-
-def _without_password(uri: str) -> str:
-    if "@" not in uri:
-        return uri
-    import sqlalchemy
-
-    return sqlalchemy.make_url(uri).render_as_string(hide_password=True)
 
 
 # --- Prefect -------------------------------------------------------------------------------------
