@@ -16,10 +16,9 @@ def continued(config: RunConfig, tokens: int, most_steps: int | None = None) -> 
     steps, at least one, at most `most_steps`.
 
     The learning rate rises to the config's highest once more and falls as in a run of that length:
-    "re-warming and re-decaying" (Ibrahim et al. 2024, arXiv:2403.08763: it takes both to learn the
-    new text as well as a training from scratch would; how long the warm-up is, up to 2% of the
-    steps, hardly matters). The warm-up is as long a part of the run as the config's is of
-    its own length, 1% at least. The optimizer's states begin anew.
+    "re-warming and re-decaying" (Ibrahim et al. 2024, arXiv:2403.08763). The warm-up is as long a
+    part of the run as the config's is of its own length, 1% at least, a choice of ours. The
+    optimizer's states begin anew.
     """
     steps = max(1, tokens // config.tokens_per_step)
     if most_steps is not None:
