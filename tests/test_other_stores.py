@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import polars
 import pytest
-from service import SMALL, Service, small, wait_for
+from service import SMALL, Service, free_port, small, wait_for
 
 from tasks.tracking import MlflowClient
 
@@ -23,12 +22,6 @@ SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 SECRET = "a-secret-that-nobody-is-told"
 
 pytestmark = pytest.mark.skipif(not SERVERS, reason="needs Debian's postgresql")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def as_nobody(folder: Path) -> dict[str, Any]:

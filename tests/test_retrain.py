@@ -10,6 +10,7 @@ from typing import Any
 
 import polars
 import pytest
+from conftest import TINY_CONFIG
 from corpus_data import documents
 from test_cli import overnight
 
@@ -36,28 +37,8 @@ TEXTS = [
 ]
 FIRST, SECOND = TEXTS[:60], TEXTS[60:90]
 
-CONFIG = """
-[run]
-name = "tiny"
-root = "{root}"
-
-[model]
-n_layer = 1
-n_head = 2
-n_embd = 16
-block_size = 32
-
-[data]
-source = "{source}"
-validation_fraction = 0.2
-
-[training]
-batch_size = 2
-grad_acc = 2
-max_steps = 12
-dtype = "float32"
-checkpoint_interval = 5
-
+CONFIG = f"""
+{TINY_CONFIG.partition("[evaluation]")[0]}
 [evaluation]
 interval = 100
 tokens = 1_000_000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from service import free_port
 from test_stopping import command, flow_states, mlflow_run
 from test_training_loop import small_config
 from token_data import token_dataset
@@ -26,12 +26,6 @@ from tasks import journal
 from tasks.tracking import MlflowClient, RunRef, ended_by_outcome, open_run, recording
 
 START_SECONDS = 90
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class MlflowServer:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Running
-from service import ROOT, SMALL, Service, Webhook, small, wait_for
+from service import ROOT, SMALL, Service, Webhook, free_port, small, wait_for
 
 from flows import deployments
 from flows.service import POOL, Settings
@@ -48,12 +47,6 @@ DEPLOYED = [
 FOREVER = {"max_steps": 100_000, "grad_acc": 8}
 EVERY_MINUTE = "pretrain/gpt-768"
 """Refused at once, as its data are not there."""
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +364,7 @@ def test_the_doctor_finds_what_is_wrong_with_the_service(service: Service) -> No
     assert faults(service) == {}
     settings = Settings(service.root, "127.0.0.1", *service.ports)
     with service.client() as client:
-        # Five faults at once.
+        # Four faults at once.
         client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=3))
         gone = client.read_deployment_by_name("pretrain/gpt-720")
         client.delete_deployment(gone.id)
@@ -383,10 +376,8 @@ def test_the_doctor_finds_what_is_wrong_with_the_service(service: Service) -> No
             client.read_deployment_by_name("pretrain/tiny").id
         )
         client.set_flow_run_state(held.id, Running(), force=True)
-        os.kill(service.worker().pid, signal.SIGSTOP)
         found = faults(service)
-        os.kill(service.worker().pid, signal.SIGCONT)
-        assert set(found) >= {"work pool", "deployments", "runs", "schedule of widths"}
+        assert set(found) == {"work pool", "deployments", "runs", "schedule of widths"}
         assert found["work pool"]["remedy"].endswith("set-concurrency-limit gpu 1")
         assert "gpt-720" in found["deployments"]["found"]
         assert held.name in found["runs"]["found"]
