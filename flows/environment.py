@@ -37,8 +37,10 @@ COMPUTE = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # Segments that grow hardly fragment, so that more of a small card can be used.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # On a CPU, blocks of 2 MB and more in huge pages of their own: a step is faster by a tenth and
+    # more, and what is freed goes back instead of leaving holes in the heap (tests/benchmarks).
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
-
 
 LOCK = ".service.lock"
 """Below a root: held by the `overnight up` that runs there."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from flows.environment import COMPUTE
 from gpt.config import build_config
 
 ROOT = Path(__file__).parents[2]
@@ -146,8 +147,14 @@ def job_of(options, recipe, steps, seed, root):
 
 def run_job(job):
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    settings = {} if job["recipe"] == PLAIN else COMPUTE  # as the workflow sets it, and nobody else
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, env=os.environ
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=settings | os.environ,
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
