@@ -104,6 +104,12 @@ class DataSection(Section):
     are the same."""
     workers: Annotated[int, Field(ge=1, le=1_024)] | None = None
     """Processes that tokenise; left out: one for each CPU. The tokens are the same."""
+    runner: Literal["local", "dask", "ray"] = "local"
+    """Where files are tokenised: in processes of this machine, or on a Dask or Ray cluster that
+    reads and writes the same paths. The tokens are the same."""
+    cluster: str = ""
+    """Address of the Dask scheduler or Ray cluster, as tcp://host:8786 or ray://host:10001; empty:
+    one on this machine for as long as it is needed."""
 
 
 class OptimizerSection(Section):
@@ -212,6 +218,16 @@ class TrackingSection(Section):
 class HardwareSection(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """auto takes the GPU where there is one."""
+    devices: Annotated[int, Field(ge=1, le=1_024)] = 1
+    """GPUs of each machine that train together (processes, on a CPU); grad_acc is shared out among
+    them."""
+    nodes: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Machines that train together; start the same command on each."""
+    rendezvous: str = ""
+    """host:port where the machines find one another, of one of them; empty with one machine."""
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: each device holds the whole model. fsdp: each holds its share of weights, gradients and
+    optimizer states. auto: ddp where it fits."""
 
 
 class RunConfig(Section):

@@ -88,6 +88,37 @@ def some_length_is_allowed(min_length: int, max_length: int | None) -> Problem |
     )
 
 
+@rule("training.grad_acc", "hardware.devices", "hardware.nodes")
+def devices_share_the_step(grad_acc: int, devices: int, nodes: int) -> Problem | None:
+    world = devices * nodes
+    if grad_acc % world == 0:
+        return None
+    near = sorted({grad_acc // world * world, (grad_acc // world + 1) * world} - {0})
+    return Problem(
+        "training.grad_acc",
+        str(grad_acc),
+        f"must be divisible by hardware.devices x hardware.nodes = {world}: a step's micro-batches "
+        "are shared out among the devices, each taking as many",
+        f"set training.grad_acc to {' or '.join(map(str, near))}, and training.batch_size so that "
+        "tokens a step stay what you want; or other hardware.devices",
+    )
+
+
+@rule("hardware.nodes", "hardware.rendezvous")
+def nodes_have_a_meeting_place(nodes: int, rendezvous: str) -> Problem | None:
+    host, colon, port = rendezvous.rpartition(":")
+    if nodes == 1 and not rendezvous:
+        return None
+    if host and colon and port.isdigit() and 0 < int(port) < 65_536:
+        return None
+    return Problem(
+        "hardware.rendezvous",
+        rendezvous,
+        f"must be host:port with hardware.nodes = {nodes}: the machines find one another there",
+        "give an address of the first machine and a free port, as 10.0.0.1:29400",
+    )
+
+
 def head_choices(n_embd: int, n_head: int, even: bool = False) -> list[tuple[int, int]]:
     """Pairs (n_embd, n_head) that divide, near one that does not: for this head count the widths
     next below and above, then for this width the head counts next below and above.
