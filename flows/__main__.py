@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,11 +77,36 @@ def run(
     ] = False,
 ) -> None:
     """Validate, tokenise, train and evaluate; the same command again goes on where it stopped."""
+    laid_over = merged({}, overrides or [])
     try:
-        print_outcome(_pretrained(config, merged({}, overrides or []), fresh))
+        if not _took_part(config, laid_over):
+            print_outcome(_pretrained(config, laid_over, fresh))
     except KeyboardInterrupt:  # before the flow could take it
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _took_part(config: str, laid_over: Mapping[str, Any]) -> bool:
+    """Whether another machine leads the run, and this one has lent it its devices until its end.
+    The machine that leads has Prefect and MLflow."""
+    from gpt.training.meeting import leads
+
+    try:
+        checked = load_config(config, laid_over)
+    except ConfigError:  # which is told where the run is started
+        return False
+    if leads(checked.hardware.rendezvous):
+        return False
+    from flows import environment
+
+    environment.prepare(checked.run.root)
+    from gpt.training.launch import take_part
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    print(f"taking part in the run that {checked.hardware.rendezvous} leads", flush=True)
+    take_part(checked)
+    print("the run has ended")
+    return True
 
 
 def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outcome:

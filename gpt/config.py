@@ -228,6 +228,11 @@ class HardwareSection(Section):
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp: each device holds the whole model. fsdp: each holds its share of weights, gradients and
     optimizer states. auto: ddp where it fits."""
+    timeout_seconds: Annotated[int, Field(ge=1)] = 600
+    """How long devices wait for one that does not answer before they start again from the last
+    checkpoint."""
+    restarts: Annotated[int, Field(ge=0)] = 10
+    """How often they do so before the run fails."""
 
 
 class RunConfig(Section):

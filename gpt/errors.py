@@ -105,6 +105,12 @@ class NonFiniteLossError(GPTError):
     headline = "the numbers went wrong"
 
 
+class GroupError(GPTError):
+    """Devices that train together and lost one another too often."""
+
+    headline = "the devices cannot go on together"
+
+
 class RunLockedError(GPTError):
     """Another process is working in the run's folder."""
 

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config import RunConfig
 from gpt.training.checkpoint import latest_checkpoint, sound_checkpoint
-from gpt.training.loop import train as training_steps
+from gpt.training.launch import train_on_all
 from tasks.console import tell, train_display
 from tasks.stopping import stopping
 from tasks.tracking import RunRef, recording
@@ -32,7 +32,7 @@ def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> Checkpoin
     else:
         tell(f"training in {run.folder}")
     with recording(run) as recorder, train_display(config) as display, stopping.gracefully():
-        for record in training_steps(config, dataset, run.folder, stopping.requested):
+        for record in train_on_all(config, dataset, run.folder, stopping.requested):
             recorder.step(record)
             display.show(record)
     checkpoint = latest_checkpoint(run.folder)

@@ -139,6 +139,15 @@ class Service:
         """A command of Prefect's, in another terminal."""
         return self._called([sys.executable, "-m", "prefect", *words], {})
 
+    def starts(self, *words: str) -> subprocess.Popen[bytes]:
+        """A command of Prefect's that goes on, as a job of Kubernetes' has it."""
+        behaviour = {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "prefect", *words],
+            cwd=self.project,
+            env=self.environment | behaviour | {"PREFECT_API_URL": self.api_url},
+        )
+
     def python(self, code: str) -> None:
         environment = self.environment | {"PREFECT_API_URL": self.api_url}
         words = [sys.executable, "-c", code]

@@ -29,7 +29,7 @@ from prefect.client.schemas.actions import (
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.states import Running
+from prefect.states import Cancelled, Running
 from service import ROOT, SMALL, Service, Webhook, free_port, small, wait_for
 
 from flows import deployments
@@ -243,6 +243,26 @@ def test_a_worker_that_is_killed_comes_back_and_its_run_goes_on(service: Service
     wait_for("more steps", lambda: last_step(service) > step + 8)
     os.kill(pid_of(service.read(run)), signal.SIGTERM)
     assert service.ended(run).state_name == "Cancelled"
+
+
+def test_on_a_node_that_is_taken_away_it_is_planned_again(service: Service) -> None:
+    with service.client() as client:
+        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
+        run = service.deployed("pretrain/tiny", **told("night"), training=FOREVER)
+        before = last_step(service)
+        pod = service.starts("flow-run", "execute", str(run.id))
+        wait_for("more steps", lambda: last_step(service) > before + 8)
+        pod.terminate()
+        assert pod.wait(60) == 0
+        found = service.read(run)
+        assert (found.state_name, found.run_count) == ("AwaitingRetry", 1)
+        folder = run_folder(service)
+        assert folder
+        checkpoint = latest_checkpoint(folder)
+        assert checkpoint
+        assert checkpoint.step == last_step(service)
+        client.set_flow_run_state(run.id, Cancelled(), force=True)
+        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
 
 
 def test_in_mlflow_it_stayed_one_run(service: Service) -> None:

@@ -81,6 +81,10 @@ class TrainingBatches:
         ]
         return self.sequences.read(np.concatenate(indices))
 
+    def skip(self, count: int) -> None:
+        """Leave the next `count` sequences to others; moves the position as `take` does."""
+        self._next_places(count)
+
     def pass_over(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Positions, first and one after the last, that are never taken; replaces those before."""
         self._passed_over = sorted(ranges)

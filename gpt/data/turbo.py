@@ -16,6 +16,7 @@ gigatoken's cache of words has no bound, so the encoder is made anew when it has
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import re
 import tempfile
@@ -92,11 +93,20 @@ class CheckedGigatoken:
         lasts = np.searchsorted(starts, stretches[:, 1])
         if not np.array_equal(starts[firsts], stretches[:, 0]):
             raise Mismatch("a token reaches over a place where GPT-2's pattern cuts")
-        found = [ids[a:b] for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]
-        for group, expected in _encoded_groups(text, stretches):
-            if not np.array_equal(np.concatenate([found[i] for i in group]), expected):
-                start, end = stretches[group[0], 0], stretches[group[-1], 1]
-                raise Mismatch(f"its ids differ from tiktoken's near {text[start:end][:80]!r}")
+        self._compare(text, stretches, ids, np.stack([firsts, lasts], axis=1))
+
+    def _compare(
+        self, text: bytes, stretches: Stretches, ids: NDArray[np.uint32], tokens: Stretches
+    ) -> None:
+        """Hold the ids of each stretch, those of the range in `tokens`, against tiktoken's."""
+        data = np.frombuffer(text, dtype=np.uint8)
+        theirs, ours = data[_inside(stretches)].tobytes(), ids[_inside(tokens)]
+        groups = _groups(data, stretches)
+        bounds = np.stack([_ends(stretches)[groups], _ends(tokens)[groups]], axis=1).tolist()
+        for (a, first), (b, last) in itertools.pairwise([[0, 0], *bounds]):
+            expected = tokenizer.encode(theirs[a:b].decode())
+            if not np.array_equal(ours[first:last], expected):
+                raise Mismatch(f"its ids differ from tiktoken's near {theirs[a:b][:80]!r}")
 
 
 class _Spelling:
@@ -196,27 +206,27 @@ def _cut_at(edges: NDArray[Any], stretches: Stretches) -> Stretches:
     return np.stack([points[:-1][inside], points[1:][inside]], axis=1)
 
 
-def _encoded_groups(text: bytes, stretches: Stretches) -> list[tuple[range, NDArray[Any]]]:
-    """tiktoken's ids of the stretches, as many at once as can be.
+def _groups(data: NDArray[np.uint8], stretches: Stretches) -> NDArray[np.int64]:
+    """The last stretch of each group that tiktoken encodes at once, as much as can be.
 
     Where one begins with a space or a newline and the one before ends with visible ASCII, the place
     between them is a safe cut in the joined text as well.
     """
-    groups: list[list[bytes]] = []
-    for start, end in stretches.tolist():
-        stretch = text[start:end]
-        opens = stretch[0] in (_SPACE, _NEWLINE)
-        joins = opens and groups and _SPACE < groups[-1][-1][-1] < _BEYOND
-        if joins:
-            groups[-1].append(stretch)
-        else:
-            groups.append([stretch])
-    encoded, position = [], 0
-    for group in groups:
-        ids = tokenizer.encode(b"".join(group).decode())
-        encoded.append((range(position, position + len(group)), ids))
-        position += len(group)
-    return encoded
+    first, last = data[stretches[:, 0]], data[stretches[:, 1] - 1]
+    opens = (first == _SPACE) | (first == _NEWLINE)
+    joins = opens[1:] & (last[:-1] > _SPACE) & (last[:-1] < _BEYOND)
+    return np.flatnonzero(np.append(~joins, True)[: len(stretches)])
+
+
+def _inside(ranges: Stretches) -> NDArray[np.int64]:
+    """Every index in the ranges, in order."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    return np.arange(lengths.sum()) + np.repeat(ranges[:, 1] - np.cumsum(lengths), lengths)
+
+
+def _ends(ranges: Stretches) -> NDArray[np.int64]:
+    """Where each range ends once they lie end to end."""
+    return np.cumsum(ranges[:, 1] - ranges[:, 0])
 
 
 def resident_bytes() -> int:

@@ -29,6 +29,7 @@ RANDOM_FILE = "random.safetensors"
 PROGRESS_FILE = "progress.json"
 MARKER_FILE = "COMPLETE"
 BEST_FILE = "best.json"
+BATCH_SIZE_FILE = "batch_size.json"
 DAMAGED = "damaged-"
 ABANDONED = "abandoned-"
 
@@ -107,6 +108,18 @@ def _remove_checkpoint(path: Path) -> None:
     removing = path.with_name(f".removing-{path.name}")
     path.rename(removing)
     shutil.rmtree(removing, ignore_errors=True)
+
+
+def note_batch_size(folder: Path, batch_size: int) -> None:
+    """The micro-batch with which a group starts again that ran out of memory."""
+    write_text(folder / BATCH_SIZE_FILE, json.dumps(batch_size))
+
+
+def read_batch_size(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / BATCH_SIZE_FILE).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def note_best(folder: Path, step: int, loss: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,10 +50,12 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def wait_while_stalled(self, stop: Callable[[], bool]) -> None:
-        """Until the disk takes the checkpoint, or `stop` turns true."""
-        while self.stalled and self._thread and not stop():
+    def pause(self) -> None:
+        """A moment, while the disk does not take the checkpoint."""
+        if self._thread:
             self._thread.join(POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """Let what is being written become complete; give up where the disk does not take it."""

@@ -20,7 +20,7 @@ import torch
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config import RunConfig
 from gpt.errors import NonFiniteLossError, Problem
-from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
+from gpt.evaluation.heldout import HeldoutLoss
 from gpt.model.device import energy_counter_joules, peak_memory_bytes
 from gpt.preflight.cards import find_card
 from gpt.preflight.work import flops_per_token
@@ -30,15 +30,17 @@ from gpt.training.checkpoint import (
     bring_back,
     complete_checkpoints,
     note_best,
+    read_batch_size,
     sound_checkpoint,
     step_of,
 )
 from gpt.training.checkpoint_writer import CheckpointWriter
+from gpt.training.group import ALONE, Group
 from gpt.training.optimizer import set_step
 from gpt.training.recovery import LossWatch, Recovery, read_recoveries, write_recoveries
 from gpt.training.run_lock import run_lock
 from gpt.training.schedule import peak_learning_rates
-from gpt.training.snapshot import restore, take_snapshot
+from gpt.training.snapshot import take_snapshot
 from gpt.training.stepper import Gradients, Stepper
 
 logger = logging.getLogger(__name__)
@@ -103,15 +105,18 @@ class Trainer:
         dataset: DatasetManifest,
         folder: Path,
         stop: Callable[[], bool] = never,
+        group: Group = ALONE,
     ) -> None:
         self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop
+        self.group = group
         self.writer = CheckpointWriter(folder)
-        self.stepper = Stepper(config, dataset)
+        fitted = group.agreed(lambda: None if group.alone else read_batch_size(folder))
+        self.stepper = Stepper(config, dataset, group, fitted)
         self.watch = LossWatch(config.training.spike_sigma)
-        self.recoveries = read_recoveries(folder)
+        self.recoveries = group.agreed(lambda: read_recoveries(folder))
         self.step = self.saved_step = self.skipped_steps = 0
         self._previous_position = 0
-        if checkpoint := sound_checkpoint(folder):
+        if checkpoint := self._newest_checkpoint():
             self._load(checkpoint)
         self._flops_share_per_token = self._share_of_peak()
         self._energy_counter = energy_counter_joules(self.stepper.device)
@@ -123,27 +128,24 @@ class Trainer:
         if checkpoint is None:
             progress = stepper.restart(self.dataset.fingerprint)
         else:
-            progress = restore(
-                checkpoint.folder,
-                self.config,
-                self.dataset.fingerprint,
-                stepper.model,
-                stepper.optimizers,
-            )
-            stepper.scaler.load_state_dict(progress.scaler)
+            progress = stepper.resume(checkpoint.folder, self.dataset.fingerprint)
         stepper.batches.position = self._previous_position = progress.position
         self.step = self.saved_step = progress.step
         self.skipped_steps = progress.skipped_steps
         self.watch = LossWatch(self.config.training.spike_sigma, progress.recent_losses)
 
+    def _newest_checkpoint(self) -> CheckpointRef | None:
+        return self.group.agreed(lambda: sound_checkpoint(self.folder))
+
     def _share_of_peak(self) -> float | None:
-        """What one token a second is of the card's peak; None for a card that nobody listed."""
+        """What one token a second is of the peak of the group's cards, all alike; None for a card
+        that nobody listed."""
         if not self.stepper.on_gpu:
             return None
         properties = torch.cuda.get_device_properties(self.stepper.device)
         card = find_card(properties.name, properties.total_memory)
         peak = card and card.peak_tflops(self.config.training.dtype)
-        return flops_per_token(self.config) / (peak * 1e12) if peak else None
+        return flops_per_token(self.config) / (peak * 1e12 * self.group.size) if peak else None
 
     # --- the run ---------------------------------------------------------------------------------
 
@@ -168,6 +170,8 @@ class Trainer:
                 yield self._validated()
         self._last_end = time.perf_counter()
         while self.step < max_steps:
+            if not self.group.alone and self.group.any(self.stop()):
+                return
             record = self._take_step()
             if record is None:
                 return
@@ -179,7 +183,8 @@ class Trainer:
                 continue
             if self._evaluation_is_due():
                 yield self._validated()
-            self.writer.wait_while_stalled(self.stop)
+            while self.group.any(self.writer.stalled and not self.stop()):
+                self.writer.pause()
 
     def _checkpoint_is_due(self) -> bool:
         training = self.config.training
@@ -193,7 +198,7 @@ class Trainer:
         """None where it was stopped before the step was whole."""
         stepper, position = self.stepper, self.stepper.batches.position
         factor = set_step(stepper.optimizers, self.config, self.step)
-        gradients = stepper.gradients(self.stop)
+        gradients = stepper.gradients(self.stop if self.group.alone else never)
         if gradients is None:
             return None
         end, learning_rate = time.perf_counter(), self._peak_learning_rate() * factor
@@ -265,7 +270,7 @@ class Trainer:
     def _validate(self) -> HeldoutLoss:
         evaluation = self.config.evaluation
         tokens = min(evaluation.tokens, evaluation.interval_tokens)
-        return heldout_loss(self.stepper.model, self.config, self.dataset, tokens)
+        return self.stepper.heldout(self.config, tokens)
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -283,7 +288,8 @@ class Trainer:
     def _save_what_can_be(self) -> None:
         """On the way out of an error, which this must not hide."""
         try:
-            if self.stepper.consistent:
+            # A group that lost one of its own can gather nothing any more.
+            if self.stepper.consistent and self.group.alone:
                 self._save()
         except Exception as error:  # as a device that answers no more
             logger.warning("no checkpoint of step %d could be written: %s", self.step, error)
@@ -300,12 +306,17 @@ class Trainer:
             skipped_steps=self.skipped_steps,
             recent_losses=self.watch.losses,
         )
-        snapshot = take_snapshot(self.config, stepper.model, stepper.optimizers, progress)
-        self.writer.write(snapshot)
+        snapshot = take_snapshot(
+            self.config, stepper.model, stepper.optimizers, progress, keep=self.group.leads
+        )
+        if self.group.leads:
+            self.writer.write(snapshot)
         self.saved_step = self.step
 
     def _noted(self, write: Callable[..., None], *values: Any) -> None:
         """`write` into the run's folder; a disk that does not take it stops nothing."""
+        if not self.group.leads:
+            return
         try:
             write(self.folder, *values)
         except OSError as error:
@@ -324,19 +335,20 @@ class Trainer:
         with then.
         """
         self.writer.wait()
-        attempts, allowed = self._attempts_here(), self.config.training.recovery_attempts
+        attempts = self.group.agreed(self._attempts_here)
+        allowed = self.config.training.recovery_attempts
         if attempts >= allowed and is_spike:
             logger.warning("step %d: %s. Going back did not help; going on", self.step, reason)
             self.watch.forget()
             return
         if attempts >= allowed:
-            bring_back(self.folder)
+            self.group.agreed(lambda: bring_back(self.folder))
             raise self._hopeless(reason, attempts)
         if attempts:
-            abandon_newest(self.folder)
+            self.group.agreed(lambda: abandon_newest(self.folder))
         failed_step, passed_over = self.step, (bad_from, self.stepper.batches.position)
         self.stepper.drop_gradients()
-        self._load(sound_checkpoint(self.folder))
+        self._load(self._newest_checkpoint())
         logger.warning(
             "step %d: %s. Going back to step %d and over %d sequences of the data, return %d of %d",
             failed_step,

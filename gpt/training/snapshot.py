@@ -33,6 +33,7 @@ from gpt.training.checkpoint import (
     remove_surplus,
 )
 from gpt.training.identity import shaping_values
+from gpt.training.sharding import load_weights, share_of, whole
 
 SMALL_FILES_BYTES = 1_000_000
 """More than random states, progress, config and checksums take."""
@@ -57,17 +58,25 @@ class Snapshot:
 
 
 def take_snapshot(
-    config: RunConfig, model: nn.Module, optimizers: Optimizers, progress: Progress
+    config: RunConfig,
+    model: nn.Module,
+    optimizers: Optimizers,
+    progress: Progress,
+    keep: bool = True,
 ) -> Snapshot:
+    """Whole tensors, for which every process of a group must ask; those that do not `keep` them
+    get none."""
     tensors = {
         MODEL_FILE: model.state_dict(),
         OPTIMIZER_FILE: _optimizer_tensors(model, optimizers),
         RANDOM_FILE: random_states(),
     }
-    copies = {
-        file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
-        for file, named in tensors.items()
-    }
+    copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
+    for file, named in tensors.items():
+        for name, tensor in named.items():
+            gathered = whole(tensor.detach())  # one at a time: all of them may not fit
+            if keep:
+                copies[file][name] = gathered.to("cpu", copy=True)
     return Snapshot(config, progress, copies)
 
 
@@ -127,7 +136,7 @@ def restore(
     """
     progress = read_progress(checkpoint)
     _refuse_another_run(checkpoint, progress, config, dataset_fingerprint)
-    model.load_state_dict(load_file(checkpoint / MODEL_FILE))
+    load_weights(model, load_file(checkpoint / MODEL_FILE))
     _load_optimizers(load_file(checkpoint / OPTIMIZER_FILE), model, optimizers)
     set_random_states(load_file(checkpoint / RANDOM_FILE))
     return progress
@@ -171,7 +180,8 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
 def _load_optimizers(
     tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optimizers
 ) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
     states: dict[str, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
@@ -179,7 +189,11 @@ def _load_optimizers(
     for optimizer in optimizers:
         saved = optimizer.state_dict()
         order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        saved["state"] = {i: states[name] for i, name in enumerate(order) if name in states}
+        saved["state"] = {
+            i: {key: share_of(value, parameters[name]) for key, value in states[name].items()}
+            for i, name in enumerate(order)
+            if name in states
+        }
         optimizer.load_state_dict(saved)
 
 

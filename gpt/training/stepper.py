@@ -19,15 +19,17 @@ from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
 from gpt.data.batches import Batch, Sequences, TrainingBatches
 from gpt.errors import OutOfMemoryError, Problem
-from gpt.evaluation.heldout import heldout_loss
+from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
 from gpt.model.compile import compiled
-from gpt.model.device import autocast, compute_dtype, is_out_of_memory, pick_device
+from gpt.model.device import autocast, compute_dtype, is_out_of_memory
 from gpt.model.loss import summed_loss
 from gpt.model.saved import read_tensors
 from gpt.model.transformer import GPT, build_model
 from gpt.training.checkpoint import Progress
+from gpt.training.group import ALONE, Group, own_device
 from gpt.training.optimizer import build_optimizers
-from gpt.training.snapshot import random_states, set_random_states
+from gpt.training.sharding import exchanging, let_go, load_weights, replicate, shard, whole
+from gpt.training.snapshot import random_states, restore, set_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -53,34 +55,52 @@ def first_model(config: RunConfig) -> GPT:
     return model
 
 
-class Stepper:
-    """Network, optimizers and data of a run, new from the seed."""
+class SmallerBatchNeeded(Exception):  # noqa: N818 - the group starts again by it
+    """A process of a group ran out of memory; none of them can do a step by itself again."""
 
-    def __init__(self, config: RunConfig, dataset: DatasetManifest) -> None:
-        self.config, self.dataset = config, dataset
-        self.device = pick_device(config.hardware.device)
-        self.batch_size = config.training.batch_size
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(f"out of memory: batch_size {batch_size} is tried")
+        self.batch_size = batch_size
+
+
+class Stepper:
+    """Network, optimizers and data of a run, new from the seed. In a group each process takes its
+    share of a step's micro-batches. `batch_size` is the micro-batch that fitted before."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: DatasetManifest,
+        group: Group = ALONE,
+        batch_size: int | None = None,
+    ) -> None:
+        self.config, self.dataset, self.group = config, dataset, group
+        self.device = own_device(config.hardware.device)
+        self.batch_size = batch_size or config.training.batch_size
         if self.on_gpu:
             torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
         torch.manual_seed(config.training.seed)
         self.model = first_model(config).to(self.device)
         self.model.checkpoint_blocks = config.training.activation_checkpointing
-        self.network = self._compiled_network()
+        self.spread = self._spread_over_group()
+        self.network = self._compiled(self.spread)
         self.optimizers = build_optimizers(self.model, config)
         # Gradients in float16 vanish unless scaled; the other types need no scaler.
         scaled = compute_dtype(self.device, config.training.dtype) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         sequences = Sequences(dataset, dataset.train, config.model.block_size)
         self.batches = TrainingBatches(sequences, config.training.seed)
+        self._draw_own_dropout(0)
         self.consistent = True
         """False in the middle of an update: weights and states are of no step then."""
 
     def restart(self, dataset_fingerprint: str) -> Progress:
         """Weights, states and data order as `__init__` left them; the progress of that."""
         torch.manual_seed(self.config.training.seed)
-        self.model.load_state_dict(first_model(self.config).state_dict())
+        load_weights(self.model, first_model(self.config).state_dict())
         for optimizer in self.optimizers:
             optimizer.state.clear()
+        self._draw_own_dropout(0)
         return Progress(
             step=0,
             position=0,
@@ -89,12 +109,38 @@ class Stepper:
             dataset_fingerprint=dataset_fingerprint,
         )
 
-    def _compiled_network(self) -> torch.nn.Module:
+    def resume(self, checkpoint: Path, dataset_fingerprint: str) -> Progress:
+        """Weights, states and random states of a checkpoint. Raises `CheckpointError`."""
+        progress = restore(
+            checkpoint, self.config, dataset_fingerprint, self.model, self.optimizers
+        )
+        self.scaler.load_state_dict(progress.scaler)
+        self._draw_own_dropout(progress.step)
+        return progress
+
+    def _draw_own_dropout(self, step: int) -> None:
+        """The leader goes on with the run's random state, the others with states of their own."""
+        if not self.group.leads:
+            torch.manual_seed(hash((self.config.training.seed, step, self.group.rank)) % 2**63)
+
+    def _spread_over_group(self) -> torch.nn.Module:
+        if self.group.alone:
+            return self.model
+        if self._sharding() == "fsdp":
+            shard(self.model, self.group)
+            return self.model
+        return replicate(self.model)
+
+    def _sharding(self) -> str:
+        asked = self.config.hardware.sharding
+        return "ddp" if asked == "auto" else asked
+
+    def _compiled(self, network: torch.nn.Module) -> torch.nn.Module:
         # On a CPU the head dominates small models, and compiling the rest takes longer than it
         # saves in the minutes that a CPU run lasts.
         if self.config.training.compile and self.on_gpu:
-            return compiled(self.model, self.device)
-        return self.model
+            return compiled(network, self.device)
+        return network
 
     @property
     def on_gpu(self) -> bool:
@@ -124,11 +170,16 @@ class Stepper:
 
     def _accumulated(self, stop: Callable[[], bool]) -> Tensor | None:
         loss = torch.zeros((), device=self.device)
-        for _ in range(self.config.sequences_per_step // self.batch_size):
+        count, group = self.config.sequences_per_step // self.batch_size, self.group
+        for index in range(count):
             if stop():
                 return None
-            loss += self.micro_step(self.batches.take(self.batch_size))
-        return loss
+            if index % group.size != group.rank:
+                self.batches.skip(self.batch_size)
+                continue
+            with exchanging(self.spread, index + group.size >= count):
+                loss += self.micro_step(self.batches.take(self.batch_size))
+        return group.summed(loss)
 
     def micro_step(self, batch: Batch) -> Tensor:
         """Add the gradients of one micro-batch; its share of the step's mean loss."""
@@ -144,14 +195,15 @@ class Stepper:
             )
         # Over the tokens of the whole step, so that micro-batches of any split weigh the same.
         share = summed / self.config.tokens_per_step
-        self.scaler.scale(share).backward()
+        # Times their number, because a group's gradients are averaged over its processes.
+        self.scaler.scale(share * self.group.size).backward()
         return share.detach()
 
     def _clipped(self, summed: Tensor) -> Gradients:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.optimizer.grad_clip or float("inf")
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         # The one place where a step waits: what is wrong must be known before the update.
         loss, norm = torch.stack((summed, gradient_norm.to(summed.dtype))).tolist()
         usable = math.isfinite(loss) and (math.isfinite(norm) or self._overflow_is_expected())
@@ -176,8 +228,14 @@ class Stepper:
 
     def weights_are_finite(self) -> bool:
         """Waits for the device."""
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
-        return bool(torch.stack(norms).isfinite().all())
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.parameters()])
+        return bool(whole(norm).isfinite())
+
+    def heldout(self, config: RunConfig, tokens: int | None = None) -> HeldoutLoss:
+        """Every process of a group evaluates all of it: it is short, and each must know."""
+        held = heldout_loss(self.model, config, self.dataset, tokens)
+        let_go(self.model)
+        return held
 
     def _to_device(self, part: Tensor) -> Tensor:
         # From pinned memory the copy runs beside the work that is already enqueued.
@@ -212,7 +270,7 @@ class Stepper:
         # The second stands at the peak of every later one: gradients and optimizer states exist.
         self.micro_step(self.batches.take(self.batch_size))
         self.drop_gradients()
-        heldout_loss(self.model, self._one_evaluation_batch(), self.dataset)
+        self.heldout(self._one_evaluation_batch())
         if fresh:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
@@ -249,7 +307,8 @@ class Stepper:
                     "training.loss_chunk_rows, or train a smaller model or model.block_size",
                 )
             )
-        self.batch_size = next(b for b in range(before // 2, 0, -1) if total % b == 0)
+        parts = total // self.group.size
+        self.batch_size = next(b for b in range(before // 2, 0, -1) if parts % b == 0)
         logger.warning(
             "out of memory %s: batch_size %d -> %d, grad_acc %d -> %d; the tokens of a step and "
             "their order stay the same",
@@ -259,3 +318,5 @@ class Stepper:
             total // before,
             total // self.batch_size,
         )
+        if not self.group.alone:
+            raise SmallerBatchNeeded(self.batch_size)

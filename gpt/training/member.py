@@ -1,0 +1,57 @@
+"""One process of a training group; started by torch's elastic launcher, for `gpt.training.launch`.
+
+`python -m gpt.training.member TASK`, with TASK a JSON file (`gpt.training.launch.Task`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from gpt.errors import GPTError
+from gpt.training.checkpoint import note_batch_size
+from gpt.training.group import Group, join_group, leave_group, own_device
+from gpt.training.launch import Ended, Started, Task
+from gpt.training.line import Speaker
+from gpt.training.loop import Trainer
+from gpt.training.stepper import SmallerBatchNeeded
+
+
+def main() -> None:
+    task = Task.model_validate_json(Path(sys.argv[1]).read_bytes())
+    speaker = Speaker()
+    hardware = task.config.hardware
+    try:
+        group = join_group(own_device(hardware.device).type, hardware.timeout_seconds)
+        _train(task, group, speaker)
+    except (
+        GPTError
+    ) as error:  # that no other attempt mends: it ends the run, and not in a traceback
+        speaker.send(error)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        speaker.send(Ended(f"{type(error).__name__}: {reason}"))
+        raise
+    leave_group()
+
+
+def _train(task: Task, group: Group, speaker: Speaker) -> None:
+    work = group.agreed(lambda: task.work)
+    assert work, "the leader knows"
+    if group.leads:
+        logging.getLogger("gpt").addHandler(speaker)
+    try:
+        trainer = Trainer(task.config, work.dataset, work.folder, speaker.stop_requested, group)
+        if group.leads:
+            speaker.send(Started(trainer.step))
+        for record in trainer.run():
+            if group.leads:
+                speaker.send(record)
+    except SmallerBatchNeeded as needed:
+        note_batch_size(work.folder, needed.batch_size)
+        raise
+
+
+if __name__ == "__main__":
+    main()
