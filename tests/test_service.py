@@ -27,7 +27,7 @@ from prefect.client.schemas.actions import (
     WorkPoolUpdate,
 )
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import Artifact, FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Cancelled, Running
 from service import ROOT, SMALL, Service, Webhook, free_port, small, wait_for
@@ -87,11 +87,15 @@ def told(name: str) -> dict[str, Any]:
 
 
 def page_of(service: Service, run: FlowRun) -> str:
-    """Of how it ended."""
+    """Of how it ended, which is written after it has."""
     wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
-    with service.client() as client:
-        pages = client.read_artifacts(artifact_filter=wanted)
-    (page,) = [p for p in pages if p.key and p.key.startswith("end-")]
+
+    def pages() -> list[Artifact]:
+        with service.client() as client:
+            found = client.read_artifacts(artifact_filter=wanted)
+        return [page for page in found if page.key and page.key.startswith("end-")]
+
+    (page,) = wait_for(f"the page of {run.name}", pages)
     return str(page.data)
 
 

@@ -21,7 +21,7 @@ from tasks.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-STEPS = 150
+STEPS = 60
 
 
 @dataclass
@@ -97,7 +97,7 @@ def test_a_host_cut_off_and_back(
         "hardware.devices": 2,
         "hardware.nodes": 2,
         "hardware.rendezvous": f"{ADDRESSES[0]}:29400",
-        "hardware.timeout_seconds": 8,
+        "hardware.timeout_seconds": 5,
     }
     laid_over = itertools.chain(*(("--set", f"{k}={v}") for k, v in settings.items()))
     words = ["run", str(tiny_config), *laid_over]
