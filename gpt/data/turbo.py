@@ -34,8 +34,8 @@ from gpt.data.encoders import Ids, Mismatch, joined
 
 SAMPLE_BYTES = 8_192
 """Compared of every chunk (1 MB), at a place drawn from its own bytes."""
-LONG_RUN = 100
-"""Bytes without a place to cut that are called a long run."""
+LONG_RUN = 128
+"""Bytes without a place to cut that are called a long run: as many as GPT-2's longest token has."""
 SPECIAL = re.compile(rb"<\|")
 """How every special token begins. A pattern, because bytes.find takes three times as long."""
 RECYCLE_TEXT_BYTES = 512_000_000
