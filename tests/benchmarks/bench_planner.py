@@ -3,6 +3,7 @@
 
 python tests/benchmarks/bench_planner.py --json planner.json
 python tests/benchmarks/bench_planner.py --files 1_000 --tokens 100_000_000_000
+python tests/benchmarks/bench_planner.py --journal 100_000
 
 What reading the footers gives is made up; what is done with it is what a run does. The shards are
 holes: files of the right length that take no room.
@@ -14,6 +15,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from gpt.data.plan import works_of
 from gpt.data.selection import Selection
 from gpt.data.shards import read_manifest, remember_checked, write_manifest
 from gpt.data.sources import find_sources
+from gpt.data.units import JOURNAL, Entry, Journal, Tally, stored_units
 
 BLOCK_SIZE = 1_024
 LOOK_UPS = 1_000
@@ -59,6 +62,9 @@ def peak_mb():
 def main():
     asked = arguments()
     meter = Meter()
+    if asked.journal:
+        journal(meter, asked)
+        return
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         found = planning(meter, asked, Path(folder))
         made = manifests(meter, asked, Path(folder) / "data", found)
@@ -82,10 +88,11 @@ def arguments():
     parser.add_argument("--tokens-per-shard", type=int, default=100_000_000)
     parser.add_argument("--position", type=int, default=10_000_000_000_000, help="a token")
     parser.add_argument("--footers", type=int, default=20, help="real files whose footers are read")
+    parser.add_argument("--journal", type=int, help="only this: finished units read, as to go on")
     parser.add_argument("--folder", help="where the holes are written")
     parser.add_argument("--json", help="file for the figures")
     asked = parser.parse_args()
-    asked.position = min(asked.position, asked.tokens // 2)
+    asked.position = min(asked.position, asked.tokens * 9 // 10)
     return asked
 
 
@@ -171,6 +178,23 @@ def footers(meter, asked, folder):
         f"footers: {asked.footers} real ones read",
         lambda: [inspect(file, selection) for file in files],
     )
+
+
+def journal(meter, asked):
+    """What a run that goes on reads first: a line for each finished unit."""
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        tally = Tally(rows=2_000, skipped=Counter(null=0, empty=3))
+        tally.lengths = Counter(dict.fromkeys(range(5, 15), 100))
+        for side in tally.sides.values():
+            side.documents, side.tokens, side.text_bytes, side.digest = 10, 10**6, 10**7, "0" * 64
+        entries = (Entry(f"{number:032x}", "gigatoken", tally) for number in range(asked.journal))
+        Journal(Path(folder), asked.tokens_per_shard, entries).close()
+        size = (Path(folder) / JOURNAL).stat().st_size
+        read = meter.measured(
+            f"journal: {asked.journal:,} units read", lambda: stored_units(Path(folder))
+        )
+        assert len(read) == asked.journal
+        print(f"  {size:,} bytes; {meter.figures['before']['peak_mb']:,} MB before")
 
 
 if __name__ == "__main__":
