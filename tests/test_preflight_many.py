@@ -230,6 +230,7 @@ def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
         choose_sharding(config_of(wide), H100_BYTES)
     report = report_on(wide)
     assert [problem.key for problem in report.problems] == ["hardware.sharding"]
+    assert {choice.key for choice in report.suggestions} == {"hardware.sharding"}
     first = report.suggestions[0].overrides
     assert first["training.batch_size"] * first["training.grad_acc"] == 512 * 32
     assert first["training.grad_acc"] % 2 == 0

@@ -136,7 +136,8 @@ def _examined(path: str, target: Target, starting: bool, figures: Figures) -> Re
     config = figures.config
     suggestions: list[Suggestion] = []
     if figures.fits is False and target.memory_bytes is not None:
-        suggestions += smaller("training.batch_size", config, target.memory_bytes)
+        key = "training.batch_size" if figures.layout.devices == 1 else "hardware.sharding"
+        suggestions += smaller(key, config, target.memory_bytes)
     ways = tuple(suggestion.as_overrides() for suggestion in suggestions)
     facts = Facts(config, target, figures.data, figures.memory, starting, ways)
     problems = tuple(found for check in PROBLEMS if (found := check(facts)))
