@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows import model_commands, retrain_commands, service_commands
-from flows.options import ConfigPath, Gpu, Overrides
+from flows.options import ConfigPath, Devices, Gpu, Network, Nodes, Overrides, asked_of
 from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
+from gpt.preflight.links import NETWORK_GBIT
 
 if TYPE_CHECKING:
     from flows.compare import Compared
@@ -238,13 +239,16 @@ def validate(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="TOML configs.")],
     overrides: Overrides = None,
     gpu: Gpu = "auto",
+    devices: Devices = None,
+    nodes: Nodes = None,
+    network_gbit: Network = NETWORK_GBIT,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say what configs come to and whether they can work; reads no data and starts nothing."""
     from gpt.preflight.report import examine
 
-    laid_over = merged({}, overrides or [])
-    reports = [examine(path, laid_over, gpu) for path in configs]
+    laid_over = asked_of(merged({}, overrides or []), devices, nodes)
+    reports = [examine(path, laid_over, gpu, network_gbit=network_gbit) for path in configs]
     if as_json:
         values = [report.as_json() for report in reports]
         print(json.dumps(values[0] if len(values) == 1 else values, indent=2))

@@ -2,21 +2,23 @@
 
 The training tokens are cut into sequences of `block_size` (plus the one token that the last
 target needs), none across two shards. Every epoch visits each sequence once, in an order drawn
-from (seed, epoch) alone; so a position, the number of sequences already taken, says exactly what
-comes next, whatever the batch size and the number of restarts.
+from (seed, epoch) alone (`gpt.data.order`); so a position, the number of sequences already taken,
+says exactly what comes next, whatever the batch size and the number of restarts.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt.artifacts import DatasetManifest, Split
+from gpt.data.order import Order, epoch_order
 from gpt.data.shards import check, open_shard
 from gpt.errors import DatasetError, Problem
 
@@ -24,17 +26,32 @@ Batch = tuple[Tensor, Tensor]
 """Inputs and targets, each (sequences, block_size) int64; targets are one token ahead."""
 
 
+MOST_OPEN_SHARDS = 8_192
+"""Shards mapped at once: Linux gives a process 65,530 mappings (vm.max_map_count)."""
+
+
+class Home(NamedTuple):
+    """Where a sequence lies."""
+
+    shard: int
+    """Number of the shard in its split."""
+    first_token: int
+    """In that shard."""
+
+
 class Sequences:
-    """Random access to the sequences of one split, memory-mapped. Raises `DatasetError` for a
-    shard that is missing, short or altered, and for a split without one whole sequence."""
+    """Random access to the sequences of one split, memory-mapped, 8 bytes of memory a shard and
+    those that were read last open. Raises `DatasetError` for a shard that is missing, short or
+    altered, and for a split without one whole sequence."""
 
     def __init__(self, dataset: DatasetManifest, split: Split, block_size: int) -> None:
         check(dataset)
         self.block_size = block_size
-        self._shards = [open_shard(dataset.folder / shard.name, shard) for shard in split.shards]
-        counts = [max(0, len(shard) - 1) // block_size for shard in self._shards]
-        self._ends = np.array(list(itertools.accumulate(counts)), dtype=np.int64)
-        if not counts or not self._ends[-1]:
+        self._folder, self._shards = dataset.folder, split.shards
+        self._opened = lru_cache(MOST_OPEN_SHARDS)(self._open)
+        tokens = np.array([shard.tokens for shard in split.shards], dtype=np.int64)
+        self._ends = np.cumsum(np.maximum(0, tokens - 1) // block_size)
+        if not self._ends.size or not self._ends[-1]:
             raise DatasetError(
                 Problem(
                     "model.block_size",
@@ -48,16 +65,24 @@ class Sequences:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def homes(self, indices: np.ndarray) -> list[Home]:
+        """Where the sequences at `indices`, (n,) int64, lie."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        firsts = indices - np.where(shards, self._ends[shards - 1], 0)
+        pairs = zip(shards.tolist(), (firsts * self.block_size).tolist(), strict=True)
+        return [Home(shard, first_token) for shard, first_token in pairs]
+
     def read(self, indices: np.ndarray) -> Batch:
         """The sequences at `indices`, in that order."""
         tokens = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
-        homes = np.searchsorted(self._ends, indices, side="right")
-        for row, (index, home) in enumerate(zip(indices, homes, strict=True)):
-            first = index - (self._ends[home - 1] if home else 0)
-            start = int(first) * self.block_size
-            tokens[row] = self._shards[home][start : start + self.block_size + 1]
+        for row, (shard, start) in enumerate(self.homes(indices)):
+            tokens[row] = self._opened(shard)[start : start + self.block_size + 1]
         both = torch.from_numpy(tokens)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def _open(self, number: int) -> np.memmap[Any, np.dtype[np.uint16]]:
+        shard = self._shards[number]
+        return open_shard(self._folder / shard.name, shard)
 
 
 class TrainingBatches:
@@ -68,8 +93,7 @@ class TrainingBatches:
         self.seed = seed
         self.position = position
         self._passed_over: list[tuple[int, int]] = []
-        self._order_epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order: tuple[int, Order] | None = None
 
     def take(self, count: int) -> Batch:
         """The next `count` sequences; moves the position."""
@@ -77,7 +101,7 @@ class TrainingBatches:
         epochs, offsets = np.divmod(places, len(self.sequences))
         # Sorted already: a batch that crosses an epoch's end takes the rest of one order first.
         indices = [
-            self._epoch_order(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)
+            self.epoch_order(int(epoch))(offsets[epochs == epoch]) for epoch in np.unique(epochs)
         ]
         return self.sequences.read(np.concatenate(indices))
 
@@ -101,12 +125,12 @@ class TrainingBatches:
             self.position = max(self.position, end)
         return np.concatenate(places)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._order_epoch:
-            generator = np.random.default_rng((self.seed, epoch))
-            self._order = generator.permutation(len(self.sequences))
-            self._order_epoch = epoch
-        return self._order
+    def epoch_order(self, epoch: int) -> Order:
+        """The order of an epoch; the one asked for last is kept."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = None  # two shuffles at once would take twice the memory
+            self._order = epoch, epoch_order(len(self.sequences), self.seed, epoch)
+        return self._order[1]
 
 
 def validation_batches(sequences: Sequences, tokens: int, batch_size: int) -> Iterator[Batch]:

@@ -30,29 +30,32 @@ READ_BYTES = 1 << 18
 """Read from the file at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A Parquet file that passed inspection."""
 
     file: CorpusFile
-    groups: tuple[tuple[int, int], ...]
-    """Rows and uncompressed bytes of the text column, for each row group."""
+    groups: NDArray[np.int64]
+    """Rows and uncompressed bytes of the text column, for each row group: (groups, 2). An array,
+    because a corpus can have millions of them."""
 
     @property
     def rows(self) -> int:
-        return sum(rows for rows, _ in self.groups)
+        return int(self.groups[:, 0].sum())
 
     @property
     def text_bytes(self) -> int:
-        return sum(text_bytes for _, text_bytes in self.groups)
+        return int(self.groups[:, 1].sum())
 
     @property
     def units(self) -> list[Unit]:
-        return list(cut_into_units(self.groups))
+        return list(cut_into_units(self.groups.tolist()))
 
     def batch_rows(self) -> int:
-        average = max(size / rows for rows, size in self.groups if rows)
-        return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1.0, average))))
+        rows, text_bytes = self.groups[self.groups[:, 0] > 0].T
+        return max(
+            1, min(BATCH_ROWS, int(BATCH_BYTES / max(1.0, float((text_bytes / rows).max()))))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,8 @@ def inspect(file: CorpusFile, selection: Selection) -> Source:
     selection.check(file, schema)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     leaf = leaves[column]
-    return Source(file, tuple((g.num_rows, g.column(leaf).total_uncompressed_size) for g in groups))
+    sizes = [(g.num_rows, g.column(leaf).total_uncompressed_size) for g in groups]
+    return Source(file, np.array(sizes, dtype=np.int64))
 
 
 def _open(file: CorpusFile) -> pq.ParquetFile:
@@ -179,7 +183,7 @@ def read(source: Source, units: Sequence[Unit], selection: Selection) -> Iterato
     """
     if not units:
         return
-    first_rows = list(itertools.accumulate((rows for rows, _ in source.groups), initial=0))
+    first_rows = list(itertools.accumulate(source.groups[:, 0].tolist(), initial=0))
     row = 0
     groups = sorted({group for unit in units for group in unit.groups})
     unit = 0
@@ -215,7 +219,7 @@ def _damaged(source: Source, row: int, error: Exception) -> Problem:
     except OSError as reason:
         return unreadable(source.file, reason)
     group, first = 0, 0
-    for group, (rows, _) in enumerate(source.groups):  # noqa: B007
+    for group, rows in enumerate(source.groups[:, 0].tolist()):  # noqa: B007
         if row < first + rows:
             break
         first += rows

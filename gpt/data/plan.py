@@ -5,11 +5,16 @@ The name is a hash of all that decides the tokens; so is the key of every unit o
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import logging
 import time
-from collections.abc import Generator
+from bisect import bisect_right
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from gpt.artifacts import DatasetManifest
 from gpt.config import DataSection, RunConfig, fingerprint
@@ -17,8 +22,8 @@ from gpt.data import tokenizer
 from gpt.data.parquet import Source, check_whole, inspect
 from gpt.data.selection import Selection, numbered_partitions, partition_values
 from gpt.data.shards import MANIFEST, check, read_manifest
-from gpt.data.sources import HASHES, Identities, find_sources
-from gpt.data.units import Unit
+from gpt.data.sources import HASHES, CorpusFile, Identities, find_sources
+from gpt.data.units import Unit, cut_into_units
 from gpt.errors import CorpusError, DatasetError, Problem
 
 FORMAT_VERSION = 2
@@ -53,10 +58,14 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
+    files = find_sources(config.data.source)
+    return plan_of(config, files, Identities(files, config.run.root / "datasets" / HASHES))
+
+
+def plan_of(config: RunConfig, files: Sequence[CorpusFile], identities: Identities) -> Plan:
+    """The plan for files whose identities are known."""
     data = config.data
-    files = find_sources(data.source)
     datasets = config.run.root / "datasets"
-    identities = Identities(files, datasets / HASHES)
     selection = Selection(
         data.text_column,
         data.where,
@@ -123,11 +132,83 @@ class Work:
     key: str
 
 
-def works_of(plan: Plan, sources: list[Source]) -> list[Work]:
-    """Every unit in order. With drop_duplicates a unit depends on all before it, so its key holds
-    theirs; otherwise on its own rows alone."""
-    data = plan.data
-    settings = fingerprint(
+def works_of(plan: Plan, sources: Sequence[Source]) -> Works:
+    """Every unit in order."""
+    return Works(plan, sources)
+
+
+class Works(Sequence[Work]):
+    """The units of a plan, each made when it is asked for: 15T tokens are millions of them, and
+    held all at once they would take gigabytes.
+
+    With drop_duplicates a unit depends on all before it, so its key holds theirs, and getting at
+    one takes the time of all before it; otherwise on its own rows alone.
+    """
+
+    def __init__(self, plan: Plan, sources: Sequence[Source], window: range | None = None) -> None:
+        self._plan, self._sources = plan, sources
+        self._ends: list[int] = []
+        if window is None:
+            counts = (sum(1 for _ in _units(source)) for source in sources)
+            self._ends = list(itertools.accumulate(counts))
+            window = range(self._ends[-1] if self._ends else 0)
+        self._window = window
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    @overload
+    def __getitem__(self, index: int) -> Work: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Works: ...
+
+    def __getitem__(self, index: int | slice) -> Work | Works:
+        if isinstance(index, int):
+            return next(self._from(self._window[index]))
+        window = self._window[index]
+        assert window.step == 1, "units are taken in order"
+        part = Works(self._plan, self._sources, window)
+        part._ends = self._ends
+        return part
+
+    def __iter__(self) -> Iterator[Work]:
+        return itertools.islice(self._from(self._window.start), len(self))
+
+    def _from(self, first: int) -> Iterator[Work]:
+        """Units `first` and on."""
+        if self._plan.data.drop_duplicates:
+            return itertools.islice(self._made(0), first, None)
+        file = bisect_right(self._ends, first)
+        before = self._ends[file - 1] if file else 0
+        return itertools.islice(self._made(file), first - before, None)
+
+    def _made(self, first_file: int) -> Iterator[Work]:
+        """Units from a file on, the first of all where keys hold those before."""
+        plan, settings = self._plan, _unit_settings(self._plan.data)
+        chained, before = plan.data.drop_duplicates, ""
+        for source in itertools.islice(self._sources, first_file, None):
+            identity = plan.identities.of[source.file].sha256
+            partitions = partition_values(source.file, plan.selection) if plan.data.where else {}
+            # What `fingerprint` hashes, its keys in order, written out: five times as fast.
+            head = (
+                f'", "file": "{identity}", "partitions": {json.dumps(partitions, sort_keys=True)}'
+            )
+            for unit in _units(source):
+                rows = f'"rows": [{unit.rows.start}, {unit.rows.stop}], "settings": "{settings}"'
+                text = f'{{"before": "{before}{head}, {rows}}}'
+                key = hashlib.sha256(text.encode()).hexdigest()[:32]
+                yield Work(source, unit, key)
+                before = key if chained else ""
+
+
+def _units(source: Source) -> Iterator[Unit]:
+    return cut_into_units(source.groups.tolist())
+
+
+def _unit_settings(data: DataSection) -> str:
+    """What of the settings decides a unit's ids."""
+    return fingerprint(
         {
             "format": FORMAT_VERSION,
             "ranks": tokenizer.RANKS_SHA256,
@@ -136,15 +217,3 @@ def works_of(plan: Plan, sources: list[Source]) -> list[Work]:
             "selection": {k: v for k, v in asked_for(data).items() if k != "max_tokens"},
         }
     )
-    works: list[Work] = []
-    before = ""
-    for source in sources:
-        identity = plan.identities.of[source.file].sha256
-        partitions = partition_values(source.file, plan.selection) if data.where else {}
-        for unit in source.units:
-            rows = [unit.rows.start, unit.rows.stop]
-            values = {"settings": settings, "file": identity, "rows": rows, "before": before}
-            key = fingerprint(values | {"partitions": partitions})[:32]
-            works.append(Work(source, unit, key))
-            before = key if data.drop_duplicates else ""
-    return works

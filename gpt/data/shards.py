@@ -236,9 +236,7 @@ def read_manifest(folder: Path) -> DatasetManifest:
     """
     path = folder / MANIFEST
     try:
-        manifest = DatasetManifest.model_validate(
-            _Manifest.model_validate_json(path.read_bytes()).model_dump() | {"folder": folder}
-        )
+        manifest = _in_folder(_Manifest.model_validate_json(path.read_bytes()), folder)
     except FileNotFoundError:
         problem = Problem(str(path), "", "is missing: the data set is not complete", REMEDY)
     except OSError as error:
@@ -303,6 +301,12 @@ class _Manifest(DatasetManifest):
     """The manifest as it stands in the file, where no folder is named."""
 
     folder: Path = Path()
+
+
+def _in_folder(manifest: _Manifest, folder: Path) -> DatasetManifest:
+    """With its folder. Its values were checked when it was read; there can be 100,000s of them."""
+    values = {name: getattr(manifest, name) for name in DatasetManifest.model_fields}
+    return DatasetManifest.model_construct(**values | {"folder": folder})
 
 
 def _shards(manifest: DatasetManifest) -> tuple[Shard, ...]:

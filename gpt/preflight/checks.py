@@ -20,8 +20,10 @@ from gpt.config import RunConfig
 from gpt.errors import Problem
 from gpt.preflight.cards import GIB
 from gpt.preflight.data import DataFacts
+from gpt.preflight.layout import devices_of
 from gpt.preflight.memory import Memory
 from gpt.preflight.named_files import missing_benchmark, model_to_begin_with
+from gpt.preflight.sharding import misfit
 from gpt.preflight.target import Target
 from gpt.preflight.work import disk_bytes, total_tokens
 from gpt.training.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
@@ -80,10 +82,25 @@ def device_exists(facts: Facts) -> Problem | None:
     )
 
 
+def devices_are_here(facts: Facts) -> Problem | None:
+    hardware, target = facts.config.hardware, facts.target
+    asked_about = target.named or not facts.starting or hardware.device == "cpu"
+    if asked_about or not 0 < target.found < hardware.devices:
+        return None
+    return Problem(
+        "hardware.devices",
+        str(hardware.devices),
+        f"this machine shows {target.found} NVIDIA GPUs",
+        f"set hardware.devices to {target.found}, or start on a machine that has more",
+    )
+
+
 def fits_the_card(facts: Facts) -> Problem | None:
     target, memory = facts.target, facts.memory
     if target.memory_bytes is None or facts.config.hardware.device == "cpu":
         return None
+    if devices_of(facts.config) > 1:
+        return misfit(facts.config, target.memory_bytes)
     # A run that starts makes its own micro-batches smaller, if that can help.
     if memory.needed_bytes <= target.memory_bytes or (facts.starting and facts.smaller):
         return None
@@ -189,6 +206,8 @@ def card_is_made_to_fit(facts: Facts) -> Problem | None:
     if not (facts.starting and facts.smaller) or facts.config.hardware.device == "cpu":
         return None
     if target.memory_bytes is None or needed <= target.memory_bytes:
+        return None
+    if devices_of(facts.config) > 1:
         return None
     return Problem(
         "training.batch_size",
@@ -344,6 +363,7 @@ def tracking_answers(facts: Facts) -> Problem | None:
 
 PROBLEMS: tuple[Check, ...] = (
     device_exists,
+    devices_are_here,
     fits_the_card,
     data_is_there,
     data_fills_a_batch,

@@ -35,6 +35,17 @@ inputs in the type that is multiplied in, and of a chunk only its logits and the
 What lies on top is not measured by either, and assumed: `overheads`. The CUDA context with
 cuBLAS's and cuDNN's code, some 0.5 GB; what torch's caching allocator holds without use, 4% with
 expandable segments; buffers of compiled graphs. The verdict on a card is on the sum.
+
+Of many devices (`Layout`) each holds this for its own micro-batches, and
+- ddp: gradients through the whole step, because the buckets that are exchanged are the gradients
+  (torch's DistributedDataParallel with gradient_as_bucket_view=True; without it, or where gradients
+  are dropped between steps and not zeroed, the buckets are as much again);
+- fsdp (torch's fully_shard, each block and then the rest): its share of weights, optimizer states
+  and exchanged gradients, and gathered in float32 two blocks, the one at work and the next, and
+  what is outside the blocks, which stays gathered from forward to backward (the default for the
+  root). Gradients are whole while several micro-batches are summed, because they are exchanged
+  after the last (set_requires_gradient_sync). Autocast's copies are not shared out.
+What NCCL itself allocates is not counted: nobody has measured it here.
 """
 
 from __future__ import annotations
@@ -44,6 +55,7 @@ from dataclasses import dataclass
 
 from gpt.config import ModelSection, RunConfig
 from gpt.preflight.cards import MIB
+from gpt.preflight.layout import ONE_DEVICE, Layout
 from gpt.preflight.parameters import Parameters, count_parameters
 
 CUDA_CHUNK_ROWS = 2048
@@ -77,17 +89,18 @@ class Memory:
         return max(self.compiled_bytes, self.evaluation_bytes) + sum(self.overheads.values())
 
 
-def estimate_memory(config: RunConfig) -> Memory:
-    """Peak memory of training and evaluation on a GPU; on a CPU where the config names that.
+def estimate_memory(config: RunConfig, layout: Layout = ONE_DEVICE) -> Memory:
+    """Peak memory of training and evaluation on one GPU of a layout; on a CPU where the config
+    names that.
 
     The card does not matter: one without bfloat16 computes in float16, which is as wide.
     """
     on_cpu = config.hardware.device == "cpu"
-    step = _Step.of(config, compiled=False)
+    step = _Step.of(config, compiled=False, layout=layout)
     moment, parts = step.fullest()
     # A CPU compiles the loss alone, and its memory is not judged.
     compiled = config.training.compile and not on_cpu
-    compiled_parts = _Step.of(config, compiled=True).fullest()[1] if compiled else parts
+    compiled_parts = _Step.of(config, True, layout).fullest()[1] if compiled else parts
     compiled_bytes = sum(compiled_parts.values())
     return Memory(
         moment=moment,
@@ -123,9 +136,10 @@ class _Step:
     accumulates: bool
     checkpointed: bool
     compiled: bool
+    layout: Layout
 
     @classmethod
-    def of(cls, config: RunConfig, compiled: bool) -> _Step:
+    def of(cls, config: RunConfig, compiled: bool, layout: Layout) -> _Step:
         training, on_cpu = config.training, config.hardware.device == "cpu"
         parameters = count_parameters(config.model)
         muon = config.optimizer.name == "muon"
@@ -138,11 +152,12 @@ class _Step:
             tokens=training.batch_size * config.model.block_size,
             chunk_rows=training.loss_chunk_rows or default_rows,
             width=4 if training.dtype == "float32" or on_cpu else 2,
-            optimizer_states=4 * (2 * parameters.total - kept_once),
+            optimizer_states=layout.share(4 * (2 * parameters.total - kept_once)),
             muon=muon,
-            accumulates=training.grad_acc > 1,
+            accumulates=layout.holds_gradients or training.grad_acc > layout.devices,
             checkpointed=training.activation_checkpointing,
             compiled=compiled,
+            layout=layout,
         )
 
     def fullest(self) -> tuple[str, dict[str, int]]:
@@ -226,6 +241,14 @@ class _Step:
         """Gradients while a micro-batch goes forward: those of the ones before it."""
         return 4 * self.parameters.total if self.accumulates else 0
 
+    def _weights(self) -> int:
+        """Of a layout's device: its share, and what is gathered."""
+        total, blocks = self.parameters.total, self.parameters.in_blocks
+        if not self.layout.shares:
+            return 4 * total
+        gathered = total - blocks + min(2, self.model.n_layer) * blocks // self.model.n_layer
+        return self.layout.share(4 * total) + 4 * gathered
+
     def _parts(
         self,
         gradients: int,
@@ -233,9 +256,10 @@ class _Step:
         autocast_copies: int = 0,
         loss: int = 0,
         temporaries: int = 0,
+        weights: int | None = None,
     ) -> dict[str, int]:
         return {
-            "weights": 4 * self.parameters.total,
+            "weights": self._weights() if weights is None else weights,
             "gradients": gradients,
             "optimizer_states": self.optimizer_states,
             "activations": activations,
@@ -298,8 +322,10 @@ class _Step:
     def _at_embedding(self) -> dict[str, int]:
         head = 4 * self._head_values
         embedding_is_new = 0 if self.accumulates else head
+        blocks = 4 * self.parameters.in_blocks
+        exchanged = 0 if self.accumulates else blocks - self.layout.share(blocks)
         return self._parts(
-            gradients=4 * self.parameters.total - embedding_is_new,
+            gradients=4 * self.parameters.total - embedding_is_new - exchanged,
             activations=24 * self.tokens + self._stream_width * self._values,
             temporaries=3 * head if self.parameters.tied else head,
         )
@@ -309,7 +335,8 @@ class _Step:
         # matrix, its products and the next iterate. Fused AdamW works in place.
         largest_matrix = 4 * self.model.n_embd**2
         return self._parts(
-            gradients=4 * self.parameters.total,
+            weights=self.layout.share(4 * self.parameters.total),
+            gradients=self.layout.share(4 * self.parameters.total),
             temporaries=9 * largest_matrix if self.muon else 0,
         )
 
@@ -323,5 +350,5 @@ class _Step:
         head_copy = e * self._head_values if self._autocast else 0
         # gpt2: logits beside logsumexp's own copy. nanochat: before, divided and after tanh.
         loss = (8 if self._gpt2 else 12) * logits + (self._stream_width + rows_copy) * values
-        standing = 4 * self.parameters.total + self.optimizer_states + 24 * tokens
+        standing = self._weights() + self.optimizer_states + 24 * tokens
         return standing + self._weight_copies() + max(forward, loss + head_copy)

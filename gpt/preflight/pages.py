@@ -16,6 +16,7 @@ from gpt.errors import Problem
 from gpt.preflight.checks import gb, gib
 from gpt.preflight.remedies import Suggestion
 from gpt.preflight.report import Figures, Report
+from gpt.preflight.scaling_page import scaling_rows
 from gpt.preflight.work import flops_per_token, total_tokens
 from gpt.training.schedule import peak_learning_rates
 
@@ -43,8 +44,11 @@ def sections(report: Report) -> Iterator[tuple[str, Rows]]:
     if figures is None:
         return
     yield "model", _model_rows(figures)
-    yield "memory on the card", _memory_rows(figures, report)
+    each = "" if figures.layout.devices == 1 else f", each of {figures.layout.devices:,}"
+    yield f"memory on the card{each}", _memory_rows(figures, report)
     yield "work", _work_rows(figures, report)
+    if figures.layout.devices > 1:
+        yield "many devices", scaling_rows(figures, report.target.name)
     yield "data and disk", _data_rows(figures)
 
 
@@ -90,6 +94,8 @@ def _work_rows(figures: Figures, report: Report) -> Rows:
     config, pace = figures.config, figures.pace
     training, tokens = config.training, total_tokens(config)
     per_token = flops_per_token(config)
+    many = figures.layout.devices > 1
+    timed = [] if many else [("time", f"{_hours(figures.hours)} on {report.target.name}")]
     return [
         (
             "step",
@@ -102,8 +108,8 @@ def _work_rows(figures: Figures, report: Report) -> Rows:
             f"{per_token / 1e6:,.0f} million a token, {per_token * tokens / 1e18:,.3g} x 10^18 in "
             "all",
         ),
-        ("pace", _pace(pace.tokens_per_second)),
-        ("time", f"{_hours(figures.hours)} on {report.target.name}"),
+        ("pace of one device" if many else "pace", _pace(pace.tokens_per_second)),
+        *timed,
         ("basis", pace.basis),
     ]
 
@@ -223,7 +229,7 @@ def comparison_row(report: Report) -> tuple[str, ...]:
     figures = report.figures
     if figures is None:
         return (report.path, *[NONE] * (len(COMPARISON) - 2), verdict(report))
-    config, pace = figures.config, figures.pace.tokens_per_second
+    config, pace = figures.config, figures.tokens_per_second
     model = config.model
     return (
         report.path,

@@ -29,6 +29,11 @@ class Parameters:
         """What Muon updates where it is chosen."""
         return self.attention + self.mlp
 
+    @property
+    def in_blocks(self) -> int:
+        """Of all blocks, the last norm among them."""
+        return self.attention + self.mlp + self.vectors
+
     def groups(self) -> dict[str, int]:
         return {
             "token_embedding": self.token_embedding,

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from gpt.config import ModelSection, RunConfig, build_config, merged
 from gpt.errors import ConfigError
+from gpt.preflight.layout import devices_of, layouts_of
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
 from gpt.rules import head_choices
@@ -69,8 +70,14 @@ def lay_over(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 
 def fits(config: RunConfig, memory_bytes: int | None) -> bool | None:
-    """Whether a card of that memory holds a run; None where there is no card."""
-    return None if memory_bytes is None else estimate_memory(config).needed_bytes <= memory_bytes
+    """Whether a card of that memory holds a run, or its part of one on many devices; None where
+    there is no card."""
+    if memory_bytes is None:
+        return None
+    return any(
+        estimate_memory(config, layout).needed_bytes <= memory_bytes
+        for layout in layouts_of(config)
+    )
 
 
 # --- heads ---------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ def _batches(config: RunConfig) -> list[dict[str, Any]]:
     return [
         {"training.batch_size": size, "training.grad_acc": sequences // size}
         for size in range(min(config.training.batch_size - 1, LARGEST_BATCH), 0, -1)
-        if sequences % size == 0
+        if sequences % (size * devices_of(config)) == 0
     ]
 
 

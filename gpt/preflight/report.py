@@ -16,9 +16,13 @@ from gpt.errors import ConfigError, Problem
 from gpt.preflight.checks import PROBLEMS, WARNINGS, Facts, disk_needed, free_disk_bytes
 from gpt.preflight.data import DataFacts, look_at_data
 from gpt.preflight.history import measured_pace
+from gpt.preflight.layout import ONE_DEVICE, Layout
+from gpt.preflight.links import NETWORK_GBIT
 from gpt.preflight.memory import Memory, estimate_memory
 from gpt.preflight.parameters import Parameters, count_parameters
 from gpt.preflight.remedies import Suggestion, aligned_heads, dividing_heads, fits, smaller
+from gpt.preflight.scaling import Scaling, estimate_scaling
+from gpt.preflight.sharding import chosen_layout
 from gpt.preflight.target import Target, find_target
 from gpt.preflight.work import Pace, estimate_pace, flops_per_token, hours, total_tokens
 
@@ -35,10 +39,23 @@ class Figures:
     data: DataFacts
     disk: Mapping[str, int]
     free_disk_bytes: int | None
+    layout: Layout = ONE_DEVICE
+    """Of the devices that `memory` and `fits` are of."""
+    scaling: Scaling | None = None
+    """None with one device, and where card or pace are not known."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all devices, with no exchange hidden."""
+        if self.layout.devices == 1:
+            return self.pace.tokens_per_second
+        seconds = self.scaling.step_seconds_exposed if self.scaling else None
+        return self.config.tokens_per_step / seconds if seconds else None
 
     @property
     def hours(self) -> float | None:
-        return hours(self.config, self.pace)
+        """Of training on all devices, with no exchange hidden."""
+        return hours(self.config, Pace(self.tokens_per_second, self.pace.basis))
 
     @property
     def epochs(self) -> float | None:
@@ -79,19 +96,25 @@ def examine(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     gpu: str = "auto",
     starting: bool = False,
+    network_gbit: float = NETWORK_GBIT,
 ) -> Report:
     """The report on a config file. `starting`: a run begins now on this machine, so sources that
-    are missing stop it; asked beforehand they are a warning. Never raises for a bad config."""
+    are missing stop it; asked beforehand they are a warning. `network_gbit`: of each machine, where
+    there are several; `ConfigError` for one of no speed. Never raises for a bad config."""
     target = find_target(gpu)
     try:
         raw = merged(read_toml(Path(path)), overrides)
     except ConfigError as error:
         return Report(path, target, None, error.problems)
-    return examine_values(path, raw, target, starting)
+    return examine_values(path, raw, target, starting, network_gbit)
 
 
 def examine_values(
-    path: str, raw: Mapping[str, Any], target: Target, starting: bool = False
+    path: str,
+    raw: Mapping[str, Any],
+    target: Target,
+    starting: bool = False,
+    network_gbit: float = NETWORK_GBIT,
 ) -> Report:
     """The report on values that came from `path`, overrides laid over."""
     try:
@@ -106,14 +129,15 @@ def examine_values(
             (warning,) if warning else (),
             _suggestions_for(error.problems, raw, target.memory_bytes),
         )
-    return _examined(path, config, target, starting)
+    return _examined(path, target, starting, _figures(config, target, network_gbit))
 
 
-def _examined(path: str, config: RunConfig, target: Target, starting: bool) -> Report:
-    figures = _figures(config, target)
+def _examined(path: str, target: Target, starting: bool, figures: Figures) -> Report:
+    config = figures.config
     suggestions: list[Suggestion] = []
     if figures.fits is False and target.memory_bytes is not None:
-        suggestions += smaller("training.batch_size", config, target.memory_bytes)
+        key = "training.batch_size" if figures.layout.devices == 1 else "hardware.sharding"
+        suggestions += smaller(key, config, target.memory_bytes)
     ways = tuple(suggestion.as_overrides() for suggestion in suggestions)
     facts = Facts(config, target, figures.data, figures.memory, starting, ways)
     problems = tuple(found for check in PROBLEMS if (found := check(facts)))
@@ -123,20 +147,25 @@ def _examined(path: str, config: RunConfig, target: Target, starting: bool) -> R
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
 
 
-def _figures(config: RunConfig, target: Target) -> Figures:
-    memory, data = estimate_memory(config), look_at_data(config)
+def _figures(config: RunConfig, target: Target, network_gbit: float) -> Figures:
+    layout = chosen_layout(config, target.memory_bytes)
+    memory, data = estimate_memory(config, layout), look_at_data(config)
     pace = estimate_pace(config, target.card, measured_pace(config, target.card))
     on_cpu = config.hardware.device == "cpu"
+    if on_cpu:
+        pace = Pace(None, "n/a: on a CPU")
     facts = Facts(config, target, data, memory, starting=False)
     return Figures(
         config=config,
         parameters=count_parameters(config.model),
         memory=memory,
         fits=None if on_cpu else fits(config, target.memory_bytes),
-        pace=Pace(None, "n/a: on a CPU") if on_cpu else pace,
+        pace=pace,
         data=data,
         disk=disk_needed(facts),
         free_disk_bytes=free_disk_bytes(config),
+        layout=layout,
+        scaling=estimate_scaling(config, layout, target.card, pace.tokens_per_second, network_gbit),
     )
 
 
@@ -177,7 +206,7 @@ def _figures_json(figures: Figures, target: Target) -> dict[str, Any]:
         "steps": config.training.max_steps,
         "tokens": total_tokens(config),
         "flops_per_token": flops_per_token(config),
-        "tokens_per_second": figures.pace.tokens_per_second,
+        "tokens_per_second": figures.tokens_per_second,
         "hours": figures.hours,
         "basis": figures.pace.basis,
         "data": {
@@ -187,7 +216,16 @@ def _figures_json(figures: Figures, target: Target) -> dict[str, Any]:
             "basis": figures.data.basis,
         },
         "disk": {**figures.disk, "free": figures.free_disk_bytes},
+        **_scaling_json(figures),
     }
+
+
+def _scaling_json(figures: Figures) -> dict[str, Any]:
+    """Nothing with one device."""
+    if figures.layout.devices == 1:
+        return {}
+    scaling, steps = figures.scaling, figures.config.training.max_steps
+    return {"scaling": scaling.as_json(steps) if scaling else None}
 
 
 _NO_FIGURES: dict[str, Any] = dict.fromkeys(

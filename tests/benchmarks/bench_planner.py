@@ -1,0 +1,201 @@
+"""Time and memory of planning, manifest and position look-up for a corpus that is metadata alone:
+100,000 files with 10 million row groups, 15 x 10^12 tokens.
+
+python tests/benchmarks/bench_planner.py --json planner.json
+python tests/benchmarks/bench_planner.py --files 1_000 --tokens 100_000_000_000
+python tests/benchmarks/bench_planner.py --journal 100_000
+
+What reading the footers gives is made up; what is done with it is what a run does. The shards are
+holes: files of the right length that take no room.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from planner_data import manifest, plan, sources, write_holes, write_ids
+
+from gpt.data.batches import Sequences, TrainingBatches
+from gpt.data.order import LARGEST_SHUFFLE, epoch_order
+from gpt.data.parquet import inspect
+from gpt.data.plan import works_of
+from gpt.data.selection import Selection
+from gpt.data.shards import read_manifest, remember_checked, write_manifest
+from gpt.data.sources import find_sources
+from gpt.data.units import JOURNAL, Entry, Journal, Tally, stored_units
+
+BLOCK_SIZE = 1_024
+LOOK_UPS = 1_000
+BYTES_PER_TOKEN = 4.2
+"""Of text: FineWeb's, by this tokenizer, about."""
+
+
+class Meter:
+    """Seconds of each part, and the peak of this process's memory until then."""
+
+    def __init__(self):
+        self.figures = {"before": {"peak_mb": peak_mb()}}
+
+    def measured(self, name, work):
+        began = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - began
+        self.figures[name] = {"seconds": round(seconds, 6), "peak_mb": peak_mb()}
+        print(f"{name:<42} {seconds:>12.6f} s   peak {peak_mb():>7,} MB", flush=True)
+        return result
+
+
+def peak_mb():
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+
+
+def main():
+    asked = arguments()
+    meter = Meter()
+    if asked.journal:
+        journal(meter, asked)
+        return
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        found = planning(meter, asked, Path(folder))
+        made = manifests(meter, asked, Path(folder) / "data", found)
+        del found
+        positions(meter, asked, made)
+        if asked.footers:
+            footers(meter, asked, Path(folder) / "footers")
+    meter.measured(
+        f"order: whole shuffle of {LARGEST_SHUFFLE:,}", lambda: epoch_order(LARGEST_SHUFFLE, 0, 0)
+    )
+    values = {**{k: v for k, v in vars(asked).items() if k != "json"}, "measured": meter.figures}
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=100_000)
+    parser.add_argument("--groups", type=int, default=100, help="row groups of each file")
+    parser.add_argument("--tokens", type=int, default=15_000_000_000_000)
+    parser.add_argument("--tokens-per-shard", type=int, default=100_000_000)
+    parser.add_argument("--position", type=int, default=10_000_000_000_000, help="a token")
+    parser.add_argument("--footers", type=int, default=20, help="real files whose footers are read")
+    parser.add_argument("--journal", type=int, help="only this: finished units read, as to go on")
+    parser.add_argument("--folder", help="where the holes are written")
+    parser.add_argument("--json", help="file for the figures")
+    asked = parser.parse_args()
+    asked.position = min(asked.position, asked.tokens * 9 // 10)
+    return asked
+
+
+def planning(meter, asked, root):
+    """From footers to every unit with its key."""
+    text_bytes = int(asked.tokens * BYTES_PER_TOKEN / asked.files / asked.groups)
+
+    def footers_read():
+        return list(sources(asked.files, asked.groups, text_bytes))
+
+    found = meter.measured("made up: what the footers say", footers_read)
+    planned = meter.measured("plan: identity of the data set", lambda: plan(root, found))
+    works = meter.measured("plan: units counted", lambda: works_of(planned, found))
+    meter.measured("plan: every unit and its key", lambda: sum(1 for _ in works))
+    meter.measured("plan: the last unit and its key", lambda: works[-1])
+    groups = asked.files * asked.groups
+    print(f"  {groups:,} row groups of {text_bytes:,} bytes: {len(works):,} units")
+    meter.figures["units"] = len(works)
+    return found
+
+
+def manifests(meter, asked, folder, found):
+    folder.mkdir()
+    made = meter.measured(
+        "manifest: made",
+        lambda: manifest(folder, found, asked.tokens, asked.tokens_per_shard),
+    )
+    meter.measured("manifest: written", lambda: write_manifest(made))
+    meter.measured("made up: shards without content", lambda: write_holes(made))
+    read = meter.measured(
+        "manifest: read, lengths of shards compared", lambda: read_manifest(folder)
+    )
+    assert read == made
+    meter.measured("manifest: shards remembered as checked", lambda: remember_checked(read))
+    size = (folder / "manifest.json").stat().st_size
+    print(f"  {len(made.train.shards):,} shards, {len(made.sources):,} files, {size:,} bytes")
+    meter.figures["manifest_bytes"] = size
+    return read
+
+
+def positions(meter, asked, made):
+    sequences = meter.measured(
+        "position: split opened", lambda: Sequences(made, made.train, BLOCK_SIZE)
+    )
+    position = asked.position // BLOCK_SIZE
+    batches = TrainingBatches(sequences, seed=1337, position=position)
+
+    def found():
+        """Where the sequence at that position of the epoch lies, found anew from nothing."""
+        epoch, place = divmod(position, len(sequences))
+        index = batches.epoch_order(epoch)(np.array([place]))
+        return sequences.homes(index)[0]
+
+    home = meter.measured(f"position: token {asked.position:,}, first", found)
+    shard, first_token = home
+    write_ids(made, shard, first_token, np.arange(BLOCK_SIZE + 1))
+    inputs, _ = meter.measured("position: that sequence read", lambda: batches.take(1))
+    assert inputs[0].tolist() == list(range(BLOCK_SIZE))
+    chance = np.random.default_rng(0)
+    places = chance.integers(0, len(sequences), LOOK_UPS)
+    order = batches.epoch_order(0)
+    meter.measured(
+        f"position: {LOOK_UPS:,} others, one by one",
+        lambda: [sequences.homes(order(places[n : n + 1])) for n in range(LOOK_UPS)],
+    )
+    print(f"  {len(sequences):,} sequences; the position lies in shard {shard}")
+    meter.figures["sequences"] = len(sequences)
+
+
+def footers(meter, asked, folder):
+    """Real files with as many row groups, a few of them: their footers are read one by one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    names = ("text", "id", "dump", "url", "date", "file_path", "language")  # as FineWeb has
+    rows = pa.table({name: ["some words"] * asked.groups for name in names})
+    for number in range(asked.footers):
+        pq.write_table(rows, folder / f"{number}.parquet", row_group_size=1)
+    files, selection = find_sources([str(folder)]), Selection("text")
+    inspect(files[0], selection)
+    meter.measured(
+        f"footers: {asked.footers} real ones read",
+        lambda: [inspect(file, selection) for file in files],
+    )
+
+
+def journal(meter, asked):
+    """What a run that goes on reads first: a line for each finished unit."""
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        tally = Tally(rows=2_000, skipped=Counter(null=0, empty=3))
+        tally.lengths = Counter(dict.fromkeys(range(5, 15), 100))
+        for side in tally.sides.values():
+            side.documents, side.tokens, side.text_bytes, side.digest = 10, 10**6, 10**7, "0" * 64
+        entries = (Entry(f"{number:032x}", "gigatoken", tally) for number in range(asked.journal))
+        Journal(Path(folder), asked.tokens_per_shard, entries).close()
+        size = (Path(folder) / JOURNAL).stat().st_size
+        read = meter.measured(
+            f"journal: {asked.journal:,} units read", lambda: stored_units(Path(folder))
+        )
+        assert len(read) == asked.journal
+        print(f"  {size:,} bytes; {meter.figures['before']['peak_mb']:,} MB before")
+
+
+if __name__ == "__main__":
+    main()
