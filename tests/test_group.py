@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_training_loop import tiny_config
+from test_training_loop import small_config
 from token_data import token_dataset
 
 from gpt.config import RunConfig
@@ -31,7 +31,7 @@ def dataset(tmp_path_factory):
 
 
 def group_config(root: Path, devices: int, **changes) -> RunConfig:
-    return tiny_config(
+    return small_config(
         root,
         **{
             "model__dropout": 0.0,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,8 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.transformer import GPT
 from gpt.training.group import Group
-
-Sharding = Literal["ddp", "fsdp"]
 
 
 def shard(model: GPT, group: Group) -> None:
@@ -51,6 +48,12 @@ def exchanging(network: nn.Module, exchange: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def keeps_gradients(network: nn.Module) -> bool:
+    """Whether gradients stay where they are between steps: in the buckets that are exchanged, of
+    which there would be a second set else."""
+    return isinstance(network, DistributedDataParallel)
 
 
 def let_go(model: nn.Module) -> None:

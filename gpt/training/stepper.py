@@ -25,10 +25,19 @@ from gpt.model.device import autocast, compute_dtype, is_out_of_memory
 from gpt.model.loss import summed_loss
 from gpt.model.saved import read_tensors
 from gpt.model.transformer import GPT, build_model
+from gpt.preflight.sharding import choose_sharding
 from gpt.training.checkpoint import Progress
 from gpt.training.group import ALONE, Group, own_device
 from gpt.training.optimizer import build_optimizers
-from gpt.training.sharding import exchanging, let_go, load_weights, replicate, shard, whole
+from gpt.training.sharding import (
+    exchanging,
+    keeps_gradients,
+    let_go,
+    load_weights,
+    replicate,
+    shard,
+    whole,
+)
 from gpt.training.snapshot import random_states, restore, set_random_states
 
 logger = logging.getLogger(__name__)
@@ -126,14 +135,13 @@ class Stepper:
     def _spread_over_group(self) -> torch.nn.Module:
         if self.group.alone:
             return self.model
-        if self._sharding() == "fsdp":
+        memory_bytes = None
+        if self.on_gpu:
+            memory_bytes = torch.cuda.get_device_properties(self.device).total_memory
+        if choose_sharding(self.config, memory_bytes) == "fsdp":
             shard(self.model, self.group)
             return self.model
         return replicate(self.model)
-
-    def _sharding(self) -> str:
-        asked = self.config.hardware.sharding
-        return "ddp" if asked == "auto" else asked
 
     def _compiled(self, network: torch.nn.Module) -> torch.nn.Module:
         # On a CPU the head dominates small models, and compiling the rest takes longer than it
@@ -224,7 +232,7 @@ class Stepper:
 
     def drop_gradients(self) -> None:
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not keeps_gradients(self.spread))
 
     def weights_are_finite(self) -> bool:
         """Waits for the device."""
