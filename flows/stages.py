@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from prefect import State, Task
 from prefect.context import FlowRunContext
-from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Failed
 
 from flows.ending import tell_of_cancellation, tell_of_end, to_do
@@ -56,13 +53,4 @@ def stopped_or(run: Callable[[], Result]) -> Result | State:
         try:
             return run()
         except StopRequested as stop:
-            if _is_planned_again(stop):
-                raise TerminationSignal(signal=stop.signal) from stop
             return Cancelled(message=f"{stop}; the same command goes on from there")
-
-
-def _is_planned_again(stop: StopRequested) -> bool:
-    """Whether `prefect flow-run execute`, the process above, says what becomes of this run, as
-    where a node is taken away (docs/deploy.md)."""
-    behaviour = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "").lower()
-    return stop.signal == signal.SIGTERM and behaviour in ("reschedule", "relinquish")

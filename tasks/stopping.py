@@ -4,6 +4,10 @@ SIGTERM (a cancelled flow run, a time limit, a shutdown) and SIGINT (Ctrl-C) are
 `stopping.gracefully()` is open they only make `stopping.requested()` true, which training asks
 between two micro-batches; elsewhere they raise `StopRequested`, because whatever is broken off
 there is done again from what it left. Prefect kills what is still there 29 s after its SIGTERM.
+
+Where a job may be taken away and planned again (docs/deploy.md) SIGTERM stays with Prefect, which
+asks nobody whose handler is not its own: its exception breaks training off after the last whole
+step, which becomes a checkpoint, and what becomes of the run is Prefect's affair.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PREFECT_DECIDES = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
 GRACE_SECONDS = 10.0
 """For training to come to the end of a micro-batch; compiling the first one can take longer."""
 REPEATED_SECONDS = 2.0
@@ -56,7 +61,9 @@ class Stopping:
     def __enter__(self) -> Stopping:
         self._reset()
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+            behaviour = os.environ.get(PREFECT_DECIDES, "").lower()
+            taken = SIGNALS[:1] if behaviour in ("reschedule", "relinquish") else SIGNALS
+            self._before = {number: signal.signal(number, self._take) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:

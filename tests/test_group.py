@@ -128,6 +128,14 @@ def until(step: int, config: RunConfig, dataset, folder: Path) -> list[StepRecor
     return told
 
 
+def test_whoever_leaves_the_records_leaves_a_checkpoint(dataset, tmp_path):
+    records = train_on_all(group_config(tmp_path, 2), dataset, tmp_path / "run")
+    step = next(record.step for record in records if record.step == 3)
+    records.close()
+    assert latest_checkpoint(tmp_path / "run").step >= step
+    assert members() == []
+
+
 def members() -> list[psutil.Process]:
     """The processes of groups that this one started."""
     below = psutil.Process().children(recursive=True)

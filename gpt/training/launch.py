@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from gpt.training.run_lock import run_lock
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+LEAVE_SECONDS = 15.0
+"""For a checkpoint; Prefect kills what is still there 29 s after its SIGTERM."""
 TERMINATE_SECONDS = 35.0
 """torch gives its processes 30 s after a SIGTERM."""
 JOIN_SECONDS = 24 * 3600
@@ -92,7 +94,7 @@ def train_on_all(
     _refuse_missing_devices(config)
     task = Task(config=config, work=Work(dataset=dataset, folder=folder.resolve()))
     with run_lock(folder):
-        yield from _led(task, folder / "group", stop)
+        yield from launched(task, folder / "group", stop)
     checkpoint = latest_checkpoint(folder)
     if not stop() and not (checkpoint and checkpoint.finished):
         raise _gave_up(config, folder / "group", "another machine stopped it")
@@ -106,24 +108,34 @@ def take_part(config: RunConfig) -> None:
     while True:
         wait_for(config.hardware.rendezvous)
         try:
-            for _ in _led(Task(config=config), config.run.root / "group", never):
+            for _ in launched(Task(config=config), config.run.root / "group", never):
                 pass
             return
         except GroupError as error:  # cut off from the others
             logger.warning("%s", error.problems[0].rule)
 
 
-def _led(task: Task, logs: Path, stop: Callable[[], bool]) -> Iterator[StepRecord]:
+def launched(task: Task, logs: Path, stop: Callable[[], bool] = never) -> Iterator[StepRecord]:
+    """This machine's part of a run, through torch's launcher: its records, where it leads. What the
+    launcher and its processes say goes below `logs`."""
     told = _Told()
     with _line() as line, _launcher(task, line, logs) as launcher:
-        while launcher.poll() is None or line.is_open:
-            for message in line.messages(POLL_SECONDS):
-                if isinstance(message, StepRecord):
-                    yield message
-                else:
-                    told.take(message)
-            if stop():
-                line.ask_to_stop()
+        try:
+            while launcher.poll() is None or line.is_open:
+                for message in line.messages(POLL_SECONDS):
+                    if isinstance(message, StepRecord):
+                        yield message
+                    else:
+                        told.take(message)
+                if stop():
+                    line.ask_to_stop()
+        except GPTError:
+            raise
+        except BaseException:  # whoever reads this leaves: not without a checkpoint
+            line.ask_to_stop()
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(LEAVE_SECONDS)
+            raise
     if launcher.returncode and not stop():
         raise _gave_up(task.config, logs, f"torch's launcher ended with {launcher.returncode}")
 
