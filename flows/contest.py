@@ -15,9 +15,11 @@ from gpt.config import DataSection, RunConfig, fingerprint, load_config, merged
 from gpt.errors import ConfigError, Problem
 from gpt.training.identity import run_identity
 
+ANYWHERE = ("engine", "workers", "runner", "cluster")
+"""Keys of [data] that say how and where it is tokenised: the tokens are the same."""
 SHARED = (
     "run.root",
-    *(f"data.{key}" for key in DataSection.model_fields if key not in ("engine", "workers")),
+    *(f"data.{key}" for key in DataSection.model_fields if key not in ANYWHERE),
     *("evaluation.tokens", "evaluation.hellaswag", "evaluation.lambada"),
     *("evaluation.benchmark_examples", "tracking.experiment", "tracking.uri"),
 )

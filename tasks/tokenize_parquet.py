@@ -8,7 +8,9 @@ from prefect.cache_policies import NO_CACHE
 from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
 from gpt.data.corpus import find_dataset, tokenize_corpus
+from gpt.data.orders import Cluster
 from gpt.data.summary import page, write_summary
+from tasks.cluster import cluster_of
 from tasks.console import TokenizeDisplay, tell, tokenize_display, warn
 from tasks.prefect_api import show_page
 
@@ -26,9 +28,10 @@ def tokenized(config: RunConfig) -> DatasetManifest:
     """The data set of a config, made or found, with a bar and lines; needs no Prefect run."""
     dataset = find_dataset(config)
     if dataset is None:
+        cluster = cluster_of(config.data)
         tell(f"tokenising {', '.join(config.data.source)}")
         with tokenize_display() as display:
-            dataset = _made(config, display)
+            dataset = _made(config, cluster, display)
         verb = "tokenised into"
     else:
         verb = "already tokenised in"
@@ -44,8 +47,8 @@ def tokenized(config: RunConfig) -> DatasetManifest:
     return dataset
 
 
-def _made(config: RunConfig, display: TokenizeDisplay) -> DatasetManifest:
-    steps = tokenize_corpus(config)
+def _made(config: RunConfig, cluster: Cluster | None, display: TokenizeDisplay) -> DatasetManifest:
+    steps = tokenize_corpus(config, cluster)
     while True:
         try:
             display.show(next(steps))

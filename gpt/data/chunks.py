@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from gpt.data.cuts import pieces
 from gpt.data.encoders import Chunk
 from gpt.data.parquet import Source, read
-from gpt.data.selection import SeenTexts, Selection
+from gpt.data.selection import Selection
 from gpt.data.units import Unit
 
 CHUNK_BYTES = 1_000_000
@@ -42,6 +43,12 @@ class UnitEnd:
     skipped: Counter[str]
 
 
+class Seen(Protocol):
+    """Asked about the text of every document, in order."""
+
+    def is_new(self, text: memoryview) -> bool: ...
+
+
 def is_validation(text: bytes | memoryview, fraction: float) -> bool:
     """Whether a document, as UTF-8, is kept out of training: by its own text and nothing else.
 
@@ -55,7 +62,7 @@ def chunks(
     units: Sequence[Unit],
     selection: Selection,
     validation_fraction: float,
-    seen: SeenTexts | None,
+    seen: Seen | None,
 ) -> Iterator[Batch | UnitEnd]:
     """The chunks of some units of a file, in one pass, each unit closed by its `UnitEnd`.
 

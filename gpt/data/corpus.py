@@ -6,10 +6,11 @@ times; anything else lies beside it. Documents are divided into training and val
 of their own text, so one stays on its side whatever arrives later and wherever it stands.
 
 The way of the data: `sources` (which files), `parquet` (can they be used; rows), `selection`
-(which rows), `chunks` (text for workers), `engine` (ids, by several processes), `assembly` (shards
-and journal, by one). The work is done in units (`units`), and a finished unit is never done again:
-not after a kill, because the journal of the unfinished folder has it; not for another data set,
-because every journal is asked. Memory follows the number of workers and the longest document.
+(which rows), `chunks` (text for workers), `engine` (ids, by several processes; or `orders`, by
+those of a cluster), `assembly` (shards and journal, by one). The work is done in units (`units`),
+and a finished unit is never done again: not after a kill, because the journal of the unfinished
+folder has it; not for another data set, because every journal is asked. Memory follows the number
+of workers and the longest document.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from gpt.config import RunConfig
 from gpt.data import tokenizer
 from gpt.data.assembly import Assembly
 from gpt.data.chunks import Batch, UnitEnd
-from gpt.data.encoders import Chunk, Mismatch
+from gpt.data.encoders import Chunk, Encoded, Mismatch
 from gpt.data.engine import Pool, cpus, in_order, open_pool
 from gpt.data.job import FALLBACK, Item, Job, items_of, manifest_of
+from gpt.data.orders import Cluster, delivered
 from gpt.data.parquet import Source, refuse_without_text
 from gpt.data.plan import Plan, Work, make_plan, usable
 from gpt.data.selection import SeenTexts
@@ -79,8 +81,10 @@ def find_dataset(config: RunConfig) -> DatasetManifest | None:
     return make_plan(config).existing()
 
 
-def tokenize_corpus(config: RunConfig) -> Steps:
+def tokenize_corpus(config: RunConfig, cluster: Cluster | None = None) -> Steps:
     """Make the data set of `config`, or find it; the manifest is the generator's return value.
+    Units are encoded by the workers of `cluster`, if there is one, else by processes of this
+    machine: the shards are the same.
 
     Yields progress several times a second; nothing at all when the data set is there. Left early
     or killed, it leaves no folder that could be taken for a data set, and every finished unit for
@@ -99,8 +103,8 @@ def tokenize_corpus(config: RunConfig) -> Steps:
             return found
         _remove_abandoned(plan.folder)
         with contextlib.suppress(Mismatch):
-            return (yield from _make(Job(plan, sources, skipped)))
-        return (yield from _make(Job(plan, sources, skipped)))
+            return (yield from _make(Job(plan, sources, skipped), cluster))
+        return (yield from _make(Job(plan, sources, skipped), cluster))
 
 
 def _usable(plan: Plan) -> Generator[TokenizeProgress, None, tuple[list[Source], list[Problem]]]:
@@ -147,7 +151,7 @@ def _room_on(folder: Path) -> Iterator[None]:
 # --- the work ------------------------------------------------------------------------------------
 
 
-def _make(job: Job) -> Steps:
+def _make(job: Job, cluster: Cluster | None) -> Steps:
     """Raises `Mismatch` when gigatoken was given up: then another job begins anew."""
     data = job.plan.data
     kept = [stored.entry for stored in job.kept]
@@ -156,7 +160,7 @@ def _make(job: Job) -> Steps:
             job.folder, data.tokens_per_shard, job.engine, data.max_tokens, kept
         ) as assembly:
             if len(kept) < len(job.works):
-                yield from _assemble(job, assembly)
+                yield from _assemble(job, assembly, cluster)
             _check_counts(job, assembly.total)
             manifest = manifest_of(job, assembly.total, assembly.close())
         return _publish(job, manifest)
@@ -168,16 +172,17 @@ def _make(job: Job) -> Steps:
             shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def _assemble(job: Job, assembly: Assembly) -> Generator[TokenizeProgress, None, None]:
+def _assemble(
+    job: Job, assembly: Assembly, cluster: Cluster | None
+) -> Generator[TokenizeProgress, None, None]:
     """Bring every unit that is not kept into the shards, in order."""
     started = time.monotonic()
     rows_kept, tokens_kept = assembly.rows, assembly.tokens
     by_file: dict[str, Counter[str]] = defaultdict(Counter)
     for work, stored in zip(job.works, job.kept, strict=False):
         by_file[work.source.file.name].update(stored.entry.tally.skipped)
-    with _open_pool(job) as pool, _seen_texts(job) as seen:
-        items = items_of(job, assembly.tokens, seen)
-        for (work, item), encoded in in_order(pool, items, _chunk_of):
+    with _seen_texts(job) as seen, _coded(job, assembly.tokens, seen, cluster) as coded:
+        for (work, item), encoded in coded:
             if isinstance(item, Batch):
                 assert encoded
                 assembly.take(item, encoded)
@@ -206,7 +211,20 @@ def _chunk_of(item: Item) -> Chunk | None:
 
 
 @contextlib.contextmanager
-def _open_pool(job: Job) -> Iterator[Pool]:
+def _coded(
+    job: Job, tokens: int, seen: SeenTexts | None, cluster: Cluster | None
+) -> Iterator[Iterator[tuple[Item, Encoded | None]]]:
+    """Everything that there is to do, done, in order."""
+    if cluster:
+        with cluster() as workers:
+            yield delivered(workers, job, tokens, seen)
+    else:
+        with _open_pool(job) as pool:
+            yield in_order(pool, items_of(job, tokens, seen), _chunk_of)
+
+
+@contextlib.contextmanager
+def _open_pool(job: Job) -> Iterator[Pool[Chunk, Encoded]]:
     tokenizer.checked_files(tokenizer.data_folder())
     text_bytes = sum(source.text_bytes for source in job.sources)
     workers = job.plan.data.workers or cpus()

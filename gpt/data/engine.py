@@ -1,7 +1,7 @@
 """Chunks to ids by several processes at once, given back in the order in which they came.
 
 What is on its way at any moment is a few chunks a worker and nothing else, so memory follows the
-number of workers alone.
+number of workers alone. The workers of a cluster are a `Pool` too (`gpt.data.orders`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from gpt.data.worker import PipeClosed, open_encoder, receive_encoded, send_chun
 from gpt.errors import CorpusError, Problem
 
 T = TypeVar("T")
+Work = TypeVar("Work", contravariant=True)
+Done = TypeVar("Done", covariant=True)
+Sent = TypeVar("Sent")
+Got = TypeVar("Got")
 CHUNKS_PER_WORKER = 16
 """On their way for each worker: the one it encodes, and some to take next, so that what is read
 while the workers start, or while one of them is slow, is there for them."""
@@ -54,16 +58,29 @@ def choose_engine(asked: str) -> EngineName:
     return "gigatoken" if asked != "tiktoken" and installed else "tiktoken"
 
 
-class Pool(Protocol):
-    workers: int
+class Coming(Protocol[Done]):
+    """What a pool has been given to do."""
 
-    def submit(self, chunk: Chunk) -> Future[Encoded]: ...
+    def done(self) -> bool: ...
+
+    def result(self) -> Done:
+        """Waits. Raises what went wrong."""
+
+
+class Pool(Protocol[Work, Done]):
+    """Does what it is given, several at once."""
+
+    @property
+    def ahead(self) -> int:
+        """How much may be on its way."""
+
+    def submit(self, work: Work, /) -> Coming[Done]: ...
 
 
 class _Here:
     """Encodes in this process, at once: for one worker, or too little text to start any."""
 
-    workers = 1
+    ahead = CHUNKS_PER_WORKER
 
     def __init__(self, engine: EngineName) -> None:
         self._engine = engine
@@ -90,7 +107,7 @@ class _Processes:
     """A thread for each worker process; it writes a chunk, waits, and reads the ids."""
 
     def __init__(self, engine: EngineName, workers: int) -> None:
-        self.workers = workers
+        self.ahead = CHUNKS_PER_WORKER * workers
         self._program, self._started = _start(engine, workers)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._started:
@@ -172,7 +189,7 @@ def _died(process: subprocess.Popen[bytes]) -> CorpusError:
 
 
 @contextlib.contextmanager
-def open_pool(engine: EngineName, workers: int) -> Iterator[Pool]:
+def open_pool(engine: EngineName, workers: int) -> Iterator[Pool[Chunk, Encoded]]:
     """Workers for the length of the context; none is left behind, also after an error. They load
     what they need while the first chunks are read."""
     if workers == 1:
@@ -186,26 +203,26 @@ def open_pool(engine: EngineName, workers: int) -> Iterator[Pool]:
 
 
 def in_order(
-    pool: Pool, items: Iterable[T], chunk_of: Callable[[T], Chunk | None]
-) -> Iterator[tuple[T, Encoded | None]]:
-    """Every item with the ids of its chunk, if it has one, in the order of `items`.
+    pool: Pool[Sent, Got], items: Iterable[T], work_of: Callable[[T], Sent | None]
+) -> Iterator[tuple[T, Got | None]]:
+    """Every item with what came of its work (of a chunk, its ids), if it has any, in the order of
+    `items`.
 
     Items are drawn only as fast as they are done. Raises what a worker raised, at its place.
     """
-    waiting: deque[tuple[T, Future[Encoded] | None]] = deque()
-    most = CHUNKS_PER_WORKER * pool.workers
-    chunks = 0
+    waiting: deque[tuple[T, Coming[Got] | None]] = deque()
+    coming = 0
     for item in items:
-        chunk = chunk_of(item)
-        waiting.append((item, pool.submit(chunk) if chunk else None))
-        chunks += chunk is not None
-        while waiting and (chunks > most or _is_done(waiting[0][1])):
+        work = work_of(item)
+        waiting.append((item, None if work is None else pool.submit(work)))
+        coming += work is not None
+        while waiting and (coming > pool.ahead or _is_done(waiting[0][1])):
             first, future = waiting.popleft()
-            chunks -= future is not None
+            coming -= future is not None
             yield first, future.result() if future else None
     for item, future in waiting:
         yield item, future.result() if future else None
 
 
-def _is_done(future: Future[Encoded] | None) -> bool:
+def _is_done(future: Coming[Got] | None) -> bool:
     return future is None or future.done()

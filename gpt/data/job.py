@@ -72,50 +72,63 @@ class Job:
         write_text(self.folder / FALLBACK, note)
 
 
+def planned(job: Job, tokens: int | None) -> Iterator[tuple[Work, Stored | None]]:
+    """Every unit that is not kept, in order, with what there is to copy of it in other data sets.
+    `tokens` is what the data set holds before."""
+    most = job.plan.data.max_tokens
+    elsewhere = job.elsewhere()
+    for work in job.works[len(job.kept) :]:
+        stored = elsewhere.get(work.key)
+        size = stored.entry.tally.tokens if stored else 0
+        # Under max_tokens a unit is copied only where it is known to fit as a whole.
+        fits = most is None or (tokens is not None and tokens + size <= most)
+        if stored and fits and stored.is_intact():
+            tokens = None if tokens is None else tokens + size
+            yield work, stored
+        else:
+            tokens = None
+            yield work, None
+
+
 def items_of(job: Job, tokens: int | None, seen: SeenTexts | None) -> Iterator[Item]:
     """What there is to do in order: units to copy from other data sets, and the chunks and ends of
     those to encode. `tokens` is what the data set holds before."""
+    remember_kept(job, seen)
+    for (_, copied), units in groupby(
+        planned(job, tokens), key=lambda unit: (id(unit[0].source), unit[1] is not None)
+    ):
+        if not copied:
+            yield from _chunks_of(job, [work for work, _ in units], seen)
+            continue
+        for work, stored in units:
+            assert stored
+            remember(job, work, seen)
+            yield work, stored
+
+
+def _chunks_of(job: Job, works: list[Work], seen: SeenTexts | None) -> Iterator[Item]:
+    of_run = iter(works)
+    work = next(of_run)
+    units = [each.unit for each in works]
     data, selection = job.plan.data, job.plan.selection
-    elsewhere = job.elsewhere()
+    for item in chunks(work.source, units, selection, data.validation_fraction, seen):
+        yield work, item
+        if isinstance(item, UnitEnd):
+            work = next(of_run, work)
 
-    def encode(run: list[Work]) -> Iterator[Item]:
-        if not run:
-            return
-        of_run = iter(run)
-        work = next(of_run)
-        units = [each.unit for each in run]
-        for item in chunks(work.source, units, selection, data.validation_fraction, seen):
-            yield work, item
-            if isinstance(item, UnitEnd):
-                work = next(of_run, work)
 
-    def remember(work: Work) -> None:
-        if seen:
-            for rows in read(work.source, [work.unit], selection):
-                for text in rows.texts:
-                    seen.is_new(text)
-
+def remember_kept(job: Job, seen: SeenTexts | None) -> None:
+    """`remember` for all units that are kept."""
     for work in job.works[: len(job.kept)]:
-        remember(work)
-    for _, works in groupby(job.works[len(job.kept) :], key=lambda work: id(work.source)):
-        run: list[Work] = []
-        for work in works:
-            stored = elsewhere.get(work.key)
-            size = stored.entry.tally.tokens if stored else 0
-            # Under max_tokens a unit is copied only where it is known to fit as a whole.
-            fits = data.max_tokens is None or (
-                tokens is not None and tokens + size <= data.max_tokens
-            )
-            if stored and fits and stored.is_intact():
-                yield from encode(run)
-                run = []
-                remember(work)
-                tokens = None if tokens is None else tokens + size
-                yield work, stored
-            else:
-                run.append(work)
-                tokens = None
-        yield from encode(run)
+        remember(job, work, seen)
+
+
+def remember(job: Job, work: Work, seen: SeenTexts | None) -> None:
+    """Let `seen` know the texts of a unit that is not encoded."""
+    if seen:
+        for rows in read(work.source, [work.unit], job.plan.selection):
+            for text in rows.texts:
+                seen.is_new(text)
 
 
 def manifest_of(job: Job, total: Tally, shards: dict[str, tuple[Shard, ...]]) -> DatasetManifest:

@@ -209,6 +209,8 @@ def read(source: Source, units: Sequence[Unit], selection: Selection) -> Iterato
                         if wanted.stop > row:
                             break
                         unit += 1
+                    if unit == len(units):
+                        return
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(_damaged(source, row, error)) from error
 

@@ -190,6 +190,13 @@ def partition_values(file: CorpusFile, selection: Selection) -> Mapping[str, Any
     }
 
 
+HASH_BYTES = 16
+
+
+def hash_of(text: memoryview) -> bytes:
+    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
+
+
 class SeenTexts:
     """Which texts have come by already, by 128 bits of a hash, in a file of its own: memory does
     not grow with the corpus. It lives as long as one tokenising; nothing has to survive."""
@@ -205,7 +212,10 @@ class SeenTexts:
 
     def is_new(self, text: memoryview) -> bool:
         """Whether `text` was never asked about before."""
-        digest = hashlib.blake2b(text, digest_size=16).digest()
+        return self.is_new_hash(hash_of(text))
+
+    def is_new_hash(self, digest: bytes) -> bool:
+        """The same of a text whose `hash_of` this is."""
         done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return done.rowcount == 1
 

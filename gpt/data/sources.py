@@ -36,6 +36,8 @@ class CorpusFile:
     """fsspec's, for an address."""
     key: str = ""
     """Equal for two names of one file."""
+    folder: str = field(default="", compare=False)
+    """Where a relative name begins; empty: where this process works."""
 
     @property
     def partitions(self) -> dict[str, str]:
@@ -45,11 +47,15 @@ class CorpusFile:
 
     def open(self) -> Any:
         """What pyarrow opens."""
-        return self.filesystem.open(self.name, "rb") if self.filesystem else self.name
+        return self.filesystem.open(self.name, "rb") if self.filesystem else str(self._path)
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.folder, self.name)
 
     def ends(self) -> tuple[bytes, bytes]:
         """Its first and last four bytes. Raises `OSError`."""
-        with self.filesystem.open(self.name) if self.filesystem else open(self.name, "rb") as file:  # noqa: PTH123
+        with self.filesystem.open(self.name) if self.filesystem else self._path.open("rb") as file:
             head = file.read(4)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 4))
@@ -58,7 +64,7 @@ class CorpusFile:
     def size_bytes(self) -> int:
         if self.filesystem:
             return int(self.filesystem.info(self.name).get("size") or 0)
-        return Path(self.name).stat().st_size
+        return self._path.stat().st_size
 
     def stamp(self) -> str:
         """Changes whenever the file does; cheap to ask. Raises `CorpusError`."""
@@ -75,7 +81,7 @@ class CorpusFile:
 
 def unreadable(file: CorpusFile, error: OSError) -> Problem:
     """Why a file cannot be opened, in the system's words."""
-    path = Path(file.name)
+    path = Path(file.folder, file.name)
     if not file.filesystem and path.is_symlink() and not path.exists():
         rule = f"is a link to {os.readlink(path)}, where there is nothing"  # noqa: PTH115
         return Problem(file.name, "", rule, "mend the link, or leave it out of data.source")

@@ -1,0 +1,233 @@
+"""Real Dask and Ray clusters on loopback: the shards of one machine, also when a worker dies."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from corpus_data import TEXTS, config, dataset, parquet
+from service import free_port
+
+from gpt.data import corpus, units
+from gpt.data.corpus import tokenize_corpus
+from gpt.errors import ConfigError, CorpusError
+from tasks import cluster
+from tasks.cluster import cluster_of
+from tasks.tokenize_parquet import tokenized
+
+# Ray reads these as it is imported: a token of our own, and none left in the home.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(sys.path),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
+KINDS = ("dask", "ray")
+SECONDS = 60
+
+
+@contextmanager
+def programs(log):
+    """Starts programs, and ends them with all that they started."""
+    started = []
+
+    def start(*command):
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], stdout=out, stderr=out, env=ENVIRONMENT
+            )
+        started.append(process)
+        return psutil.Process(process.pid)
+
+    try:
+        yield start
+    finally:
+        for process in reversed(started):
+            with suppress(psutil.NoSuchProcess):  # killed by a test
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+
+
+def wait_for(condition):
+    until = time.monotonic() + SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.05)
+    return found
+
+
+def answers(port):
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+class DaskCluster:
+    def __init__(self, start, folder):
+        port = free_port()
+        self.address = f"tcp://127.0.0.1:{port}"
+        common = ("--host", "127.0.0.1", "--no-dashboard")
+        start("-m", "dask", "scheduler", "--port", port, *common)
+        wait_for(lambda: answers(port))
+        worker = ("-m", "dask", "worker", self.address, "--nthreads", 1, "--no-nanny", *common)
+        self.workers = [start(*worker, "--local-directory", folder) for _ in range(2)]
+
+    def busy_worker(self):
+        return self.workers[0]
+
+
+class RayCluster:
+    def __init__(self, start, folder):
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        ours = ("--port", port, "--ray-client-server-port", free_port(), "--num-cpus", 2)
+        quiet = ("--include-dashboard=false", "--disable-usage-stats", "--block")
+        place = ("--node-ip-address", "127.0.0.1", "--object-store-memory", 150_000_000)
+        self._head = start("-m", "ray.scripts.scripts", "start", "--head", *ours, *place, *quiet)
+        wait_for(lambda: answers(port))
+
+    def busy_worker(self):
+        def busy():
+            for process in self._head.children(recursive=True):
+                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    if process.cmdline()[:1] == ["ray::encode_unit"]:
+                        return process
+            return None
+
+        return wait_for(busy)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def running(request, tmp_path_factory):
+    """A cluster of two workers, and which kind it is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    kind = {"dask": DaskCluster, "ray": RayCluster}[request.param]
+    with programs(folder / "log") as start:
+        yield request.param, kind(start, folder)
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """Some twenty units, each of which takes a worker a moment."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 500_000)
+    texts = [f"{i} {text * 60}" for i, text in enumerate(TEXTS * 10)]
+    return parquet(tmp_path / "a.parquet", texts, row_group_size=100)
+
+
+@pytest.fixture
+def no_local_workers(monkeypatch):
+    def refused(*_):
+        raise AssertionError("nothing is to be encoded in processes of this machine")
+
+    return lambda: monkeypatch.setattr(corpus, "open_pool", refused)
+
+
+def finished(steps):
+    """The last progress, and the manifest."""
+    while True:
+        try:
+            last = next(steps)
+        except StopIteration as end:
+            return last, end.value
+
+
+def but_folder(manifest):
+    return manifest.model_dump(exclude={"folder"})
+
+
+def test_a_cluster_makes_the_shards_of_one_machine(tmp_path, source, running, no_local_workers):
+    kind, at = running
+    settings = {"tokens_per_shard": 1_000_000, "drop_duplicates": True}
+    here = dataset(tmp_path / "here", source, **settings)
+    no_local_workers()
+    asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    assert but_folder(tokenized(asked)) == but_folder(here)
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running, no_local_workers):
+    kind, at = running
+    settings = {"tokens_per_shard": 1_000_000, "engine": "tiktoken"}
+    here = dataset(tmp_path / "here", source, **settings)
+    no_local_workers()
+    asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    steps = tokenize_corpus(asked, cluster_of(asked.data))
+    done = next(step for step in steps if step.rows_done)
+    assert done.rows_done < done.rows_total / 2
+    victim = at.busy_worker()
+    victim.send_signal(signal.SIGKILL)
+    psutil.wait_procs([victim], timeout=SECONDS)
+    last, manifest = finished(steps)
+    assert last.rows_done == last.rows_total
+    assert but_folder(manifest) == but_folder(here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_local_workers):
+    here = dataset(tmp_path / "here", source)
+    no_local_workers()
+    before = set(psutil.Process().children(recursive=True))
+    there = tokenized(config(tmp_path / "there", source, runner=kind, workers=2))
+    assert but_folder(there) == but_folder(here)
+    left = set(psutil.Process().children(recursive=True)) - before
+    # Python's own, of its spawned processes: it ends with the process that spawned them.
+    ours = [each for each in left if "resource_tracker" not in " ".join(each.cmdline())]
+    assert not psutil.wait_procs(ours, timeout=SECONDS)[1]
+
+
+def test_what_a_worker_finds_wrong_is_told_once(tmp_path, source, monkeypatch, running):
+    kind, at = running
+    asked = config(tmp_path / "runs", source, runner=kind, cluster=at.address)
+    steps = tokenize_corpus(asked, cluster_of(asked.data))
+    monkeypatch.setattr("gpt.data.sources.CorpusFile.size_bytes", lambda _: 1)
+    with pytest.raises(CorpusError, match=r"a\.parquet\n.* bytes and not 1 \(on "):
+        list(steps)
+
+
+# --- mistakes, told before anything is begun -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_that_is_missing(tmp_path, source, monkeypatch, kind):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=rf"data\.runner = {kind}\n.*not installed\n.*\[{kind}\]"):
+        tokenized(config(tmp_path / "runs", source, runner=kind))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["{}:{}", "tcp://{}:{}", "ray://{}:{}"])
+def test_an_address_where_nobody_is(tmp_path, source, kind, form):
+    address = form.format("127.0.0.1", free_port())
+    with pytest.raises(ConfigError, match=rf"data\.cluster = {address}\n.*nobody answers there"):
+        tokenized(config(tmp_path / "runs", source, runner=kind, cluster=address))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("address", ["here", "tcp://:8786", "host:many"])
+def test_an_address_that_is_none(tmp_path, source, address):
+    with pytest.raises(ConfigError, match="names no host and port"):
+        tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
+
+
+def test_somebody_else_at_the_address(tmp_path, source):
+    def hang_up():
+        with suppress(OSError):
+            while True:
+                other.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=hang_up, daemon=True).start()
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="the dask cluster cannot be opened"):
+            tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
+        other.shutdown(socket.SHUT_RDWR)
+    assert not list(Path(tmp_path / "runs").rglob("*.bin*"))
