@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -44,6 +45,8 @@ UNITS_PER_WORKER = 2
 MOST_TRIES = 3
 """Times that a unit is sent. Dask and Ray have tried it four times by themselves each time."""
 CONNECT_SECONDS = 10.0
+COUNT_SECONDS = 5.0
+"""How often the workers are counted: a cluster may grow."""
 WAIT_SECONDS = 0.5
 """A signal is looked at so often while a unit is waited for."""
 POLL_SECONDS = 0.01
@@ -73,8 +76,8 @@ class Engine(Protocol):
     def is_done(self, ticket: Any, seconds: float) -> bool:
         """Waits for so long."""
 
-    def result(self, ticket: Any) -> Delivery | Exception:
-        """What the worker made of it, or raised. Raises what the cluster does when it gives up."""
+    def result(self, ticket: Any) -> Delivery:
+        """Raises what the worker raised, or what the cluster does when it gives up."""
 
 
 def cluster_of(data: DataSection) -> Cluster | None:
@@ -128,42 +131,55 @@ def _opened(
             remedy = "check that it runs, and that it has the versions of Python and of the "
             remedy += "packages that are installed here"
             raise ConfigError(Problem("data.cluster", data.cluster, rule, remedy)) from error
-        if not engine.workers():
-            logger.warning("the cluster at %s has no workers yet: waiting for some", data.cluster)
-        yield _Workers(data, engine)
+        yield stack.enter_context(_Workers(data, engine))
 
 
 # --- units on their way --------------------------------------------------------------------------
 
 
 class _Workers:
-    """The pool of `gpt.data.orders`."""
+    """The pool of `gpt.data.orders`; entered, it counts its workers."""
 
     def __init__(self, data: DataSection, engine: Engine) -> None:
         self.data, self.engine = data, engine
-        self._as_task = FlowRunContext.get() is not None
-        self._workers = 1
+        self.as_task = FlowRunContext.get() is not None
+        self._workers = engine.workers()
+        self._end = threading.Event()
+        # In a thread: where the cluster is gone, Ray never answers.
+        self._counting = threading.Thread(target=self._count, name="workers", daemon=True)
+        if not self._workers:
+            logger.warning("the cluster at %s has no workers yet: waiting for some", data.cluster)
+
+    def __enter__(self) -> _Workers:
+        self._counting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._counting.join(WAIT_SECONDS)
+
+    def _count(self) -> None:
+        while not self._end.wait(COUNT_SECONDS):
+            with contextlib.suppress(Exception):  # told by the units
+                self._workers = self.engine.workers()
 
     @property
     def ahead(self) -> int:
-        # A cluster that does not say has as many as before; what is wrong, a unit will tell.
-        with contextlib.suppress(Exception):
-            self._workers = max(1, self.engine.workers())
-        return UNITS_PER_WORKER * self._workers
+        return UNITS_PER_WORKER * max(1, self._workers)
 
     def submit(self, order: Order) -> _Unit:
         return _Unit(self, order)
 
     def send(self, order: Order) -> Any:
-        if not self._as_task:
+        if not self.as_task:
             return self.engine.send(order)
         with _api_named():
             return self.engine.send_task(order)
 
     def no_tasks(self) -> None:
-        if self._as_task:
+        if self.as_task:
             logger.warning("the workers cannot reach Prefect's API: its page will not show units")
-        self._as_task = False
+        self.as_task = False
 
 
 @contextlib.contextmanager
@@ -185,54 +201,58 @@ class _Unit:
     def __init__(self, workers: _Workers, order: Order) -> None:
         self._workers, self._order = workers, order
         self._tries = 1
-        self._ticket = workers.send(order)
+        self._send()
 
     def done(self) -> bool:
-        return self._workers.engine.is_done(self._ticket, 0.0)
+        # What is wrong, if anything is, `result` finds too.
+        with contextlib.suppress(Exception):
+            return self._workers.engine.is_done(self._ticket, 0.0)
+        return False
 
     def result(self) -> Delivery:
-        """Raises what the worker raised, and `CorpusError` where the cluster gave the unit up."""
+        """Raises what was wrong with the unit, and `CorpusError` where the cluster gave it up."""
+        engine = self._workers.engine
         while True:
             try:
-                while not self._workers.engine.is_done(self._ticket, WAIT_SECONDS):
+                while not engine.is_done(self._ticket, WAIT_SECONDS):
                     pass
-                result = self._workers.engine.result(self._ticket)
-            except Exception as error:
+                return engine.result(self._ticket)
+            except (GPTError, Mismatch):
+                raise
+            except Exception as error:  # Dask, Ray and Prefect have many
                 self._send_again(error)
-                continue
-            if isinstance(result, Delivery):
-                return result
-            if isinstance(result, GPTError | Mismatch) or not is_away(result):
-                raise result
-            self._workers.no_tasks()
+
+    def _send(self) -> None:
+        self._is_task = self._workers.as_task
+        try:
             self._ticket = self._workers.send(self._order)
+        except Exception as error:
+            raise _given_up(self._workers.data, self._order, error) from error
 
     def _send_again(self, error: Exception) -> None:
-        if is_away(error):
+        if self._is_task and is_away(error):
             self._workers.no_tasks()
         elif self._tries == MOST_TRIES:
             raise _given_up(self._workers.data, self._order, error) from error
         else:
-            logger.warning("a unit was lost and is sent again: %s", _first_line(error))
+            logger.warning("a unit was lost and is sent again: %s", _last_line(error))
             self._tries += 1
-        try:
-            self._ticket = self._workers.send(self._order)
-        except Exception as gone:
-            raise _given_up(self._workers.data, self._order, gone) from gone
+        self._send()
 
 
 def _given_up(data: DataSection, order: Order, error: Exception) -> CorpusError:
     rows = order.unit.rows
     unit = f"rows {rows.start} to {rows.stop} of {order.source.file.name}"
-    rule = f"the {data.runner} cluster gave up {unit}: {_first_line(error)}"
+    rule = f"the {data.runner} cluster gave up {unit}: {_last_line(error)}"
     remedy = "look at the workers' logs (each needs this version of overnight, and memory for some "
     remedy += "hundred MB); then run again: finished units are kept"
     return CorpusError(Problem("data.cluster", data.cluster, rule, remedy))
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
+    """Ray puts the worker's traceback before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 # --- Dask ----------------------------------------------------------------------------------------
@@ -249,19 +269,18 @@ class _Dask:
         return self._runner.submit(tokenize_unit, {"order": order}).wrapped_future
 
     def send(self, order: Order) -> Any:
+        # A client that is closed takes everything and does nothing.
         return self._runner.client.submit(encode_unit, order, pure=False)
 
     def is_done(self, ticket: Any, seconds: float) -> bool:
+        if self._runner.client.status == "closed":
+            raise ConnectionError("the connection to the scheduler is lost")
         until = time.monotonic() + seconds  # what Dask has for it asks for a client of the process
         while not ticket.done() and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
         return bool(ticket.done())
 
-    def result(self, ticket: Any) -> Delivery | Exception:
-        if ticket.status == "error" and isinstance(
-            error := ticket.exception(), GPTError | Mismatch
-        ):
-            return error
+    def result(self, ticket: Any) -> Delivery:
         return _value(ticket.result())
 
 
@@ -307,15 +326,13 @@ class _Ray:
 
         return bool(ray.wait([ticket], timeout=seconds, fetch_local=False)[0])
 
-    def result(self, ticket: Any) -> Delivery | Exception:
+    def result(self, ticket: Any) -> Delivery:
         import ray
 
         try:
             return _value(ray.get(ticket))
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, GPTError | Mismatch):
-                return error.cause
-            raise
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
 
 @contextlib.contextmanager
@@ -336,9 +353,9 @@ def _ray(data: DataSection) -> Iterator[_Ray]:
         yield _Ray(runner)
 
 
-def _value(returned: Any) -> Delivery | Exception:
+def _value(returned: Any) -> Delivery:
     """Of a Prefect task, which returns a state, or of the function itself."""
     if isinstance(returned, Delivery):
         return returned
-    value: Delivery | Exception = returned.result(raise_on_failure=False, _sync=True)
+    value: Delivery = returned.result(_sync=True)
     return value

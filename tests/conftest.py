@@ -41,7 +41,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 EMBEDDED_PREFECT = (
     *("test_stopping.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_a_bad_run"),
-    "test_servers_away.py::test_prefect_s_api",
+    *("test_servers_away.py::test_prefect_s_api", "test_runners.py::test_units_are_task_runs"),
 )
 """What starts Prefect's embedded API, never two at once: it picks its port at random among a
 thousand some seconds before it listens, so that two may come to share a server."""

@@ -10,10 +10,12 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from corpus_data import TEXTS, config, dataset, parquet
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from service import free_port
 
 from gpt.data import corpus, units
@@ -21,7 +23,7 @@ from gpt.data.corpus import tokenize_corpus
 from gpt.errors import ConfigError, CorpusError
 from tasks import cluster
 from tasks.cluster import cluster_of
-from tasks.tokenize_parquet import tokenized
+from tasks.tokenize_parquet import tokenize_parquet, tokenized
 
 # Ray reads these as it is imported: a token of our own, and none left in the home.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -117,9 +119,9 @@ def running(request, tmp_path_factory):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """Some twenty units, each of which takes a worker a moment."""
+    """A dozen units, each of which takes a worker a moment."""
     monkeypatch.setattr(units, "UNIT_BYTES", 500_000)
-    texts = [f"{i} {text * 60}" for i, text in enumerate(TEXTS * 10)]
+    texts = [f"{i} {text * 60}" for i, text in enumerate(TEXTS * 6)]
     return parquet(tmp_path / "a.parquet", texts, row_group_size=100)
 
 
@@ -192,6 +194,46 @@ def test_what_a_worker_finds_wrong_is_told_once(tmp_path, source, monkeypatch, r
         list(steps)
 
 
+@pytest.mark.usefixtures("prefect_server")
+def test_units_are_task_runs_of_the_flow_run(tmp_path):
+    import prefect
+    from prefect.client.orchestration import get_client
+
+    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"), runner="dask", workers=1)
+
+    @prefect.flow
+    def tokenizing():
+        tokenize_parquet(made)
+        return prefect.runtime.flow_run.id
+
+    flow_run = tokenizing()
+
+    def told():
+        with get_client(sync_client=True) as client:
+            runs = client._client.post("/task_runs/filter", json={}).json()
+        ours = [run for run in runs if run["flow_run_id"] == flow_run]
+        return [run for run in ours if run["name"].startswith("tokenize-unit")]
+
+    (unit,) = wait_for(told)
+    assert unit["task_key"].startswith("tokenize_unit")
+
+
+@pytest.mark.parametrize("kind", ["ray"])  # it wraps what a worker raises; Dask does not
+def test_workers_that_cannot_reach_prefect_get_the_function_alone(
+    tmp_path, source, monkeypatch, caplog, kind
+):
+    here = dataset(tmp_path / "here", source)
+    nowhere = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setattr(
+        cluster, "_api_named", lambda: temporary_settings({PREFECT_API_URL: nowhere})
+    )
+    monkeypatch.setattr(cluster, "FlowRunContext", SimpleNamespace(get=lambda: "a flow run"))
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
+    there = tokenized(config(tmp_path / "there", source, runner=kind, workers=2))
+    assert but_folder(there) == but_folder(here)
+    assert caplog.text.count("cannot reach Prefect's API") == 1
+
+
 # --- mistakes, told before anything is begun -----------------------------------------------------
 
 
@@ -218,7 +260,9 @@ def test_an_address_that_is_none(tmp_path, source, address):
         tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
 
 
-def test_somebody_else_at_the_address(tmp_path, source):
+def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+
     def hang_up():
         with suppress(OSError):
             while True:
