@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -147,10 +148,12 @@ class ShardWriter:
             self._file.seek(0)
             self._file.write(header(self._count))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        with ThreadPoolExecutor(1) as beside:
+            on_disk = beside.submit(os.fsync, self._file.fileno())
+            # The header stands first and holds the count: only a short file is hashed anew.
+            digest = sha256_of(partial) if short else self._hash.hexdigest()
+            on_disk.result()
         self._file.close()
-        # The header stands first and holds the count: only a short file has to be hashed anew.
-        digest = sha256_of(partial) if short else self._hash.hexdigest()
         partial.replace(self._folder / self._name)
         self._done.append(Shard(name=self._name, tokens=self._count, sha256=digest))
         self._file, self._count = None, 0

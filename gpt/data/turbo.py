@@ -15,12 +15,12 @@ gigatoken's cache of words has no bound, so the encoder is made anew when it has
 
 from __future__ import annotations
 
-import base64
 import itertools
 import os
 import re
 import tempfile
 import zlib
+from binascii import b2a_base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class CheckedGigatoken:
     def __init__(self) -> None:
         ranks = tokenizer.ranks()
         self._spelling = _Spelling(ranks)
-        self._rank_file = b"".join(b"%b %d\n" % (base64.b64encode(t), i) for t, i in ranks.items())
+        self._rank_file = b"".join(
+            b"%b %d\n" % (b2a_base64(t, newline=False), i) for t, i in ranks.items()
+        )
         self._fresh()
 
     def _fresh(self) -> None:
@@ -130,16 +132,15 @@ class _Spelling:
         np.cumsum(lengths, dtype=np.int64, out=starts[1:])
         if starts[-1] != len(text):
             return None
+        places = starts[:-1]
+        if not self._begin_alike(tokens, places, text):
+            return None
         # The eight bytes that begin at each byte of the text.
         words: NDArray[np.uint64] = np.ndarray(len(text), "<u8", text + bytes(WORD), strides=(1,))
-        places = starts[:-1]
-        for row, expected in enumerate(self._words):
-            if row:
-                longer = np.flatnonzero(lengths > row * WORD)
-                tokens, lengths = tokens.take(longer), lengths.take(longer)
-                places = places.take(longer)
-            different = words[places + row * WORD if row else places]
-            different ^= expected.take(tokens)
+        for row, expected in enumerate(self._words[1:], 1):
+            longer = np.flatnonzero(lengths > row * WORD)
+            tokens, lengths, places = tokens[longer], lengths[longer], places[longer]
+            different = words[places + row * WORD] ^ expected.take(tokens)
             different &= self._masks.take(np.minimum(lengths - row * WORD, WORD))
             if different.any():
                 return None
@@ -148,6 +149,17 @@ class _Spelling:
             if not text.startswith(self._long[token], place):
                 return None
         return starts
+
+    def _begin_alike(
+        self, tokens: NDArray[np.intp], places: NDArray[np.int64], text: bytes
+    ) -> bool:
+        """Whether the first eight bytes of every token stand in the text, those of a shorter one
+        all. They are written over a copy of it: what a word has beyond its token is overwritten by
+        the tokens behind it, because numpy assigns in order, the last value last."""
+        spelt = bytearray(text) + bytes(WORD)
+        words: NDArray[np.uint64] = np.ndarray(len(text), "<u8", spelt, strides=(1,))
+        words[places] = self._words[0].take(tokens)
+        return spelt.startswith(text)
 
 
 def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
@@ -165,7 +177,7 @@ def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
     bounds = np.insert(cuts, np.searchsorted(cuts, edges), edges)
     long = np.flatnonzero(np.diff(bounds) >= LONG_RUN)
     beyond = np.flatnonzero(data >= _BEYOND)
-    sample = zlib.crc32(text) % max(1, len(text) - SAMPLE_BYTES)
+    sample = zlib.crc32(text[-SAMPLE_BYTES:]) % max(1, len(text) - SAMPLE_BYTES)
     wanted = [
         np.stack([bounds[long], bounds[long + 1]], axis=1),
         np.stack([beyond, beyond + 1], axis=1),
