@@ -228,7 +228,7 @@ def _print_compared(compared: Compared) -> None:
         f"""
 {compared.markdown}
 page   {_short(compared.page)}
-look at it in Prefect, then in MLflow:
+look at it in Prefect, then in MLflow, where + unfolds the comparison's runs:
   {compared.look_prefect}
   {compared.look_mlflow}"""
     )

@@ -47,7 +47,7 @@ EMBEDDED_PREFECT = (
 thousand some seconds before it listens, so that two may come to share a server."""
 SLOW_FIRST = (
     *("prefect", "test_service", "test_mlflow_page", "test_servers_away", "test_kills"),
-    *("test_other_stores", "test_retrain"),
+    *("test_other_stores", "test_retrain", "test_two_hosts", "test_group", "test_runners"),
     *("test_checkpoint", "test_huggingface", "test_training_loop", "test_recovery"),
 )
 """The groups that take longest, so that none of them is begun last."""

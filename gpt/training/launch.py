@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
+from gpt.data.engine import cpus
 from gpt.errors import ConfigError, GPTError, GroupError, Problem
 from gpt.training.checkpoint import latest_checkpoint
 from gpt.training.group import LEADS
@@ -108,7 +109,7 @@ def take_part(config: RunConfig) -> None:
     while True:
         wait_for(config.hardware.rendezvous)
         try:
-            for _ in launched(Task(config=config), config.run.root / "group", never):
+            for _ in launched(Task(config=config), config.run.root / "group"):
                 pass
             return
         except GroupError as error:  # cut off from the others
@@ -209,7 +210,7 @@ def _command(config: RunConfig, logs: Path) -> list[str]:
 def _environment(task: Task, line: Line) -> dict[str, str]:
     hardware = task.config.hardware
     interface = interface_of(own_address(hardware.rendezvous))
-    threads = max(1, len(os.sched_getaffinity(0)) // hardware.devices)
+    threads = max(1, cpus() // hardware.devices)
     return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": interface,

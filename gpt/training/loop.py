@@ -70,8 +70,8 @@ class StepRecord:
     recoveries: int | None = None
     """Returns to a checkpoint so far."""
     energy_joules: float | None = None
-    """That the card used since the record before, evaluations included; None where it does not
-    tell."""
+    """That the card (of a group, the leader's) used since the record before, evaluations included;
+    None where it does not tell."""
     validation: HeldoutLoss | None = None
 
 

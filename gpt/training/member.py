@@ -25,10 +25,8 @@ def main() -> None:
     try:
         group = join_group(own_device(hardware.device).type, hardware.timeout_seconds)
         _train(task, group, speaker)
-    except (
-        GPTError
-    ) as error:  # that no other attempt mends: it ends the run, and not in a traceback
-        speaker.send(error)
+    except GPTError as error:
+        speaker.send(error)  # no other attempt mends it: it ends the run
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         speaker.send(Ended(f"{type(error).__name__}: {reason}"))

@@ -85,7 +85,7 @@ class Stepper:
     ) -> None:
         self.config, self.dataset, self.group = config, dataset, group
         self.device = own_device(config.hardware.device)
-        self.batch_size = batch_size or config.training.batch_size
+        self.batch_size = self._first_batch_size(batch_size)
         if self.on_gpu:
             torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
         torch.manual_seed(config.training.seed)
@@ -102,6 +102,16 @@ class Stepper:
         self._draw_own_dropout(0)
         self.consistent = True
         """False in the middle of an update: weights and states are of no step then."""
+
+    def _first_batch_size(self, fitted: int | None) -> int:
+        """What fitted before, unless the config has changed to where it is no part of a step."""
+        wanted, parts = self.config.training.batch_size, self._sequences_each
+        return fitted if fitted and fitted < wanted and parts % fitted == 0 else wanted
+
+    @property
+    def _sequences_each(self) -> int:
+        """Of a step, for each process of the group."""
+        return self.config.sequences_per_step // self.group.size
 
     def restart(self, dataset_fingerprint: str) -> Progress:
         """Weights, states and data order as `__init__` left them; the progress of that."""
@@ -315,8 +325,9 @@ class Stepper:
                     "training.loss_chunk_rows, or train a smaller model or model.block_size",
                 )
             )
-        parts = total // self.group.size
-        self.batch_size = next(b for b in range(before // 2, 0, -1) if parts % b == 0)
+        self.batch_size = next(
+            b for b in range(before // 2, 0, -1) if self._sequences_each % b == 0
+        )
         logger.warning(
             "out of memory %s: batch_size %d -> %d, grad_acc %d -> %d; the tokens of a step and "
             "their order stay the same",
