@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 CONFIG ?= configs/tiny.toml
-WORKERS ?= 2
+WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -94,16 +94,25 @@ def test_a_step_s_time_is_its_own(dataset, tmp_path, monkeypatch):
     slow(Trainer, "_write", 100.0)
     slow(Trainer, "_validate", 100.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
-    config = tiny_config(tmp_path, training__max_steps=9, training__checkpoint_interval=3)
+    config = small_config(tmp_path, training__max_steps=9, training__checkpoint_interval=3)
     records = [r for r in train(config, dataset, tmp_path / "run") if r.loss]
     seconds = [config.tokens_per_step / record.tokens_per_second for record in records]
     assert seconds == pytest.approx([config.training.grad_acc] * 9)
 
 
+@pytest.fixture(scope="module")
+def left_alone(dataset, tmp_path_factory):
+    """The numbers and the folder of a run that nothing happens to."""
+    root = tmp_path_factory.mktemp("whole")
+    return numbers(train(small_config(root), dataset, root / "run")), root / "run"
+
+
 @pytest.mark.parametrize("stopped_after", [1, 7, 10, 13])
-def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path, stopped_after):
-    config = tiny_config(tmp_path)
-    whole = numbers(train(config, dataset, tmp_path / "whole"))
+def test_stopped_and_started_again_is_bit_for_bit_the_same(
+    dataset, left_alone, tmp_path, stopped_after
+):
+    config = small_config(tmp_path)
+    whole, whole_folder = left_alone
     first = []
 
     def stop():
@@ -116,12 +125,12 @@ def test_stopped_and_started_again_is_bit_for_bit_the_same(dataset, tmp_path, st
     if stopped_after == 10:  # an evaluation is done again after a start
         assert rest[0] == first.pop()
     assert first + rest == whole
-    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "parts"), weights(whole_folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_stop_inside_a_step_drops_that_step(dataset, tmp_path):
-    config = tiny_config(tmp_path)
+def test_a_stop_inside_a_step_drops_that_step(dataset, left_alone, tmp_path):
+    config = small_config(tmp_path)
     asked = 0
 
     def stop():
@@ -132,12 +141,11 @@ def test_a_stop_inside_a_step_drops_that_step(dataset, tmp_path):
     told = list(train(config, dataset, tmp_path / "parts", stop))
     assert told[-1].step == 5
     rest = list(train(config, dataset, tmp_path / "parts"))
-    whole = numbers(train(config, dataset, tmp_path / "whole"))
-    assert numbers(told + rest) == whole
+    assert numbers(told + rest) == left_alone[0]
 
 
 def test_an_error_and_a_consumer_that_leaves_keep_what_is_done(dataset, tmp_path, monkeypatch):
-    config = tiny_config(tmp_path)
+    config = small_config(tmp_path)
     for record in train(config, dataset, tmp_path / "left"):
         if record.step == 7:
             break
