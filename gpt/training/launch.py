@@ -132,10 +132,11 @@ def launched(task: Task, logs: Path, stop: Callable[[], bool] = never) -> Iterat
                     line.ask_to_stop()
         except GPTError:
             raise
-        except BaseException:  # whoever reads this leaves: not without a checkpoint
-            line.ask_to_stop()
-            with suppress(subprocess.TimeoutExpired):
-                launcher.wait(LEAVE_SECONDS)
+        except BaseException:  # whoever reads this leaves
+            if task.work:  # not without a checkpoint; where another machine leads, the run goes on
+                line.ask_to_stop()
+                with suppress(subprocess.TimeoutExpired):
+                    launcher.wait(LEAVE_SECONDS)
             raise
     if launcher.returncode and not stop():
         raise _gave_up(task.config, logs, f"torch's launcher ended with {launcher.returncode}")
