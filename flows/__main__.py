@@ -14,6 +14,7 @@ import typer
 
 from flows import model_commands, retrain_commands, service_commands
 from flows.options import ConfigPath, Devices, Gpu, Network, Nodes, Overrides, asked_of
+from gpt.collector import spare_imports
 from gpt.config import load_config, merged, read_toml
 from gpt.errors import ConfigError, GPTError
 from gpt.preflight.links import NETWORK_GBIT
@@ -45,6 +46,7 @@ app.add_typer(service_commands.app)
 
 def main() -> None:
     """Entry of the console script. A message alone on standard error for what the user can mend."""
+    spare_imports()
     try:
         app()
     except GPTError as error:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from flows import environment
+from gpt.collector import spare_imports
 from gpt.errors import GPTError
 from gpt.files import write_text
 
 
 def main() -> None:
+    spare_imports()
     asked = json.loads(sys.argv[1])
     code, told = _run(asked)
     write_text(Path(asked["result"]), json.dumps(told))

@@ -21,6 +21,9 @@ EMBEDDED = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
     # The first start makes the database: 20 s, the default, are not enough on a slow machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    # Types of blocks are for its pages: it imported every Prefect package for them, each time.
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     # A server that is away is given up after 6 s and not after a minute, at each call.

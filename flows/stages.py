@@ -10,6 +10,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Failed
 
 from flows.ending import tell_of_cancellation, tell_of_end, to_do
+from gpt.collector import spare_imports
 from gpt.errors import GPTError
 from tasks.stopping import StopRequested, stopping
 
@@ -36,6 +37,7 @@ def as_function(stage: Task) -> Callable[..., Any]:
 def told(run: Callable[[], Result]) -> Result | State:
     """What `run` returns, for a flow whose end is told (`flows.ending`): Cancelled where a signal
     stopped it, Failed with what to do first where the user can mend it."""
+    spare_imports()  # where Prefect has started this process
     try:
         returned = stopped_or(run)
     except GPTError as error:

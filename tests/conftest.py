@@ -29,6 +29,8 @@ PREFECT_SETTINGS = {
     "PREFECT_HOME": PREFECT_HOME.name,
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
@@ -72,6 +74,7 @@ batch_size = 2
 grad_acc = 2
 max_steps = 12
 dtype = "float32"
+compile = false
 checkpoint_interval = 5
 log_interval = 4
 

@@ -17,7 +17,7 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-GROUND = ("gpt.config", "gpt.rules", "gpt.artifacts", "gpt.errors", "gpt.files")
+GROUND = ("gpt.config", "gpt.rules", "gpt.artifacts", "gpt.errors", "gpt.files", "gpt.collector")
 MAY_IMPORT = {
     "gpt.training": (
         *("gpt.training", "gpt.evaluation", "gpt.model", "gpt.data", "gpt.preflight"),
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "gpt.artifacts": GROUND,
     "gpt.errors": GROUND,
     "gpt.files": GROUND,
+    "gpt.collector": GROUND,
     "gpt": ("gpt",),
     "tasks": ("tasks", "gpt"),
     "flows": ("flows", "tasks", "gpt"),
