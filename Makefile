@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "installing into $(VENV): some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable '.[test]'
 	@touch $@
 
 $(SAMPLE): | $(INSTALLED)

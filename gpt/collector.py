@@ -1,13 +1,19 @@
-"""Python's garbage collector, kept from walking over what was imported."""
+"""Python's garbage collector, kept from walking over what was imported.
+
+`python -m gpt.collector MODULE ARGUMENTS` is `python -m MODULE ARGUMENTS` with that, except at its
+end: the threads of torch's process groups are joined by the collector's last pass.
+"""
 
 from __future__ import annotations
 
 import atexit
 import functools
 import gc
+import runpy
+import sys
 
-OBJECTS_A_PASS = 200_000
-"""Python's own 700 makes a hundred passes of the imports alone."""
+THRESHOLDS = (200_000, 30, 30)
+"""Python's own first one, 700 objects, makes a hundred passes of the imports alone."""
 
 
 @functools.cache
@@ -18,5 +24,15 @@ def spare_imports() -> None:
     in which the flow is imported and a process of it ends, the collector took 2.2 s. To be called
     before they are imported; later it spares the end alone.
     """
-    gc.set_threshold(OBJECTS_A_PASS, 30, 30)
+    gc.set_threshold(*THRESHOLDS)
     atexit.register(gc.freeze)
+
+
+def main() -> None:
+    gc.set_threshold(*THRESHOLDS)
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

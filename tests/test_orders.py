@@ -90,7 +90,7 @@ def test_the_data_set_is_the_one_that_is_made_here(tmp_path, monkeypatch, cluste
     settings = {"tokens_per_shard": 1_000, **settings}
     here = dataset(tmp_path / "here", sources, **settings)
     there = made_by(cluster, config(tmp_path / "there", sources, runner="dask", **settings))
-    assert len(cluster.orders) >= 10
+    assert len(cluster.orders) >= (3 if "max_tokens" in settings else 10)
     if settings.get("drop_duplicates") and "max_tokens" in settings:
         # Rows behind the last document may count under another reason.
         assert sum(here.skipped.values()) == sum(there.skipped.values())

@@ -197,14 +197,14 @@ def _launcher(task: Task, line: Line, logs: Path) -> Iterator[subprocess.Popen]:
 def _command(config: RunConfig, logs: Path) -> list[str]:
     hardware = config.hardware
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "gpt.collector", "torch.distributed.run"),
         *("--nnodes", str(hardware.nodes), "--nproc-per-node", str(hardware.devices)),
         *("--max-restarts", str(hardware.restarts), "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", hardware.rendezvous or "127.0.0.1:0"),
         *("--rdzv-id", config.run.name, "--local-addr", own_address(hardware.rendezvous)),
         *("--rdzv-conf", f"join_timeout={JOIN_SECONDS},is_host={int(leads(hardware.rendezvous))}"),
         *("--log-dir", str(logs.resolve()), "--redirects", "3"),
-        *("-m", "gpt.training.member"),
+        *("-m", "gpt.collector", "gpt.training.member"),
     ]
 
 

@@ -9,7 +9,6 @@ import logging
 import sys
 from pathlib import Path
 
-from gpt.collector import spare_imports
 from gpt.errors import GPTError
 from gpt.training.checkpoint import note_batch_size
 from gpt.training.group import Group, join_group, leave_group, own_device
@@ -20,7 +19,6 @@ from gpt.training.stepper import SmallerBatchNeeded
 
 
 def main() -> None:
-    spare_imports()
     task = Task.model_validate_json(Path(sys.argv[1]).read_bytes())
     speaker = Speaker()
     hardware = task.config.hardware
