@@ -16,6 +16,8 @@ SAMPLE := data/sample.parquet
 # Also pins what pip installs into the build's own environment.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What Python compiled is kept, or each of the many processes of a test compiles it again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test check install clean
 
@@ -43,6 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable '.[test]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # pip would on one core
 	@touch $@
 
 $(SAMPLE): | $(INSTALLED)
