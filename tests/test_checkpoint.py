@@ -3,11 +3,13 @@
 import errno
 import os
 import shutil
+import threading
 
 import faults
 import pytest
 import torch
 from safetensors import SafetensorError
+from service import wait_for
 from test_training_loop import numbers, small_config, weights
 from token_data import token_dataset
 
@@ -293,6 +295,41 @@ def test_a_full_disk_keeps_the_older_ones_and_a_stop_ends_the_waiting(
     assert latest_checkpoint(tmp_path / "run").step == 5
     monkeypatch.undo()
     assert next(iter(train(config, dataset, tmp_path / "run"))).step == 6
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_disk_found_full_some_steps_later_holds_up_no_stop(
+    dataset, tmp_path, monkeypatch, caplog, leaves
+):
+    """The checkpoint of step 10 is refused when step 12 is through: there is a newer one to write
+    when the stop comes, or whoever trains leaves."""
+    config = small_config(tmp_path, training__checkpoint_interval=5)
+    later = threading.Event()
+    real = checkpoint.shutil.disk_usage
+
+    def full(path):
+        if not (tmp_path / "run/checkpoints/step-00000005").exists():
+            return real(path)
+        later.wait()
+        return real(path)._replace(free=0)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full)
+
+    def stop():
+        return not leaves and "cannot be written" in caplog.text
+
+    steps = []
+    for record in train(config, dataset, tmp_path / "run", stop):
+        steps.append(record.step)
+        if record.step == 12:
+            later.set()
+            wait_for("the refusal", lambda: "cannot be written" in caplog.text)
+            if leaves:
+                break
+    assert steps[-1] == 12
+    assert "the checkpoint of step 10 was not written" in caplog.text
+    assert latest_checkpoint(tmp_path / "run").step == 5
 
 
 def test_on_a_file_system_that_is_really_full(tmp_path, monkeypatch):

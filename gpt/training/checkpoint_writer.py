@@ -33,6 +33,11 @@ class CheckpointWriter:
         self._error: BaseException | None = None
         self.stalled = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def write(self, snapshot: Snapshot) -> None:
         """Begin; waits for the one before. Raises what that one raised, unless the disk did."""
         self.wait()

@@ -153,6 +153,7 @@ class Trainer:
         try:
             yield from self._steps()
             self._save()
+            self._wait_for_disk()
         except NonFiniteLossError:
             raise
         except BaseException:  # an error, a signal, or a consumer that leaves
@@ -274,23 +275,33 @@ class Trainer:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def _save(self) -> bool:
-        """Begin to write a checkpoint of this step, unless it has one. False, and nothing written,
-        where weights are not finite."""
+    def _save(self, patient: bool = True) -> bool:
+        """Begin to write a checkpoint of this step, unless it has one, or the disk has not taken
+        the last one yet and there is a stop. False, and nothing written, where weights are not
+        finite."""
         if self.step == self.saved_step:
             return True
         if not self.stepper.weights_are_finite():
             return False
-        self._write()
+        self._wait_for_disk(patient)
+        if not self.group.any(self.writer.stalled):
+            self._write()
         self._last_end = time.perf_counter()
         return True
+
+    def _wait_for_disk(self, patient: bool = True) -> None:
+        """Until the last checkpoint is written; where the disk does not take it, until a stop."""
+        while self.group.any(
+            self.writer.busy and not (self.writer.stalled and (self.stop() or not patient))
+        ):
+            self.writer.pause()
 
     def _save_what_can_be(self) -> None:
         """On the way out of an error, which this must not hide."""
         try:
             # A group that lost one of its own can gather nothing any more.
             if self.stepper.consistent and self.group.alone:
-                self._save()
+                self._save(patient=False)
         except Exception as error:  # as a device that answers no more
             logger.warning("no checkpoint of step %d could be written: %s", self.step, error)
 
