@@ -15,7 +15,7 @@ from gpt.config import DataSection, RunConfig, fingerprint, load_config, merged
 from gpt.errors import ConfigError, Problem
 from gpt.training.identity import run_identity
 
-ANYWHERE = ("engine", "workers", "runner", "cluster")
+ANYWHERE = ("engine", "workers", "runner", "cluster", "store")
 """Keys of [data] that say how and where it is tokenised: the tokens are the same."""
 SHARED = (
     "run.root",

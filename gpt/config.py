@@ -110,6 +110,9 @@ class DataSection(Section):
     cluster: str = ""
     """Address of the Dask scheduler or Ray cluster, as tcp://host:8786 or ray://host:10001; empty:
     one on this machine for as long as it is needed."""
+    store: str = ""
+    """Where finished data sets are kept for other machines, a folder or an address as
+    s3://bucket/data: fetched from there instead of made, and put there; empty: nowhere else."""
 
 
 class OptimizerSection(Section):

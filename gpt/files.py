@@ -12,6 +12,8 @@ from pathlib import Path
 
 PARTIAL = ".partial"
 """Ending of what is not complete; nothing reads it."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk that takes no more answers."""
 
 
 def sync(path: Path) -> None:

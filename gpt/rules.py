@@ -8,6 +8,7 @@ A rule is broken by what cannot work. What works but costs something is a warnin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from gpt.errors import Problem
@@ -86,6 +87,24 @@ def some_length_is_allowed(min_length: int, max_length: int | None) -> Problem |
         f"must be at most data.max_length = {max_length}: no document could be kept",
         f"set data.min_length to at most {max_length}, or raise data.max_length",
     )
+
+
+@rule("data.store")
+def store_can_be_opened(store: str) -> Problem | None:
+    protocol, address, _ = store.partition("://")
+    if not address:
+        return None
+    from fsspec.registry import known_implementations, registry
+
+    protocol = protocol.partition("::")[0]
+    known = known_implementations.get(protocol)
+    if known and find_spec(known["class"].partition(".")[0]) is None:
+        rule = f"fsspec needs a package for such an address: {known['err']}"
+        return Problem("data.store", store, rule, "install it, or name a folder")
+    if known or protocol in registry:
+        return None
+    rule = f"fsspec knows no {protocol}://"
+    return Problem("data.store", store, rule, "name a folder, or an address as s3://bucket/data")
 
 
 @rule("training.grad_acc", "hardware.devices", "hardware.nodes")

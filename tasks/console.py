@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from statistics import fmean
@@ -31,6 +31,7 @@ from rich.progress import Progress as Bar
 
 from gpt.config import RunConfig
 from gpt.data.corpus import TokenizeProgress
+from gpt.data.store import Carried
 from gpt.evaluation.progress import Progress, Result, Running
 from gpt.training.loop import StepRecord
 
@@ -46,7 +47,7 @@ class _RunConsole(Console):
 console = _RunConsole(highlight=False, soft_wrap=True)
 
 TOKENIZE_SECONDS = 5.0
-"""Time between lines while tokenising."""
+"""Time between lines while tokenising, or carrying a data set."""
 EVALUATE_SECONDS = 10.0
 """The same while evaluating."""
 RECENT_STEPS = 20
@@ -115,6 +116,32 @@ class TokenizeDisplay:
         now = time.monotonic()
         if now - self._last_line >= TOKENIZE_SECONDS and not console.is_terminal:
             tell(f"tokenising {share:4.0%}  {text}")
+            self._last_line = now
+
+
+class CarryDisplay:
+    """Of a data set on its way to or from a store."""
+
+    def __init__(self, verb: str, progress: Bar, task: TaskID) -> None:
+        self._verb, self._progress, self._task = verb, progress, task
+        self._began = self._last_line = time.monotonic()
+
+    def following(self, carrying: Generator[Carried, None, Result]) -> Result:
+        """What comes of it."""
+        while True:
+            try:
+                self._show(next(carrying))
+            except StopIteration as end:
+                return end.value
+
+    def _show(self, carried: Carried) -> None:
+        now = time.monotonic()
+        done, total = carried.bytes_done, carried.bytes_total
+        left = (now - self._began) * (total - done) / max(1, done)
+        text = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {duration(left)} left"
+        self._progress.update(self._task, completed=done, total=total, text=text)
+        if now - self._last_line >= TOKENIZE_SECONDS and not console.is_terminal:
+            tell(f"{self._verb} {text}")
             self._last_line = now
 
 
@@ -190,6 +217,12 @@ def _device_use(record: StepRecord) -> str:
 def tokenize_display() -> Iterator[TokenizeDisplay]:
     with _bar("tokenising") as (progress, task):
         yield TokenizeDisplay(progress, task)
+
+
+@contextmanager
+def carry_display(verb: str) -> Iterator[CarryDisplay]:
+    with _bar(verb) as (progress, task):
+        yield CarryDisplay(verb, progress, task)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from gpt.artifacts import DatasetManifest
 from gpt.config import RunConfig
 from gpt.data.corpus import find_dataset, tokenize_corpus
 from gpt.data.orders import Cluster
+from gpt.data.store import fetch_dataset, put_dataset
 from gpt.data.summary import page, write_summary
 from tasks.cluster import cluster_of
-from tasks.console import TokenizeDisplay, tell, tokenize_display, warn
+from tasks.console import TokenizeDisplay, carry_display, tell, tokenize_display, warn
 from tasks.prefect_api import show_page
 
 
@@ -26,15 +27,15 @@ def tokenize_parquet(config: RunConfig) -> DatasetManifest:
 
 def tokenized(config: RunConfig) -> DatasetManifest:
     """The data set of a config, made or found, with a bar and lines; needs no Prefect run."""
-    dataset = find_dataset(config)
+    dataset, verb = find_dataset(config), "already tokenised in"
+    if dataset is None and config.data.store:
+        dataset, verb = _fetched(config), "fetched into"
     if dataset is None:
         cluster = cluster_of(config.data)
         tell(f"tokenising {', '.join(config.data.source)}")
         with tokenize_display() as display:
-            dataset = _made(config, cluster, display)
-        verb = "tokenised into"
+            dataset, verb = _made(config, cluster, display), "tokenised into"
     else:
-        verb = "already tokenised in"
         for note in dataset.notes:
             warn(note)
     if dataset.skipped_files:
@@ -44,7 +45,20 @@ def tokenized(config: RunConfig) -> DatasetManifest:
         f"{verb} {dataset.folder}: {dataset.train.tokens:,} tokens to train on, "
         f"{dataset.validation.tokens:,} to validate"
     )
+    if config.data.store:
+        _put(dataset, config.data.store)
     return dataset
+
+
+def _fetched(config: RunConfig) -> DatasetManifest | None:
+    with carry_display(f"fetching from {config.data.store}") as display:
+        return display.following(fetch_dataset(config))
+
+
+def _put(dataset: DatasetManifest, store: str) -> None:
+    with carry_display(f"putting into {store}") as display:
+        if display.following(put_dataset(dataset, store)):
+            tell(f"put into {store}, for other machines")
 
 
 def _made(config: RunConfig, cluster: Cluster | None, display: TokenizeDisplay) -> DatasetManifest:

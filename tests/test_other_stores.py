@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import polars
 import pytest
-from service import SMALL, Service, free_port, small, wait_for
+from object_store import BUCKET, KEYS, SECRET, object_store
+from service import SMALL, Service, free_port, small
 
 from tasks.tracking import MlflowClient
 
-BUCKET = "overnight"
 SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-SECRET = "a-secret-that-nobody-is-told"
 
 pytestmark = pytest.mark.skipif(not SERVERS, reason="needs Debian's postgresql")
 
@@ -63,49 +60,11 @@ def postgres() -> Iterator[str]:
             subprocess.run([*control, "-m", "immediate", "stop"], **run)
 
 
-@contextmanager
-def s3(keys: dict[str, str]) -> Iterator[str]:
-    """moto's server with an empty bucket: its address."""
-    import boto3
-
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, **quiet)
-    try:
-        client = boto3.client(
-            "s3",
-            endpoint_url=url,
-            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-            region_name=keys["AWS_DEFAULT_REGION"],
-        )
-
-        def made() -> bool:
-            try:
-                client.create_bucket(Bucket=BUCKET)
-            except Exception:
-                return False
-            return True
-
-        wait_for("the S3 stand-in", made)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture
 def service(tmp_path: Path, parquet: Path, postgres: str) -> Iterator[Service]:
-    keys = {
-        "AWS_ACCESS_KEY_ID": "me",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with s3(keys) as url:
+    with object_store() as url:
         service = Service(tmp_path, parquet, (free_port(), free_port()))
-        service.environment |= keys | {
+        service.environment |= KEYS | {
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{postgres}/prefect",
             "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{postgres}/mlflow",
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/artifacts",

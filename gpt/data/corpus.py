@@ -16,7 +16,6 @@ of workers and the longest document.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import shutil
 import time
@@ -42,7 +41,7 @@ from gpt.data.selection import SeenTexts
 from gpt.data.shards import remember_checked, write_manifest
 from gpt.data.units import SPLITS, Stored, Tally, stored_units
 from gpt.errors import CorpusError, DatasetError, Problem
-from gpt.files import PARTIAL, sync
+from gpt.files import FULL_DISK, PARTIAL, sync
 
 TEXT_PER_WORKER = 8_000_000
 """Text for which it pays to start another process, bytes."""
@@ -98,7 +97,7 @@ def tokenize_corpus(config: RunConfig, cluster: Cluster | None = None) -> Steps:
     sources, skipped = yield from _usable(plan)
     plan.identities.save()
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
-    with _room_on(plan.folder.parent), _alone(plan.folder):
+    with room_on(plan.folder.parent), alone(plan.folder):
         if found := plan.existing():
             return found
         _remove_abandoned(plan.folder)
@@ -120,7 +119,7 @@ def _usable(plan: Plan) -> Generator[TokenizeProgress, None, tuple[list[Source],
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold the data set's lock; wait for whoever has it."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
     try:
@@ -135,12 +134,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _room_on(folder: Path) -> Iterator[None]:
+def room_on(folder: Path) -> Iterator[None]:
     """A full disk, as a message."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
         rule = f"the disk is full: {error.strerror}; finished units are kept"
         remedy = "free some space (2 bytes a token are needed), or set run.root to another disk; "
@@ -163,7 +162,8 @@ def _make(job: Job, cluster: Cluster | None) -> Steps:
                 yield from _assemble(job, assembly, cluster)
             _check_counts(job, assembly.total)
             manifest = manifest_of(job, assembly.total, assembly.close())
-        return _publish(job, manifest)
+        (job.folder / FALLBACK).unlink(missing_ok=True)
+        return publish(job.folder, job.plan.folder, manifest)
     except Mismatch as reason:
         job.begin_anew(reason)
         raise
@@ -271,13 +271,12 @@ def _check_counts(job: Job, total: Tally) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def _publish(job: Job, manifest: DatasetManifest) -> DatasetManifest:
-    """The manifest last, then the name; what is damaged under that name gives way."""
-    (job.folder / FALLBACK).unlink(missing_ok=True)
-    write_manifest(manifest)
-    folder = job.plan.folder
+def publish(partial: Path, folder: Path, manifest: DatasetManifest) -> DatasetManifest:
+    """Make `folder` of the complete `partial`: the manifest last, then the name; what is damaged
+    under that name gives way."""
+    write_manifest(manifest.model_copy(update={"folder": partial}))
     shutil.rmtree(folder, ignore_errors=True)
-    job.folder.rename(folder)
+    partial.rename(folder)
     sync(folder.parent)
     published = manifest.model_copy(update={"folder": folder})
     remember_checked(published)

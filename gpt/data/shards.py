@@ -239,7 +239,7 @@ def read_manifest(folder: Path) -> DatasetManifest:
     """
     path = folder / MANIFEST
     try:
-        manifest = _in_folder(_Manifest.model_validate_json(path.read_bytes()), folder)
+        manifest = parse_manifest(path.read_bytes(), folder)
     except FileNotFoundError:
         problem = Problem(str(path), "", "is missing: the data set is not complete", REMEDY)
     except OSError as error:
@@ -306,8 +306,10 @@ class _Manifest(DatasetManifest):
     folder: Path = Path()
 
 
-def _in_folder(manifest: _Manifest, folder: Path) -> DatasetManifest:
-    """With its folder. Its values were checked when it was read; there can be 100,000s of them."""
+def parse_manifest(text: bytes, folder: Path) -> DatasetManifest:
+    """With the folder where it lies. Raises pydantic's `ValidationError`."""
+    manifest = _Manifest.model_validate_json(text)
+    # Its values have just been checked, and there can be 100,000s of them.
     values = {name: getattr(manifest, name) for name in DatasetManifest.model_fields}
     return DatasetManifest.model_construct(**values | {"folder": folder})
 
