@@ -1,5 +1,5 @@
 """Two machines, as network namespaces with a cable between them, that train one network: the
-command line on both, one cut off in the middle and back."""
+command line on both, one cut off in the middle and back, then stopped and started again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tasks.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-STEPS = 40
+STEPS = 80
 
 
 @dataclass
@@ -82,7 +83,7 @@ def told(log: Path, what: str) -> Callable[[], bool]:
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2's ip"
 )
-def test_a_host_cut_off_and_back(
+def test_a_host_cut_off_and_back_then_stopped_and_started_again(
     tmp_path: Path, tiny_config: Path, hosts: tuple[Host, Host]
 ) -> None:
     root = tmp_path / "runs"
@@ -101,8 +102,8 @@ def test_a_host_cut_off_and_back(
     }
     laid_over = itertools.chain(*(("--set", f"{k}={v}") for k, v in settings.items()))
     words = ["run", str(tiny_config), *laid_over]
-    logs = [tmp_path / f"{name}.log" for name in "ab"]
-    processes = [host.overnight(log, *words) for host, log in zip(hosts, logs, strict=True)]
+    logs = [tmp_path / f"{name}.log" for name in "abc"]
+    processes = [host.overnight(log, *words) for host, log in zip(hosts, logs[:2], strict=True)]
     try:
         wait_for("the first machine", told(logs[1], f"the run that {ADDRESSES[0]}:29400 leads"))
         (folder,) = wait_for("a run", lambda: list(root.glob("train/*")))
@@ -113,14 +114,22 @@ def test_a_host_cut_off_and_back(
         assert stood
         assert not stood.finished
         hosts[1].plug("up")
-        for process, log in zip(processes, logs, strict=True):
+        again = f"all devices started again, after step {stood.step}"
+        wait_for("both", told(logs[0], again))
+
+        # Ctrl-C on the machine that only lends its devices.
+        processes[1].send_signal(signal.SIGINT)
+        assert processes[1].wait(60) == 130, logs[1].read_text()
+        assert processes[0].poll() is None, logs[0].read_text()
+        processes[1] = hosts[1].overnight(logs[2], *words)
+        for process, log in zip(processes, (logs[0], logs[2]), strict=True):
             assert process.wait(180) == 0, log.read_text()
     finally:
         for process in processes:
             process.kill()
-    assert f"all devices started again, after step {stood.step}" in logs[0].read_text()
-    assert "the run has ended" in logs[1].read_text()
-    assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
+    assert logs[0].read_text().count("all devices started again") >= 2
+    assert "the run has ended" in logs[2].read_text()
+    assert "Traceback" not in "".join(log.read_text() for log in logs)
     finished = latest_checkpoint(folder)
     assert finished
     assert finished.finished
