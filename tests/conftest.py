@@ -22,6 +22,8 @@ import pytest
 from browser import browser
 from filelock import FileLock
 
+from gpt.collector import spare_imports
+
 __all__ = ["browser"]  # for every test that asks for it
 
 PREFECT_HOME = tempfile.TemporaryDirectory(prefix="overnight-prefect-", ignore_cleanup_errors=True)
@@ -35,6 +37,7 @@ PREFECT_SETTINGS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
+spare_imports()
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[_name]
 os.environ |= PREFECT_SETTINGS

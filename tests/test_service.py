@@ -61,7 +61,7 @@ def service(
         (service.root / database.stem).mkdir(parents=True)
         shutil.copy(database, service.root / database.stem)
     service.start()
-    with service.client() as client:
+    with service.client() as client:  # now, so that a minute has gone by when it is asked for
         deployment = client.read_deployment_by_name(EVERY_MINUTE)
         schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="* * * * *"), active=True)
         client.create_deployment_schedules(deployment.id, [(schedule.schedule, schedule.active)])
@@ -141,6 +141,40 @@ def test_whatever_is_started_together_runs_one_after_the_other(
     assert {run.info.run_name for run in found} == {"watched", *(f"together-{n}" for n in range(3))}
     assert {run.info.status for run in found} == {"FINISHED"}
     assert webhook.about("watched")["body"].startswith("It is done")
+
+
+# --- schedules -----------------------------------------------------------------------------------
+
+
+def on_schedule(client: SyncPrefectClient, kind: StateType) -> list[FlowRun]:
+    """The runs of the schedule in such a state."""
+    deployment = client.read_deployment_by_name(EVERY_MINUTE)
+    runs = [run for run in client.read_flow_runs(limit=200) if run.auto_scheduled]
+    ours = [run for run in runs if run.deployment_id == deployment.id]
+    return [run for run in ours if run.state and run.state.type == kind]
+
+
+def planned(client: SyncPrefectClient) -> list[FlowRun]:
+    """Those that are still to come."""
+    runs = on_schedule(client, StateType.SCHEDULED)
+    return [run for run in runs if run.expected_start_time > datetime.now(UTC)]
+
+
+def test_a_schedule_fires_each_minute_until_it_is_paused(service: Service) -> None:
+    with service.client() as client:
+        fired = wait_for("a run on schedule", lambda: on_schedule(client, StateType.FAILED))
+        assert "data.source" in (fired[0].state.message or "")
+        assert planned(client)
+        report = service.run("doctor", "--json")
+        assert "next at" in report.stdout
+
+        deployment = client.read_deployment_by_name(EVERY_MINUTE)
+        (schedule,) = deployment.schedules
+        client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        wait_for("nothing planned", lambda: not planned(client))
+
+
+# --- one run -------------------------------------------------------------------------------------
 
 
 def test_what_cannot_work_fails_at_validate_config_and_says_what_to_do(
@@ -283,37 +317,6 @@ def test_in_mlflow_it_stayed_one_run(service: Service) -> None:
     assert found.info.status == "FINISHED"
     points = client.get_metric_history(found.info.run_id, "train/loss")
     assert [point.step for point in points] == list(range(1, steps + 1))
-
-
-# --- schedules -----------------------------------------------------------------------------------
-
-
-def on_schedule(client: SyncPrefectClient, kind: StateType) -> list[FlowRun]:
-    """The runs of the schedule in such a state."""
-    deployment = client.read_deployment_by_name(EVERY_MINUTE)
-    runs = [run for run in client.read_flow_runs(limit=200) if run.auto_scheduled]
-    ours = [run for run in runs if run.deployment_id == deployment.id]
-    return [run for run in ours if run.state and run.state.type == kind]
-
-
-def planned(client: SyncPrefectClient) -> list[FlowRun]:
-    """Those that are still to come."""
-    runs = on_schedule(client, StateType.SCHEDULED)
-    return [run for run in runs if run.expected_start_time > datetime.now(UTC)]
-
-
-def test_a_schedule_fires_each_minute_until_it_is_paused(service: Service) -> None:
-    with service.client() as client:
-        fired = wait_for("a run on schedule", lambda: on_schedule(client, StateType.FAILED))
-        assert "data.source" in (fired[0].state.message or "")
-        assert planned(client)
-        report = service.run("doctor", "--json")
-        assert "next at" in report.stdout
-
-        deployment = client.read_deployment_by_name(EVERY_MINUTE)
-        (schedule,) = deployment.schedules
-        client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        wait_for("nothing planned", lambda: not planned(client))
 
 
 # --- new data ------------------------------------------------------------------------------------

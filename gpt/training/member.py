@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def main() -> None:
         speaker.send(Ended(f"{type(error).__name__}: {reason}"))
         raise
     leave_group()
+    # All is done: threads of gloo's that are still there abort a process that takes itself apart,
+    # and the launcher would start the group again.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _train(task: Task, group: Group, speaker: Speaker) -> None:
