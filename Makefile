@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SAMPLE := data/sample.parquet
+# pip compiles on one core. `make COMPILE=` leaves each module to its first import.
+COMPILE ?= $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
 # Also pins what pip installs into the build's own environment.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -45,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable '.[test]'
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # pip would on one core
+	@$(COMPILE)
 	@touch $@
 
 $(SAMPLE): | $(INSTALLED)

@@ -61,7 +61,7 @@ def deploy(client: SyncPrefectClient) -> list[str]:
     The deployments' names."""
     with _switches_kept(client):
         done = subprocess.run(
-            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            [sys.executable, "-m", "gpt.collector", "prefect", "--no-prompt", "deploy", "--all"],
             # {{ $PWD }} in prefect.yaml is the shell's word, which may be of another folder.
             env=os.environ | {"PWD": str(Path.cwd())},
             stdin=subprocess.DEVNULL,

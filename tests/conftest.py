@@ -47,9 +47,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 EMBEDDED_PREFECT = (
     *("test_stopping.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_a_bad_run"),
     *("test_servers_away.py::test_prefect_s_api", "test_runners.py::test_units_are_task_runs"),
+    *("test_deployments.py", "test_doctor.py"),
 )
 """What starts Prefect's embedded API, never two at once: it picks its port at random among a
-thousand some seconds before it listens, so that two may come to share a server."""
+thousand some seconds before it listens, so that two may come to share a server. And what wants the
+suite's own server, which is started once then."""
 SLOW_FIRST = (
     *("prefect", "test_service", "test_mlflow_page", "test_servers_away", "test_kills"),
     *("test_other_stores", "test_retrain", "test_two_hosts", "test_group", "test_runners"),

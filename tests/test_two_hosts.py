@@ -22,7 +22,7 @@ from tasks.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-STEPS = 80
+STEPS = 60
 
 
 @dataclass
