@@ -11,10 +11,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from statistics import fmean
+from typing import TypeVar
 
 from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
@@ -34,6 +35,8 @@ from gpt.data.corpus import TokenizeProgress
 from gpt.data.store import Carried
 from gpt.evaluation.progress import Progress, Result, Running
 from gpt.training.loop import StepRecord
+
+Step = TypeVar("Step")
 
 
 class _RunConsole(Console):
@@ -99,6 +102,15 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def following(steps: Generator[Step, None, Result], show: Callable[[Step], None]) -> Result:
+    """What comes of `steps`, each shown."""
+    while True:
+        try:
+            show(next(steps))
+        except StopIteration as end:
+            return end.value
+
+
 class TokenizeDisplay:
     def __init__(self, progress: Bar, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -127,12 +139,7 @@ class CarryDisplay:
         self._began = self._last_line = time.monotonic()
 
     def following(self, carrying: Generator[Carried, None, Result]) -> Result:
-        """What comes of it."""
-        while True:
-            try:
-                self._show(next(carrying))
-            except StopIteration as end:
-                return end.value
+        return following(carrying, self._show)
 
     def _show(self, carried: Carried) -> None:
         now = time.monotonic()
@@ -190,11 +197,7 @@ class EvaluateDisplay:
     def following(self, running: Running[Result]) -> Result:
         """The result of what runs, told of on the way: a bar on a terminal, elsewhere a line every
         `EVALUATE_SECONDS`."""
-        while True:
-            try:
-                self._show(next(running))
-            except StopIteration as end:
-                return end.value
+        return following(running, self._show)
 
     def _show(self, progress: Progress) -> None:
         self._progress.update(

@@ -12,7 +12,14 @@ from gpt.data.orders import Cluster
 from gpt.data.store import fetch_dataset, put_dataset
 from gpt.data.summary import page, write_summary
 from tasks.cluster import cluster_of
-from tasks.console import TokenizeDisplay, carry_display, tell, tokenize_display, warn
+from tasks.console import (
+    TokenizeDisplay,
+    carry_display,
+    following,
+    tell,
+    tokenize_display,
+    warn,
+)
 from tasks.prefect_api import show_page
 
 
@@ -62,10 +69,4 @@ def _put(dataset: DatasetManifest, store: str) -> None:
 
 
 def _made(config: RunConfig, cluster: Cluster | None, display: TokenizeDisplay) -> DatasetManifest:
-    steps = tokenize_corpus(config, cluster)
-    while True:
-        try:
-            display.show(next(steps))
-        except StopIteration as done:
-            manifest: DatasetManifest = done.value
-            return manifest
+    return following(tokenize_corpus(config, cluster), display.show)

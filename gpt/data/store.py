@@ -51,6 +51,10 @@ class Store:
             remedy = "check the address and the credentials, and install the package that it needs"
             raise DatasetError(Problem("data.store", address, rule, remedy)) from error
 
+    def make(self, name: str) -> None:
+        """The folder of a data set, where a store has folders."""
+        self._filesystem.makedirs(self._at(name), exist_ok=True)
+
     def place(self, name: str) -> str:
         """As a person writes it."""
         return f"{self.address}/{name}"
@@ -77,7 +81,6 @@ class Store:
 
     def put(self, path: Path, name: str, file: str) -> None:
         """A reader sees the whole of a file or, while it is written, a length that is not its."""
-        self._filesystem.makedirs(self._at(name), exist_ok=True)
         self._filesystem.put_file(str(path), self._at(name, file))
 
     def put_whole(self, path: Path, name: str, file: str) -> None:
@@ -142,12 +145,12 @@ def _fetched(
     sizes = {file: size for file, size in store.sizes(name).items() if file != MANIFEST}
     if lost := sorted(shards.keys() - sizes.keys()):
         raise DatasetError(*(_damaged(store, name, file, "is missing") for file in lost))
-    done = 0
+    done, total = 0, sum(sizes.values())
     for file, size in sizes.items():
         if not file.endswith(PARTIAL):
             _fetch(store, name, file, shards.get(file), folder / file)
         done += size
-        yield Carried(done, sum(sizes.values()))
+        yield Carried(done, total)
     published = publish(folder, plan.folder, manifest)
     plan.identities.save()
     return published
@@ -188,12 +191,13 @@ def put_dataset(manifest: DatasetManifest, address: str) -> Generator[Carried, N
             for path in sorted(manifest.folder.iterdir())
             if path.is_file() and path.name not in (MANIFEST, CHECKED) and path.name[0] != "."
         }
-        done = 0
+        store.make(name)
+        done, total = 0, sum(sizes.values())
         for path, size in sizes.items():
             if there.get(path.name) != size:
                 store.put(path, name, path.name)
             done += size
-            yield Carried(done, sum(sizes.values()))
+            yield Carried(done, total)
         store.put_whole(manifest.folder / MANIFEST, name, MANIFEST)
     except Exception as error:  # every store has errors of its own
         told = f"{type(error).__name__}: {error}"
