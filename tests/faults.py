@@ -25,10 +25,18 @@ FILE_EVENTS = {
 }
 
 
+if __name__ == "tests.faults":  # in the fork server, which begins in the project's folder alone
+    sys.path.insert(0, str(Path(__file__).parent))
+
+PRELOADED = ["tests.faults"]
+"""By the one fork server of a process of tests, whichever of its modules starts it."""
+
+
 def processes(*modules):
     """A multiprocessing context whose children begin with `modules` imported."""
+    PRELOADED.extend(modules)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults", *modules])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service import free_port, wait_for
+from overnight_up import free_port, wait_for
 
 BUCKET = "overnight"
 SECRET = "a-secret-that-nobody-is-told"

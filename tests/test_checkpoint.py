@@ -8,8 +8,8 @@ import threading
 import faults
 import pytest
 import torch
+from overnight_up import wait_for
 from safetensors import SafetensorError
-from service import wait_for
 from test_training_loop import numbers, small_config, weights
 from token_data import token_dataset
 
@@ -362,7 +362,7 @@ def test_a_run_has_one_process_and_a_dead_holder_does_not_count(tmp_path):
     ready, done = PROCESSES.Event(), PROCESSES.Event()
     process = PROCESSES.Process(target=hold, args=(tmp_path, ready, done))
     process.start()
-    ready.wait()
+    assert ready.wait(60)
     with pytest.raises(RunLockedError, match=f"process {process.pid} on "), run_lock(tmp_path):
         pass
     process.kill()

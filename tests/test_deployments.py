@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,13 +15,13 @@ import kubernetes_validate
 import pytest
 import yaml
 from docker.types import HostConfig
+from overnight_up import free_port
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
-from service import free_port
 from test_cli import overnight
 
 from flows.environment import COMPUTE, service_environment
@@ -47,7 +48,8 @@ def test_each_says_what_it_is_and_takes_the_one_slot(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_each_gives_its_flow_what_it_takes(name: str) -> None:
+def test_each_gives_its_flow_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # Prefect leaves the flow's folder first in it
     each = DEPLOYMENTS[name]
     flow = load_flow_from_entrypoint(str(ROOT / each["entrypoint"]))
     parameters = each["parameters"]

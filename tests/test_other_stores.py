@@ -12,7 +12,7 @@ from typing import Any
 import polars
 import pytest
 from object_store import BUCKET, KEYS, SECRET, object_store
-from service import SMALL, Service, free_port, small
+from overnight_up import SMALL, Service, free_port, small
 
 from tasks.tracking import MlflowClient
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from service import free_port
+from overnight_up import free_port
 from test_stopping import command, flow_states, mlflow_run
 from test_training_loop import small_config
 from token_data import token_dataset

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from overnight_up import ROOT, SMALL, Service, Webhook, free_port, small, wait_for
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import (
     DeploymentScheduleCreate,
@@ -30,7 +31,6 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import Artifact, FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Cancelled, Running
-from service import ROOT, SMALL, Service, Webhook, free_port, small, wait_for
 
 from flows import deployments
 from flows.service import POOL, Settings

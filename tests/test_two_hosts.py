@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from service import wait_for
+from overnight_up import wait_for
 
 from gpt.training.checkpoint import latest_checkpoint
 from tasks.journal import Journal
