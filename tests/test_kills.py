@@ -3,7 +3,6 @@
 OVERNIGHT_KILLS=50 deals more of them than the few that the suite has time for.
 """
 
-import faulthandler
 import os
 import random
 import shutil
@@ -21,8 +20,7 @@ from gpt.training.run_folder import open_run_folder
 from tasks.tracking import ended_by_outcome, make_store, open_run
 from tasks.train import train
 
-IN_THE_SUITE = 4
-KILLS = int(os.environ.get("OVERNIGHT_KILLS", IN_THE_SUITE))
+KILLS = int(os.environ.get("OVERNIGHT_KILLS", "4"))
 STEPS = 30 * KILLS
 PROCESSES = faults.processes("tasks.train", "tasks.tracking", "test_kills")
 
@@ -65,10 +63,9 @@ def curve(root):
     return points
 
 
+@pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
-    if KILLS > IN_THE_SUITE:  # longer than what pytest is told to take for hanging
-        faulthandler.cancel_dump_traceback_later()
     dataset = token_dataset(tmp_path / "tokens")
     for name in ("whole", "killed"):
         # With a store that is there, the kills come in the training: making one has its own test.
