@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -41,6 +42,8 @@ spare_imports()
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[_name]
 os.environ |= PREFECT_SETTINGS
+# Ignored by what is started in the background, and then by all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors of tests are small: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
