@@ -15,6 +15,7 @@ the units in order, each once.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import logging
@@ -45,6 +46,7 @@ UNITS_PER_WORKER = 2
 MOST_TRIES = 3
 """Times that a unit is sent. Dask and Ray have tried it four times by themselves each time."""
 CONNECT_SECONDS = 10.0
+SILENT = "what listens there does not answer as a cluster does"
 COUNT_SECONDS = 5.0
 """How often the workers are counted: a cluster may grow."""
 WAIT_SECONDS = 0.5
@@ -52,7 +54,8 @@ WAIT_SECONDS = 0.5
 POLL_SECONDS = 0.01
 LOCAL_STORE_BYTES = 64_000_000
 """For each worker of a Ray cluster on this machine: units that are done and wait."""
-PORTS = {"tcp": 8786, "tls": 8786, "ray": 10001, "": None}
+PORTS = {"dask": {"tcp": 8786, "tls": 8786, "": None}, "ray": {"ray": 10001, "": None}}
+"""Of each scheme that an address may have, for addresses without one."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,28 +98,37 @@ def cluster_of(data: DataSection) -> Cluster | None:
         remedy += "data.runner out"
         raise ConfigError(Problem("data.runner", data.runner, rule, remedy))
     if data.cluster:
-        _check_somebody_is_there(data.cluster)
+        _check_somebody_is_there(data.runner, data.cluster)
     open_engine = _dask if data.runner == "dask" else _ray
     return lambda: _opened(data, open_engine)
 
 
-def _check_somebody_is_there(address: str) -> None:
-    """Raises `ConfigError`. Asked by hand: Ray would try for half a minute, and end the process."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
+def _address_problem(address: str, rule: str) -> ConfigError:
     remedy = "start the cluster, or mend the address: tcp://host:8786 for Dask, ray://host:10001 "
     remedy += "or host:6379 for Ray; left empty, a cluster on this machine is started"
+    return ConfigError(Problem("data.cluster", address, rule, remedy))
+
+
+def _host_and_port(runner: str, address: str) -> tuple[str, int]:
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.scheme not in PORTS[runner]:
+        raise _address_problem(address, f"{parts.scheme}:// is no address of {runner.capitalize()}")
     try:
-        host, port = parts.hostname, parts.port or PORTS.get(parts.scheme)
+        host, port = parts.hostname, parts.port or PORTS[runner][parts.scheme]
     except ValueError:  # no number
         host, port = None, None
     if not host or not port:
-        rule = "names no host and port"
-        raise ConfigError(Problem("data.cluster", address, rule, remedy))
+        raise _address_problem(address, "names no host and port")
+    return host, port
+
+
+def _check_somebody_is_there(runner: str, address: str) -> None:
+    """Raises `ConfigError`. Asked by hand: Ray would try for half a minute, and end the process."""
     try:
-        socket.create_connection((host, port), CONNECT_SECONDS).close()
+        socket.create_connection(_host_and_port(runner, address), CONNECT_SECONDS).close()
     except OSError as error:
         rule = f"nobody answers there: {error.strerror or error}"
-        raise ConfigError(Problem("data.cluster", address, rule, remedy)) from error
+        raise _address_problem(address, rule) from error
 
 
 @contextlib.contextmanager
@@ -126,7 +138,9 @@ def _opened(
     with contextlib.ExitStack() as stack:
         try:
             engine = stack.enter_context(open_engine(data))
-        except (OSError, RuntimeError, TimeoutError) as error:
+        except GPTError:
+            raise
+        except Exception as error:  # Dask and Ray have many
             rule = f"the {data.runner} cluster cannot be opened: {error}"
             remedy = "check that it runs, and that it has the versions of Python and of the "
             remedy += "packages that are installed here"
@@ -284,11 +298,29 @@ class _Dask:
         return _value(ticket.result())
 
 
+def _check_a_scheduler_answers(address: str) -> None:
+    """Raises `ConfigError`, and `OSError` where it is hung up on. Dask's client waits for a
+    greeting without an end, and a page's port, as the dashboard's, says nothing unasked."""
+    from distributed.comm.core import connect
+    from distributed.security import Security
+
+    async def greeted() -> None:
+        arguments = Security().get_connection_args("client")
+        comm = await connect(address, timeout=CONNECT_SECONDS, **arguments)
+        await comm.close()
+
+    try:
+        asyncio.run(asyncio.wait_for(greeted(), CONNECT_SECONDS))
+    except TimeoutError as error:
+        raise _address_problem(address, SILENT) from error
+
+
 @contextlib.contextmanager
 def _dask(data: DataSection) -> Iterator[_Dask]:
     from prefect_dask import DaskTaskRunner
 
     if data.cluster:
+        _check_a_scheduler_answers(data.cluster)
         runner = DaskTaskRunner(
             address=data.cluster, client_kwargs={"timeout": CONNECT_SECONDS, "name": "overnight"}
         )
@@ -335,11 +367,27 @@ class _Ray:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
 
+def _check_a_head_answers(address: str) -> None:
+    """Raises `ConfigError`. Ray itself would try for two minutes, and print its attempts."""
+    import grpc  # what a head speaks, at either of its ports
+
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    host, port = _host_and_port("ray", address)
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+        except grpc.FutureTimeoutError as error:
+            raise _address_problem(address, SILENT) from error
+
+
 @contextlib.contextmanager
 def _ray(data: DataSection) -> Iterator[_Ray]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from prefect_ray import RayTaskRunner
 
+    if data.cluster:
+        _check_a_head_answers(data.cluster)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not data.cluster:
         workers = data.workers or cpus()
