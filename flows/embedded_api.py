@@ -14,6 +14,9 @@ from prefect.settings import PREFECT_API_URL
 from flows.environment import EMBEDDED_API
 from flows.lifetime import ending_with_me
 
+ANSWER_SECONDS = 5.0
+"""Waited for the first answer of a server that is set, each time that it is tried."""
+
 
 def environment_of_the_api() -> dict[str, str]:
     """With which a process uses the API that this one uses; empty where none answers."""
@@ -35,12 +38,13 @@ def start_api() -> Exception | None:
     outlive it by the moment in which the run says how it ended, so it is born into a session of its
     own; it ends with this process all the same.
     """
+    patience = {"timeout": ANSWER_SECONDS} if PREFECT_API_URL.value() else None
     apart = partial(
         subprocess.Popen, start_new_session=True, preexec_fn=ending_with_me(signal.SIGTERM)
     )
     try:
         with patch.object(subprocess, "Popen", apart):  # Prefect has no setting for this
-            client = get_client(sync_client=True)
+            client = get_client(sync_client=True, httpx_settings=patience)
         with client:
             return client.api_healthcheck()
     except (RuntimeError, httpx.TransportError) as error:  # it did not come up in time

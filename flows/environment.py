@@ -26,8 +26,10 @@ EMBEDDED = {
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    # A server that is away is given up after 6 s and not after a minute, at each call.
+    # A server that is away is given up after 6 s, one that is silent after 66 s, at each call; by
+    # Prefect's own settings after one minute and after seven.
     "PREFECT_CLIENT_MAX_RETRIES": "2",
+    "PREFECT_API_REQUEST_TIMEOUT": "20",
     # The terminal belongs to the run's own lines; the run's page still gets every log line.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",

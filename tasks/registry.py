@@ -54,6 +54,8 @@ from mlflow.entities import (  # noqa: E402
 from mlflow.entities.model_registry import ModelVersion  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
+UPLOAD_SECONDS = 600
+"""Longest wait for the model to be stored and registered: its weights may go to a far server."""
 FOLDER_TAG, VERSIONS_TAG = "overnight.folder", "mlflow.modelVersions"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 SERVED_PACKAGES = (
@@ -125,8 +127,9 @@ def _metrics(
 
 def _store(client: MlflowClient, run_id: str, model: LoggedModel, entry: ModelEntry) -> None:
     """The files, then what makes MLflow load them."""
-    for path in entry.files:
-        client.log_model_artifact(model.model_id, str(path))
+    with mlflow_settings.uploading(UPLOAD_SECONDS):
+        for path in entry.files:
+            client.log_model_artifact(model.model_id, str(path))
     with TemporaryDirectory() as folder:
         wrapper = Path(folder) / "model"
         _write_wrapper(wrapper, run_id, model)

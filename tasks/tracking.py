@@ -57,7 +57,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # n
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 from tasks.registered import UID_TAG, first_line  # noqa: E402
-from tasks.registry import send_models, send_registration  # noqa: E402
+from tasks.registry import UPLOAD_SECONDS, send_models, send_registration  # noqa: E402
 
 ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
@@ -69,8 +69,6 @@ OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
 """Longest wait at the end of a stage for what has not been sent."""
-UPLOAD_SECONDS = 600.0
-"""Longest wait for the model to be stored and registered: its weights may go to a far server."""
 STOPPED_FLUSH_SECONDS = 3.0
 """The same when the run was asked to stop, and will be killed if it takes long."""
 SEND_SECONDS = 10.0

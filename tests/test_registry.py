@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from registry_data import STEPS, finished_run, report
 from safetensors.torch import load_file
-from test_servers_away import MlflowServer
+from test_servers_away import MlflowServer, server
 
 from flows.models import facts_of, find_model
 from gpt.errors import RegistryError
-from tasks import journal, registry, tracking
+from tasks import journal, mlflow_settings, registry, tracking
 from tasks.registered import (
     AGAINST_TAG,
     ALIAS_TAG,
@@ -23,6 +31,8 @@ from tasks.registered import (
     local_folder,
 )
 from tasks.tracking import MlflowClient, register, sync_run
+
+__all__ = ["server"]  # a fixture
 
 
 @pytest.fixture
@@ -290,3 +300,47 @@ def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, mo
         assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [model.name]
     finally:
         server.kill()
+
+
+class SlowStore(BaseHTTPRequestHandler):
+    """Before a server whose store is far away: the answer to the first weights takes a while."""
+
+    behind = ""
+    taken: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = Request(f"{self.behind}{self.path}", body or None, method=self.command)
+        asked.add_header("Content-Type", self.headers.get("Content-Type", "application/json"))
+        if self.command == "PUT" and self.path.endswith(".safetensors"):
+            self.taken.append(self.path)
+            time.sleep(7 if len(self.taken) == 1 else 0)
+        try:
+            status, said = 200, urlopen(asked).read()
+        except HTTPError as error:
+            status, said = error.code, error.read()
+        self.send_response(status)
+        self.end_headers()
+        with suppress(BrokenPipeError):  # nobody waited
+            self.wfile.write(said)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+
+
+@pytest.mark.usefixtures("light")
+def test_weights_may_take_longer_than_any_other_answer(tmp_path, server, monkeypatch):
+    monkeypatch.setitem(mlflow_settings.SETTINGS, mlflow_settings.ANSWER, "5")
+    monkeypatch.setenv(mlflow_settings.ANSWER, "5")
+    monkeypatch.setattr(SlowStore, "behind", server.uri)
+    before = ThreadingHTTPServer(("127.0.0.1", 0), SlowStore)
+    Thread(target=before.serve_forever, daemon=True).start()
+    try:
+        _, done = registered(
+            tmp_path, "gpt", report(), uri=f"http://127.0.0.1:{before.server_port}"
+        )
+        assert done.alias == "champion"
+        assert len(SlowStore.taken) == len(set(SlowStore.taken)) > 0, "none given up and sent again"
+        assert os.environ[mlflow_settings.ANSWER] == "5"
+    finally:
+        before.shutdown()
+        before.server_close()
