@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows import model_commands, retrain_commands, service_commands
+from flows.lifetime import leaving
 from flows.options import ConfigPath, Devices, Gpu, Network, Nodes, Overrides, asked_of
 from gpt.collector import spare_imports
 from gpt.config import load_config, merged, read_toml
@@ -51,7 +52,9 @@ def main() -> None:
         app()
     except GPTError as error:
         print(error, file=sys.stderr)
-        sys.exit(CANNOT)
+        leaving.end(CANNOT)
+    except SystemExit as ended:
+        leaving.end(ended.code)
 
 
 def _version(wanted: bool) -> None:

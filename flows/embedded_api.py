@@ -36,11 +36,11 @@ def start_api() -> Exception | None:
 
     A terminal, `timeout` and their like send a signal to every process of a command. The API must
     outlive it by the moment in which the run says how it ended, so it is born into a session of its
-    own; it ends with this process all the same.
+    own; it ends with this process all the same, be it asked to or, where it hangs, not.
     """
     patience = {"timeout": ANSWER_SECONDS} if PREFECT_API_URL.value() else None
     apart = partial(
-        subprocess.Popen, start_new_session=True, preexec_fn=ending_with_me(signal.SIGTERM)
+        subprocess.Popen, start_new_session=True, preexec_fn=ending_with_me(signal.SIGKILL)
     )
     try:
         with patch.object(subprocess, "Popen", apart):  # Prefect has no setting for this

@@ -13,6 +13,7 @@ from prefect import State
 from prefect.exceptions import CancelledRun
 
 from flows.embedded_api import start_api
+from flows.lifetime import leaving
 from flows.outcome import Outcome
 from gpt.config import load_config
 from gpt.errors import ConfigError
@@ -87,6 +88,7 @@ def _run(under_prefect: Callable[[], Any], without: Callable[[], Any]) -> Any:
             if not is_away(error):
                 raise
             _warn_of(error)
+            leaving.at_once = True
         return _result(without())
     except CancelledRun as cancelled:
         print(f"\n{cancelled}", file=sys.stderr)

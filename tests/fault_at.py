@@ -33,16 +33,30 @@ def interrupt_all():
     os.killpg(os.getpgrp(), signal.SIGINT)
 
 
-def kill_prefect():
-    """kill -9 for the embedded API."""
+def embedded_prefect():
     from prefect.server.api.server import SubprocessASGIServer
 
-    for server in SubprocessASGIServer._instances.values():
-        server.server_process.kill()
-        server.server_process.wait()
+    (server,) = SubprocessASGIServer._instances.values()
+    return server.server_process
 
 
-FAULTS = {"stop": stop_all, "interrupt": interrupt_all, "kill prefect": kill_prefect}
+def kill_prefect():
+    """kill -9 for the embedded API."""
+    embedded_prefect().kill()
+    embedded_prefect().wait()
+
+
+def hang_prefect():
+    """It listens, and answers no more."""
+    embedded_prefect().send_signal(signal.SIGSTOP)
+
+
+FAULTS = {
+    "stop": stop_all,
+    "interrupt": interrupt_all,
+    "kill prefect": kill_prefect,
+    "hang prefect": hang_prefect,
+}
 
 
 def main():

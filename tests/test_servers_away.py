@@ -194,12 +194,14 @@ def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not journal.Journal(tmp_path).append(30, {"loss": 0.0})
 
 
-def test_prefect_s_api_dies_on_the_way(tiny_config: Path, new_root: Path) -> None:
+@pytest.mark.parametrize("fault", ["kill prefect", "hang prefect"])
+def test_prefect_s_api_is_lost_on_the_way(tiny_config: Path, new_root: Path, fault: str) -> None:
     root = new_root
     arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
     process = command(
-        *("tests/fault_at.py", "kill prefect", "training", *arguments),
+        *("tests/fault_at.py", fault, "training", *arguments),
         PREFECT_CLIENT_MAX_RETRIES="0",
+        PREFECT_API_REQUEST_TIMEOUT="5",
     )
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
