@@ -183,10 +183,12 @@ def attach(
 
 def register(run: RunRef, name: str) -> Registered | None:
     """Make the run's last model a version of the registered model `name`; waits for it, up to
-    `UPLOAD_SECONDS`. None where MLflow has not answered: it is done when that does."""
+    `UPLOAD_SECONDS` where MLflow has ever answered this run. None where it has not answered now:
+    it is done when that does."""
     outbox = opened_outbox(run.folder).model_copy(update={"registered_model": name})
     journal.write_outbox(run.folder, outbox)
-    with _courier(run, UPLOAD_SECONDS, warns=run.run_id is not None):
+    answered = journal.read_receipt(run.folder) is not None
+    with _courier(run, UPLOAD_SECONDS if answered else FLUSH_SECONDS, warns=run.run_id is not None):
         pass
     return _registered(outbox, journal.read_receipt(run.folder), run.uri)
 
