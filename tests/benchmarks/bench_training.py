@@ -97,7 +97,10 @@ def arguments():
     parser.add_argument("--merge", nargs="+", metavar="FILE", help="tell of measured runs again")
     parser.add_argument("--picture", metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not (options.source or options.dataset or options.merge or options.worker):
+        parser.error("give --source PARQUET or --dataset FOLDER")
+    return options
 
 
 def job_of(options, recipe, steps, seed, root):
