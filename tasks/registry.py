@@ -1,9 +1,9 @@
 """MLflow's models: checkpoints as logged models, the last one as a version of a registered model.
 
-Called by the courier (`tasks.tracking`) with what the outbox holds, as often as it takes: whatever
-was interrupted is found again, a model by its run and name, a version by the run's uid and step.
-The alias `champion` is on the best version, which only a better one takes it from
-(`gpt.evaluation.difference`); a version that does not gets `challenger`.
+Called by `tasks.delivery` with what the outbox holds, as often as it takes: what was interrupted is
+found again, a model by its run and name, a version by the run's uid and step. The alias `champion`
+is on the best version, which only a better one takes it from (`gpt.evaluation.difference`); a
+version that does not gets `challenger`.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def test_mlflow_is_imported_where_it_is_told_and_where_it_serves() -> None:
     ]
     assert importing == [
         "tasks.champion",
+        "tasks.delivery",
         "tasks.judgement",
         "tasks.registered",
         "tasks.registry",

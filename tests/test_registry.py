@@ -20,7 +20,7 @@ from test_servers_away import MlflowServer, server
 
 from flows.models import facts_of, find_model
 from gpt.errors import RegistryError
-from tasks import journal, mlflow_settings, registry, tracking
+from tasks import delivery, journal, mlflow_settings, registry
 from tasks.registered import (
     AGAINST_TAG,
     ALIAS_TAG,
@@ -158,7 +158,7 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
         loses_answers(call)
     while lost < 100:
         try:
-            tracking.deliver(finished.folder, finished.run.uri)
+            delivery.deliver(finished.folder, finished.run.uri)
             break
         except ConnectionError:
             lost += 1

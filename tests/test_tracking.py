@@ -14,7 +14,7 @@ from gpt.artifacts import DatasetManifest, SourceFile, Split
 from gpt.config import RunConfig, load_config
 from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.loop import StepRecord
-from tasks import journal, tracking
+from tasks import delivery, journal, tracking
 from tasks.tracking import MlflowClient, RunRef, attach, ended_by_outcome, open_run, recording
 
 
@@ -112,7 +112,7 @@ def test_sending_the_journal_again_doubles_nothing(
     receipt = journal.read_receipt(run.folder)
     assert receipt
     journal.write_receipt(run.folder, receipt.model_copy(update={"sent_bytes": 0}))
-    tracking.deliver(run.folder, run.uri)
+    delivery.deliver(run.folder, run.uri)
     assert str(history(mlflow_client, run.run_id, "train/loss")) == str(before)  # nan != nan
     assert len(before) == 4
 
@@ -121,7 +121,7 @@ def test_a_run_whose_receipt_was_never_written_is_found_again(
     run: RunRef, mlflow_client: MlflowClient
 ) -> None:
     (run.folder / journal.RECEIPT).unlink()
-    tracking.deliver(run.folder, run.uri)
+    delivery.deliver(run.folder, run.uri)
     receipt = journal.read_receipt(run.folder)
     assert receipt
     assert receipt.run_id == run.run_id
@@ -230,7 +230,7 @@ def test_the_status_tells_how_it_ended(
         raise error
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == status
-    assert found.data.tags.get(tracking.ERROR_TAG) == message
+    assert found.data.tags.get(delivery.ERROR_TAG) == message
 
     with recording(run) as recorder:
         recorder.step(record(1))
@@ -239,7 +239,7 @@ def test_the_status_tells_how_it_ended(
         pass
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
-    assert tracking.ERROR_TAG not in found.data.tags
+    assert delivery.ERROR_TAG not in found.data.tags
 
 
 def test_what_the_library_warns_of_is_told(capsys: pytest.CaptureFixture[str]) -> None:
