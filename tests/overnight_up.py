@@ -14,7 +14,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import psutil
@@ -184,10 +184,18 @@ class Service:
 
         return wait_for(f"the end of {run.name}", end)
 
-    def task_runs(self, *runs: UUID) -> list[TaskRun]:
+    def task_runs(self, last: str, *runs: UUID) -> list[TaskRun]:
+        """Once the task named `last` has ended in each of the runs: the server takes that from
+        events, which may come after the run's own end."""
         wanted = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=list(runs)))
         with self.client() as client:
-            return client.read_task_runs(task_run_filter=wanted)
+
+            def told() -> list[TaskRun]:
+                found = client.read_task_runs(task_run_filter=wanted)
+                ended = {t.flow_run_id for t in found if t.name == last and t.end_time}
+                return found if ended == set(runs) else []
+
+            return cast("list[TaskRun]", wait_for(f"the end of {last}", told))
 
 
 def small(**overrides: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from overnight_up import wait_for
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
@@ -27,11 +28,16 @@ def last_flow_run() -> FlowRun:
     return max(runs, key=lambda run: run.created or run.expected_start_time)
 
 
-def task_runs(flow_run: FlowRun) -> list[TaskRun]:
+def task_runs(flow_run: FlowRun, last: str) -> list[TaskRun]:
+    """Once the task named `last` has ended: the server takes that from events."""
+    wanted = TaskRunFilter(flow_run_id={"any_": [flow_run.id]})
     with get_client(sync_client=True) as client:
-        found = client.read_task_runs(
-            task_run_filter=TaskRunFilter(flow_run_id={"any_": [flow_run.id]})
-        )
+
+        def told() -> list[TaskRun]:
+            found = client.read_task_runs(task_run_filter=wanted)
+            return found if last in {run.name for run in found if run.end_time} else []
+
+        found = wait_for(f"the end of {last}", told)
     return sorted(found, key=lambda run: run.start_time or run.expected_start_time)
 
 
@@ -52,8 +58,9 @@ def test_a_run_end_to_end_then_the_same_again(
 
     flow_run = last_flow_run()
     assert (flow_run.name, flow_run.state_name) == ("twice", "Completed")
-    assert [run.name for run in task_runs(flow_run)] == STAGES
-    assert {run.state_name for run in task_runs(flow_run)} == {"Completed"}
+    tasks = task_runs(flow_run, STAGES[-1])
+    assert [run.name for run in tasks] == STAGES
+    assert {run.state_name for run in tasks} == {"Completed"}
     printed = capsys.readouterr().out
     assert "step 12/12  loss" in printed
     assert "step 12/12  validation loss" in printed
@@ -160,5 +167,5 @@ def test_a_bad_config_fails_at_the_first_stage(tiny_config: Path) -> None:
     assert flow_run.state_name == "Failed"
     assert flow_run.state
     assert "15 / 2 = 7.50" in (flow_run.state.message or "")
-    [only] = task_runs(flow_run)
+    [only] = task_runs(flow_run, "validate-config")
     assert (only.name, only.state_name) == ("validate-config", "Failed")

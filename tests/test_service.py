@@ -132,7 +132,8 @@ def test_whatever_is_started_together_runs_one_after_the_other(
     assert [service.ended(run).state_name for run in runs] == ["Completed"] * len(runs)
     with service.client() as client:
         everything = client.read_flow_runs()
-    trained = [t for t in service.task_runs(*(run.id for run in everything)) if t.name == "train"]
+    tasks = service.task_runs("train", *(run.id for run in everything))
+    trained = [task for task in tasks if task.name == "train"]
     times = sorted((task.start_time, task.end_time) for task in trained)
     assert len(times) == len(runs) + 1
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
@@ -186,7 +187,9 @@ def test_what_cannot_work_fails_at_validate_config_and_says_what_to_do(
     run = service.ended(run)
     assert run.state
     assert run.state.type == StateType.FAILED
-    assert [task.name for task in service.task_runs(run.id)] == ["validate-config"]
+    tasks = service.task_runs("validate-config", run.id)
+    assert [task.name for task in tasks] == ["validate-config"]
+    assert not list((service.root / "train").glob("wrong-*"))
     first_line = (run.state.message or "").splitlines()[0]
     assert first_line.startswith("To do: model.n_embd: choose n_embd/n_head from 480/12")
     assert "512 / 12 = 42.67" in (run.state.message or "")
