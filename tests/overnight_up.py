@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -45,6 +46,13 @@ def wait_for(what: str, found: Callable[[], Any]) -> Any:
             return value
         time.sleep(0.1)
     raise AssertionError(f"waited in vain for {what}")
+
+
+def cmdline_of(process: psutil.Process) -> list[str]:
+    """Empty once it has ended, be it this moment."""
+    with suppress(psutil.NoSuchProcess):
+        return cast("list[str]", process.cmdline())
+    return []
 
 
 def free_port() -> int:
@@ -122,14 +130,14 @@ class Service:
         assert self.process
         whole = psutil.Process(self.process.pid)
         everything = [whole, *whole.children(recursive=True)]
-        return [each for each in everything if each.status() != psutil.STATUS_ZOMBIE]
+        return [each for each in everything if cmdline_of(each)]
 
     def worker(self) -> psutil.Process:
         """The one that takes runs, as soon as there is one."""
         return wait_for("the worker", self._worker)
 
     def _worker(self) -> psutil.Process | None:
-        return next((p for p in self.family() if "worker" in p.cmdline()), None)
+        return next((p for p in self.family() if "worker" in cmdline_of(p)), None)
 
     def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """A command of ours, in another terminal."""
