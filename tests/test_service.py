@@ -28,7 +28,7 @@ from prefect.client.schemas.actions import (
     WorkPoolUpdate,
 )
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import Artifact, FlowRun, StateType
+from prefect.client.schemas.objects import Artifact, FlowRun, StateType, TaskRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Cancelled, Running
 
@@ -131,9 +131,15 @@ def test_whatever_is_started_together_runs_one_after_the_other(
 
     assert [service.ended(run).state_name for run in runs] == ["Completed"] * len(runs)
     with service.client() as client:
-        everything = client.read_flow_runs()
-    trained = [t for t in service.task_runs(*(run.id for run in everything)) if t.name == "train"]
-    times = sorted((task.start_time, task.end_time) for task in trained)
+        everything = [run.id for run in client.read_flow_runs()]
+
+    def trained() -> list[TaskRun]:
+        """Prefect's server takes them from events, which may come after the run's own end."""
+        found = [t for t in service.task_runs(*everything) if t.name == "train" and t.end_time]
+        return found if len(found) > len(runs) else []
+
+    tasks = wait_for("the train tasks", trained)
+    times = sorted((task.start_time, task.end_time) for task in tasks)
     assert len(times) == len(runs) + 1
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
 
@@ -186,7 +192,6 @@ def test_what_cannot_work_fails_at_validate_config_and_says_what_to_do(
     run = service.ended(run)
     assert run.state
     assert run.state.type == StateType.FAILED
-    # Prefect's server takes them from events, which may come after the run's own end.
     tasks = wait_for("its task runs", lambda: service.task_runs(run.id))
     assert [task.name for task in tasks] == ["validate-config"]
     assert not list((service.root / "train").glob("wrong-*"))
