@@ -10,19 +10,19 @@ from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows.contest import Entrant, contest_folder, entrants_of
-from flows.contestant import trained_apart
-from flows.embedded_api import environment_of_the_api
-from flows.outcome import finished_outcome, look_mlflow, look_prefect
-from flows.stages import TOLD, Call, as_function, as_task, stopped_or, told
+from flows.runtime.embedded_api import environment_of_the_api
+from flows.runtime.outcome import finished_outcome, look_mlflow, look_prefect
+from flows.runtime.stages import TOLD, Call, as_function, as_task, stopped_or, told
+from flows.runtime.variant_launcher import trained_apart
+from flows.runtime.variants import Entrant, contest_folder, entrants_of
 from gpt.artifacts import Artifact
 from gpt.errors import ComparisonError, Problem
 from gpt.training.run_lock import run_lock
 from tasks.compare import Contestant
 from tasks.compare import compare as compare_runs
-from tasks.console import tell
+from tasks.display import tell
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking import ended_by_outcome, open_comparison, put_below
+from tasks.tracking.runs import ended_by_outcome, open_comparison, put_below
 
 
 class Compared(Artifact):

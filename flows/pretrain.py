@@ -10,20 +10,21 @@ from typing import Any
 from prefect import State, flow
 from prefect.runtime import flow_run
 
-from flows.outcome import Outcome, outcome_of, result_page
-from flows.stages import TOLD, Call, as_function, as_task, stopped_or, told
+from flows.runtime.outcome import Outcome, outcome_of, result_page
+from flows.runtime.stages import TOLD, Call, as_function, as_task, stopped_or, told
 from gpt.artifacts import CheckpointRef, DatasetManifest
-from gpt.config import RunConfig, merged, read_toml
+from gpt.config.loading import merged, read_toml
+from gpt.config.schema import RunConfig
 from gpt.errors import GPTError
-from gpt.training.checkpoint import latest_checkpoint
-from gpt.training.run_folder import open_run_folder
+from gpt.training.checkpoint.retention import latest_checkpoint
+from gpt.training.run_dir import open_run_folder
 from gpt.training.run_lock import run_lock
 from tasks.evaluate import evaluate
-from tasks.prefect_api import show_page
 from tasks.register_model import register_model
-from tasks.stopping import StopRequested
+from tasks.runtime.prefect_api import show_page
+from tasks.runtime.signals import StopRequested
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking import RunRef, ended_by_outcome, open_run
+from tasks.tracking.runs import RunRef, ended_by_outcome, open_run
 from tasks.train import train
 from tasks.validate_config import validate_config
 

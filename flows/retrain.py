@@ -6,23 +6,23 @@ from typing import Any
 
 from prefect import State, flow
 
-from flows.outcome import look_mlflow, look_prefect
 from flows.pretrain import run_name_asked, trained
-from flows.retrained import Retrained, Text, page
-from flows.stages import TOLD, Call, as_function, as_task, stopped_or, told
+from flows.runtime.outcome import look_mlflow, look_prefect
+from flows.runtime.retrain_report import Retrained, Text, page
+from flows.runtime.stages import TOLD, Call, as_function, as_task, stopped_or, told
 from gpt.artifacts import CheckpointRef, DatasetManifest
-from gpt.config import load_config
-from gpt.data.continuation import DERIVED, new_validation_text, units_by_file
-from gpt.data.units import keys_below
-from gpt.training.run_folder import open_run_folder
-from tasks.console import tell
+from gpt.config.loading import load_config
+from gpt.data.continued import DERIVED, new_validation_text, units_by_file
+from gpt.data.tokenize.units import keys_below
+from gpt.training.run_dir import open_run_folder
 from tasks.continue_data import continue_data
-from tasks.description import tracking_uri
+from tasks.display import tell
 from tasks.evaluate_slices import Slices, evaluate_slices
 from tasks.find_changes import Look, Start, find_changes_since, listed, look, notes
-from tasks.prefect_api import show_page
+from tasks.runtime.prefect_api import show_page
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking import RunRef
+from tasks.tracking.metadata import tracking_uri
+from tasks.tracking.runs import RunRef
 from tasks.validate_config import validate_config
 
 

@@ -12,17 +12,17 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import Artifact
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.evaluation.comparison import Curve, Entry, Trained, verdict
-from gpt.evaluation.kept import kept_report
+from gpt.evaluation.report_store import kept_report
 from gpt.files import write_text
 from gpt.preflight.parameters import count_parameters
-from gpt.training.checkpoint import latest_checkpoint
-from gpt.training.run_folder import RUN_FILE
-from tasks import journal
-from tasks.comparison_page import html_page, markdown_page, pictures
-from tasks.prefect_api import show_page
-from tasks.tracking import RunRef, attach, describe_run
+from gpt.training.checkpoint.retention import latest_checkpoint
+from gpt.training.run_dir import RUN_FILE
+from tasks.pages.comparison import html_page, markdown_page, pictures
+from tasks.runtime.prefect_api import show_page
+from tasks.tracking import journal
+from tasks.tracking.runs import RunRef, attach, describe_run
 
 PAGE = "comparison.html"
 MARKDOWN = "comparison.md"

@@ -6,11 +6,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import DatasetManifest
-from gpt.config import RunConfig
-from gpt.data.changes import Changes
-from gpt.data.continuation import DERIVED, continuation
-from gpt.training.continuing import continued
-from tasks.console import tell
+from gpt.config.schema import RunConfig
+from gpt.data.continued import DERIVED, continuation
+from gpt.data.source_changes import Changes
+from gpt.training.continued_pretraining import continued
+from tasks.display import tell
 from tasks.find_changes import changed
 
 
@@ -19,7 +19,7 @@ def continue_data(
     config: RunConfig, dataset: DatasetManifest, changes: Changes, most_steps: int | None
 ) -> tuple[RunConfig, DatasetManifest]:
     """The config with the length and the schedule for the new text, and the data set of that text
-    and a share of the old (gpt.data.continuation)."""
+    and a share of the old (gpt.data.continued)."""
     parent = config.run.root / DERIVED
     made = continuation(dataset, changes.known, config.tokens_per_step, parent)
     going_on = changed(config, continued(config, made.train.tokens, most_steps))

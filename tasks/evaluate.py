@@ -8,22 +8,22 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport
-from gpt.config import RunConfig
-from gpt.evaluation.kept import REPORT, keep_report, kept_report
+from gpt.config.schema import RunConfig
 from gpt.evaluation.report import evaluation_of
+from gpt.evaluation.report_store import REPORT, keep_report, kept_report
 from gpt.files import sha256_of, write_text
-from gpt.model.device import pick_device
-from gpt.model.folder import CONFIG_FILE, MODEL_FILE
-from gpt.model.saved import load_saved
-from gpt.training.checkpoint import (
+from gpt.hardware.device import pick_device
+from gpt.model.io import load_saved
+from gpt.model.section import CONFIG_FILE, MODEL_FILE
+from gpt.training.checkpoint.retention import (
     PROGRESS_FILE,
     complete_checkpoints,
     read_progress,
     step_of,
 )
-from tasks.console import evaluate_display, tell
-from tasks.journal import ModelEntry
-from tasks.tracking import RunRef, attach, recording
+from tasks.display import evaluate_display, tell
+from tasks.tracking.journal import ModelEntry
+from tasks.tracking.runs import RunRef, attach, recording
 
 SAMPLES = "samples.md"
 MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)

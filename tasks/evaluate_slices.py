@@ -9,8 +9,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import Artifact, CheckpointRef, DatasetManifest, EvaluationReport
-from gpt.config import RunConfig
-from gpt.evaluation.kept import (
+from gpt.config.schema import RunConfig
+from gpt.evaluation.report_store import (
     REPORT,
     RIVAL_REPORT,
     asked_of_model,
@@ -18,11 +18,11 @@ from gpt.evaluation.kept import (
     kept_for,
     kept_report,
 )
-from gpt.model.folder import read_section
-from tasks.champion import Champion
-from tasks.console import tell
+from gpt.model.section import read_section
+from tasks.display import tell
 from tasks.evaluate import evaluated
-from tasks.tracking import RunRef, attach, recording
+from tasks.tracking.champion import Champion
+from tasks.tracking.runs import RunRef, attach, recording
 
 
 class Pair(Artifact):

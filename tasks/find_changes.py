@@ -11,17 +11,18 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import Artifact
-from gpt.config import RunConfig, build_config, fingerprint, merged
-from gpt.data.changes import Changes, find_changes
+from gpt.config.loading import build_config, merged
+from gpt.config.schema import RunConfig, fingerprint
+from gpt.data.filters import Selection
 from gpt.data.parquet import inspect
-from gpt.data.selection import Selection
+from gpt.data.source_changes import Changes, find_changes
 from gpt.data.sources import find_sources
 from gpt.errors import ConfigError, CorpusError, Problem
 from gpt.preflight.named_files import model_to_begin_with
 from gpt.training.identity import shaping_values
-from tasks.champion import Champion, Trial, champion_folder, find_champion, find_trial
-from tasks.console import tell, warn
-from tasks.description import tracking_uri
+from tasks.display import tell, warn
+from tasks.tracking.champion import Champion, Trial, champion_folder, find_champion, find_trial
+from tasks.tracking.metadata import tracking_uri
 
 MOST_LISTED = 5
 """Files that a line names."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gpt.config import RunConfig
-from tasks.console import tell
-from tasks.journal import Registered
-from tasks.tracking import RunRef, register
+from gpt.config.schema import RunConfig
+from tasks.display import tell
+from tasks.tracking.journal import Registered
+from tasks.tracking.runs import RunRef, register
 
 
 @task(name="register-model", task_run_name="register-model", cache_policy=NO_CACHE)

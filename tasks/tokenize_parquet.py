@@ -6,21 +6,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import DatasetManifest
-from gpt.config import RunConfig
-from gpt.data.corpus import find_dataset, tokenize_corpus
-from gpt.data.orders import Cluster
+from gpt.config.schema import RunConfig
 from gpt.data.store import fetch_dataset, put_dataset
 from gpt.data.summary import page, write_summary
-from tasks.cluster import cluster_of
-from tasks.console import (
-    TokenizeDisplay,
-    carry_display,
-    following,
-    tell,
-    tokenize_display,
-    warn,
-)
-from tasks.prefect_api import show_page
+from gpt.data.tokenize.pipeline import find_dataset, tokenize_corpus
+from gpt.data.tokenize.requests import Cluster
+from tasks.cluster.runner import cluster_of
+from tasks.display import TokenizeDisplay, carry_display, following, tell, tokenize_display, warn
+from tasks.runtime.prefect_api import show_page
 
 
 @task(name="tokenize-parquet", task_run_name="tokenize-parquet", cache_policy=NO_CACHE)

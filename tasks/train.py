@@ -6,12 +6,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest
-from gpt.config import RunConfig
-from gpt.training.checkpoint import latest_checkpoint, sound_checkpoint
-from gpt.training.launch import train_on_all
-from tasks.console import tell, train_display
-from tasks.stopping import stopping
-from tasks.tracking import RunRef, recording
+from gpt.config.schema import RunConfig
+from gpt.training.checkpoint.retention import latest_checkpoint, sound_checkpoint
+from gpt.training.distributed.launch import train_on_all
+from tasks.display import tell, train_display
+from tasks.runtime.signals import stopping
+from tasks.tracking.runs import RunRef, recording
 
 
 @task(name="train", task_run_name="train", cache_policy=NO_CACHE)

@@ -7,13 +7,13 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError
 from gpt.evaluation.report import check_benchmarks
-from gpt.preflight.pages import markdown_page, verdict
+from gpt.preflight.render import markdown_page, verdict
 from gpt.preflight.report import examine
-from tasks.console import warn
-from tasks.prefect_api import show_page
+from tasks.display import warn
+from tasks.runtime.prefect_api import show_page
 
 
 @task(name="validate-config", task_run_name="validate-config", cache_policy=NO_CACHE)

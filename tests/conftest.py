@@ -23,7 +23,7 @@ import pytest
 from browser import browser
 from filelock import FileLock
 
-from gpt.collector import spare_imports
+from gpt.gc_tuning import spare_imports
 
 __all__ = ["browser"]  # for every test that asks for it
 
@@ -48,8 +48,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 EMBEDDED_PREFECT = (
-    *("test_stopping.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_a_bad_run"),
-    *("test_servers_away.py::test_prefect_s_api", "test_runners.py::test_units_are_task_runs"),
+    *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_a_bad_run"),
+    *("test_servers_away.py::test_prefect_s_api", "test_clusters.py::test_units_are_task_runs"),
     *("test_deployments.py", "test_doctor.py"),
 )
 """What starts Prefect's embedded API, never two at once: it picks its port at random among a
@@ -57,8 +57,8 @@ thousand some seconds before it listens, so that two may come to share a server.
 suite's own server, which is started once then."""
 SLOW_FIRST = (
     *("prefect", "test_service", "test_mlflow_page", "test_servers_away", "test_kills"),
-    *("test_other_stores", "test_retrain", "test_two_hosts", "test_group", "test_runners"),
-    *("test_checkpoint", "test_huggingface", "test_training_loop", "test_recovery"),
+    *("test_other_stores", "test_retrain", "test_two_hosts", "test_distributed", "test_clusters"),
+    *("test_checkpoint", "test_huggingface", "test_loop", "test_divergence"),
 )
 """The groups that take longest, so that none of them is begun last."""
 
@@ -130,7 +130,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mlflow_database(shared_folder: Path) -> Path:
     """MLflow's store as a first run makes it, to be copied: making one takes some seconds."""
-    from tasks.tracking import make_store
+    from tasks.tracking.runs import make_store
 
     database = shared_folder / "mlflow.db"
     make_store(database)
@@ -140,7 +140,7 @@ def mlflow_database(shared_folder: Path) -> Path:
 FIRST_START = """
 import sys
 from pathlib import Path
-from flows.environment import prepare
+from flows.runtime.environment import prepare
 prepare(Path(sys.argv[1]))
 from prefect.client.orchestration import get_client
 with get_client(sync_client=True) as client:
@@ -158,7 +158,7 @@ def prefect_database(shared_folder: Path) -> Path:
         if not database.exists():
             root = shared_folder / "first-start"
             starting = [sys.executable, "-c", FIRST_START, str(root)]
-            here = Path(__file__).resolve().parent.parent
+            here = Path(__file__).resolve().parents[1]
             subprocess.run(starting, cwd=here, env=outside, check=True, timeout=180)
             with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as made:
                 made.execute("VACUUM INTO ?", (str(database),))
@@ -221,6 +221,6 @@ def prefect_server(
 @pytest.fixture
 def mlflow_client(tiny_root: Path) -> Any:
     """A client of the store under `tiny_root`."""
-    from tasks.tracking import MlflowClient
+    from tasks.tracking.runs import MlflowClient
 
     return MlflowClient(tracking_uri=f"sqlite:///{tiny_root / 'mlflow' / 'mlflow.db'}")

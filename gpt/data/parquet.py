@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gpt.data.selection import Selection
+from gpt.data.filters import Selection
 from gpt.data.sources import GET_AGAIN, CorpusFile, unreadable
-from gpt.data.units import Unit, cut_into_units
+from gpt.data.tokenize.units import Unit, cut_into_units
 from gpt.errors import CorpusError, Problem
 
 BATCH_BYTES = 1_000_000

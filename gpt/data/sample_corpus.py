@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt.data import tokenizer
+from gpt.data.tokenize import tokenizer
 from gpt.errors import CorpusError, Problem
 from gpt.files import PARTIAL
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, Shard
-from gpt.config import RunConfig
-from gpt.data.corpus import alone, publish, room_on
-from gpt.data.plan import Plan, make_plan
+from gpt.config.schema import RunConfig
 from gpt.data.shards import CHECKED, MANIFEST, parse_manifest
+from gpt.data.tokenize.pipeline import alone, publish, room_on
+from gpt.data.tokenize.plan import Plan, make_plan
 from gpt.errors import DatasetError, Problem
 from gpt.files import FULL_DISK, PARTIAL, sha256_of, sync
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt.artifacts import DatasetManifest, Split
 from gpt.data.shards import open_shard
-from gpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.files import PARTIAL, write_text
 
 PAGE = "summary.md"

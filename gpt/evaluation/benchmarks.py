@@ -12,14 +12,9 @@ from collections.abc import Sequence
 
 from gpt.artifacts import HellaSwagResult, LambadaResult
 from gpt.errors import BenchmarkError, Problem
-from gpt.evaluation.benchmark_files import (
-    ENDINGS,
-    HellaSwagExample,
-    read_hellaswag,
-    read_lambada,
-)
-from gpt.evaluation.continuations import Continuation, continuation, fingerprint, score
+from gpt.evaluation.benchmark_files import ENDINGS, HellaSwagExample, read_hellaswag, read_lambada
 from gpt.evaluation.progress import Running
+from gpt.evaluation.scoring import Continuation, continuation, fingerprint, score
 from gpt.model.transformer import GPT
 
 # --- HellaSwag -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import fmean
 
 from gpt.artifacts import EvaluationReport
-from gpt.evaluation.difference import Difference, difference, difference_of_seeds
+from gpt.evaluation.significance import Difference, difference, difference_of_seeds
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from gpt.artifacts import DatasetManifest
-from gpt.config import RunConfig
-from gpt.data.batches import Batch, Sequences, validation_batches
-from gpt.data.tokenizer import VOCABULARY, load_tokenizer
-from gpt.evaluation.fitting import smaller_batch
+from gpt.config.schema import RunConfig
+from gpt.data.loader import Batch, Sequences, validation_batches
+from gpt.data.tokenize.tokenizer import VOCABULARY, load_tokenizer
+from gpt.evaluation.batch_size import smaller_batch
 from gpt.evaluation.progress import Progress, Running, finish
-from gpt.model.device import autocast, is_out_of_memory
+from gpt.hardware.device import autocast, is_out_of_memory
 from gpt.model.loss import token_losses
 from gpt.model.transformer import GPT
 

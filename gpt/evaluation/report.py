@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from gpt.artifacts import DatasetManifest, EvaluationReport, Sample
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
 from gpt.evaluation.benchmarks import hellaswag, lambada
 from gpt.evaluation.heldout import heldout_running
 from gpt.evaluation.progress import Progress, Running
-from gpt.model.generation import Sampling, generate
+from gpt.model.generate import Sampling, generate
 from gpt.model.transformer import GPT
 
 

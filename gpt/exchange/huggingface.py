@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt.config import ModelSection
-from gpt.data.tokenizer import END_OF_TEXT, VOCABULARY
+from gpt.config.schema import ModelSection
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCABULARY
 from gpt.errors import ExchangeError, Problem
 from gpt.exchange.huggingface_config import read_gpt2_config
 from gpt.exchange.model_card import Facts, model_card
 from gpt.exchange.tokenizer_files import write_tokenizer
 from gpt.files import new_folder
-from gpt.model.folder import read_section
-from gpt.model.saved import differing, read_tensors, shapes, write_saved
+from gpt.model.io import differing, read_tensors, shapes, write_saved
+from gpt.model.section import read_section
 from gpt.model.transformer import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 
 WEIGHTS = "model.safetensors"

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gpt.config import ModelSection
+from gpt.config.rules import heads_divide_the_width
+from gpt.config.schema import ModelSection
 from gpt.errors import ExchangeError, Problem
 from gpt.exchange.tokenizer_files import vocabulary
-from gpt.rules import heads_divide_the_width
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257,

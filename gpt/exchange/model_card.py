@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from gpt.artifacts import DatasetManifest, EvaluationReport
-from gpt.config import ModelSection, RunConfig
-from gpt.model.saved import shapes
+from gpt.config.schema import ModelSection, RunConfig
+from gpt.model.io import shapes
 
 SOURCES_SHOWN = 20
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiktoken_ext.openai_public import ENDOFTEXT  # type: ignore[import-untyped]
 
-from gpt.data.tokenizer import END_OF_TEXT, checked_files, data_folder
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, checked_files, data_folder
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gpt.config import ModelSection
-from gpt.model.cache import BlockCache, Cache
+from gpt.config.schema import ModelSection
+from gpt.model.kv_cache import BlockCache, Cache
 
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0

@@ -16,17 +16,17 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.errors import Problem
-from gpt.preflight.cards import GIB
-from gpt.preflight.data import DataFacts
+from gpt.hardware.gpus import GIB
+from gpt.preflight.data_estimate import DataFacts
 from gpt.preflight.layout import devices_of
 from gpt.preflight.memory import Memory
 from gpt.preflight.named_files import missing_benchmark, model_to_begin_with
 from gpt.preflight.sharding import misfit
 from gpt.preflight.target import Target
-from gpt.preflight.work import disk_bytes, total_tokens
-from gpt.training.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
+from gpt.preflight.time import disk_bytes, total_tokens
+from gpt.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
 
 TRACKING_SECONDS = 0.3
 """Longest wait for a tracking server to answer."""

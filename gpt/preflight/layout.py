@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 
 Sharding = Literal["ddp", "fsdp"]
 

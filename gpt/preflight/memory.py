@@ -53,8 +53,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gpt.config import ModelSection, RunConfig
-from gpt.preflight.cards import MIB
+from gpt.config.schema import ModelSection, RunConfig
+from gpt.hardware.gpus import MIB
 from gpt.preflight.layout import ONE_DEVICE, Layout
 from gpt.preflight.parameters import Parameters, count_parameters
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.errors import CheckpointError, Problem
-from gpt.model.folder import MODEL_FILE, read_section
+from gpt.model.section import MODEL_FILE, read_section
 
 FREE_OF_THE_WEIGHTS = {"dropout"}
 

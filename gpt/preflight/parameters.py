@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpt.config import ModelSection
+from gpt.config.schema import ModelSection
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The report: what a run will take, whether it can work, and what to change where not.
 
 Computed from the config, the table of cards and a look at the files; nothing is read, started or
-asked of a GPU. `Report` is plain values; `gpt.preflight.pages` shows it to people.
+asked of a GPU. `Report` is plain values; `gpt.preflight.render` shows it to people.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt.config import RunConfig, build_config, merged, read_toml
+from gpt.config.loading import build_config, merged, read_toml
+from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
+from gpt.hardware.flops import flops_per_token
+from gpt.hardware.interconnect import NETWORK_GBIT
 from gpt.preflight.checks import PROBLEMS, WARNINGS, Facts, disk_needed, free_disk_bytes
-from gpt.preflight.data import DataFacts, look_at_data
-from gpt.preflight.history import measured_pace
+from gpt.preflight.data_estimate import DataFacts, look_at_data
 from gpt.preflight.layout import ONE_DEVICE, Layout
-from gpt.preflight.links import NETWORK_GBIT
+from gpt.preflight.measured_pace import measured_pace
 from gpt.preflight.memory import Memory, estimate_memory
 from gpt.preflight.parameters import Parameters, count_parameters
-from gpt.preflight.remedies import Suggestion, aligned_heads, dividing_heads, fits, smaller
 from gpt.preflight.scaling import Scaling, estimate_scaling
 from gpt.preflight.sharding import chosen_layout
+from gpt.preflight.suggestions import Suggestion, aligned_heads, dividing_heads, fits, smaller
 from gpt.preflight.target import Target, find_target
-from gpt.preflight.work import Pace, estimate_pace, flops_per_token, hours, total_tokens
+from gpt.preflight.time import Pace, estimate_pace, hours, total_tokens
 
 
 @dataclass(frozen=True)

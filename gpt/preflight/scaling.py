@@ -16,7 +16,7 @@ counted; it grows with the ring.
 
 What a device computes meanwhile hides the exchange. Two bounds are given. Nothing hidden: the times
 add up. All hidden that can be: gradients behind the backward pass of the last micro-batch, two
-thirds of its operations (`gpt.preflight.work`); with fsdp whatever a micro-batch gathers, and
+thirds of its operations (`gpt.preflight.time`); with fsdp whatever a micro-batch gathers, and
 gradients too, behind that micro-batch. The links bind where, even so, a device waits.
 """
 
@@ -26,10 +26,10 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gpt.config import RunConfig
-from gpt.preflight.cards import Card
+from gpt.config.schema import RunConfig
+from gpt.hardware.gpus import Card
+from gpt.hardware.interconnect import Link, link_inside, network
 from gpt.preflight.layout import Layout
-from gpt.preflight.links import Link, link_inside, network
 from gpt.preflight.parameters import Parameters, count_parameters
 
 BACKWARD_SHARE = 2 / 3

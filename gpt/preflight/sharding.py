@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
-from gpt.preflight.cards import GIB
+from gpt.hardware.gpus import GIB
 from gpt.preflight.layout import Layout, Sharding, devices_of, layouts_of
 from gpt.preflight.memory import estimate_memory
-from gpt.preflight.remedies import smaller
+from gpt.preflight.suggestions import smaller
 
 
 def choose_sharding(config: RunConfig, memory_bytes_of_device: int | None) -> Sharding:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from gpt.errors import Problem
-from gpt.preflight.cards import CARDS, MIB, Card, find_card
+from gpt.hardware.gpus import CARDS, MIB, Card, find_card
 
 ASK = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
 ASK_SECONDS = 10
@@ -37,7 +37,7 @@ class Target:
         return Problem(
             "--gpu",
             self.name,
-            "is not in the table of cards (gpt/preflight/cards.py), so fit and hours are n/a",
+            "is not in the table of cards (gpt/hardware/gpus.py), so fit and hours are n/a",
             f"did you mean {' or '.join(near)}?" if near else "name one as rtx-4070, or auto",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpt.config import RunConfig, fingerprint
+from gpt.config.schema import RunConfig, fingerprint
 
 _FREE_SECTIONS = ("run", "data", "evaluation", "tracking", "hardware")
 _FREE_KEYS = (

@@ -3,7 +3,7 @@
 It starts from the run folder's newest sound checkpoint or from scratch, so that a retry is a
 resume. Asked to stop, or thrown out, it leaves a checkpoint of the last whole step. A step whose
 numbers are not finite is skipped; where that does not help, the run goes back to a checkpoint and
-over the batches that did it (`gpt.training.recovery`).
+over the batches that did it (`gpt.training.divergence`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Any
 import torch
 
 from gpt.artifacts import CheckpointRef, DatasetManifest
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
 from gpt.errors import NonFiniteLossError, Problem
 from gpt.evaluation.heldout import HeldoutLoss
-from gpt.model.device import energy_counter_joules, peak_memory_bytes
-from gpt.preflight.cards import find_card
-from gpt.preflight.work import flops_per_token
-from gpt.training.checkpoint import (
+from gpt.hardware.device import energy_counter_joules, peak_memory_bytes
+from gpt.hardware.flops import flops_per_token
+from gpt.hardware.gpus import find_card
+from gpt.schedule import peak_learning_rates
+from gpt.training.checkpoint.format import take_snapshot
+from gpt.training.checkpoint.retention import (
     Progress,
     abandon_newest,
     bring_back,
@@ -34,14 +36,12 @@ from gpt.training.checkpoint import (
     sound_checkpoint,
     step_of,
 )
-from gpt.training.checkpoint_writer import CheckpointWriter
-from gpt.training.group import ALONE, Group
+from gpt.training.checkpoint.writer import CheckpointWriter
+from gpt.training.distributed.process_group import ALONE, Group
+from gpt.training.divergence import LossWatch, Recovery, read_recoveries, write_recoveries
 from gpt.training.optimizer import set_step
-from gpt.training.recovery import LossWatch, Recovery, read_recoveries, write_recoveries
 from gpt.training.run_lock import run_lock
-from gpt.training.schedule import peak_learning_rates
-from gpt.training.snapshot import take_snapshot
-from gpt.training.stepper import Gradients, Stepper
+from gpt.training.step import Gradients, Stepper
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from gpt.config import OptimizerSection, RunConfig
+from gpt.config.schema import OptimizerSection, RunConfig
 from gpt.model.transformer import GPT
+from gpt.schedule import PeakLearningRates, learning_rate_factor, muon_momentum, peak_learning_rates
 from gpt.training.muon import Float32Muon
-from gpt.training.schedule import (
-    PeakLearningRates,
-    learning_rate_factor,
-    muon_momentum,
-    peak_learning_rates,
-)
 
 # What the speedrun's track 3 gives AdamW beside Muon.
 _BETAS_BESIDE_MUON = (0.8, 0.95)

@@ -20,14 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flows.environment import COMPUTE
+from flows.runtime.environment import COMPUTE
 
 os.environ |= COMPUTE  # as the workflow sets it, before torch is imported
 
 from gpt.artifacts import DatasetManifest
-from gpt.config import RunConfig, build_config
+from gpt.config.loading import build_config
+from gpt.config.schema import RunConfig
 from gpt.data.shards import read_manifest
-from gpt.training.launch import Task, Work, launched
+from gpt.training.distributed.launch import Task, Work, launched
 from gpt.training.loop import StepRecord, train
 
 WARM_UP = 10

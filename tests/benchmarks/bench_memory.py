@@ -18,15 +18,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from memory_of_a_step import config_of, measured_peak_bytes
 
-from gpt.config import RunConfig
+from gpt.config.schema import RunConfig
+from gpt.hardware.device import autocast
 from gpt.model.compile import compiled
-from gpt.model.device import autocast
 from gpt.model.loss import summed_loss
 from gpt.model.transformer import build_model
 from gpt.preflight.memory import estimate_memory

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from planner_data import manifest, plan, sources, write_holes, write_ids
 
-from gpt.data.batches import Sequences, TrainingBatches
-from gpt.data.order import LARGEST_SHUFFLE, epoch_order
+from gpt.data.filters import Selection
+from gpt.data.loader import Sequences, TrainingBatches
 from gpt.data.parquet import inspect
-from gpt.data.plan import works_of
-from gpt.data.selection import Selection
 from gpt.data.shards import read_manifest, remember_checked, write_manifest
+from gpt.data.shuffle import LARGEST_SHUFFLE, epoch_order
 from gpt.data.sources import find_sources
-from gpt.data.units import JOURNAL, Entry, Journal, Tally, stored_units
+from gpt.data.tokenize.plan import works_of
+from gpt.data.tokenize.units import JOURNAL, Entry, Journal, Tally, stored_units
 
 BLOCK_SIZE = 1_024
 LOOK_UPS = 1_000

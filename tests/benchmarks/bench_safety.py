@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from flows.environment import COMPUTE  # noqa: E402
+from flows.runtime.environment import COMPUTE  # noqa: E402
 
 os.environ |= COMPUTE  # as the workflow sets it, before torch is imported
 
@@ -97,7 +97,7 @@ def stepping(mode, steps, checkpoint_interval):
     """An iterator that trains one step at each call."""
     from token_data import token_dataset
 
-    from gpt.config import load_config, merged
+    from gpt.config.loading import load_config, merged
     from gpt.training.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -132,9 +132,9 @@ def steps_with_a_server_away():
     from test_servers_away import MlflowServer
     from token_data import token_dataset
 
-    from gpt.config import load_config, merged
+    from gpt.config.loading import load_config, merged
     from gpt.training.loop import train
-    from tasks.tracking import ended_by_outcome, open_run, recording
+    from tasks.tracking.runs import ended_by_outcome, open_run, recording
 
     with tempfile.TemporaryDirectory() as folder:
         server = MlflowServer(Path(folder, "server"))
@@ -181,7 +181,7 @@ def recorder_of(mode, config, dataset, run_folder):
     if mode == BARE:
         yield lambda record: None
         return
-    from tasks.tracking import open_run, recording
+    from tasks.tracking.runs import open_run, recording
 
     run_folder.mkdir(parents=True)
     with recording(open_run(config, dataset, run_folder)) as recorder:

@@ -29,9 +29,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt.config import build_config
-from gpt.data.corpus import tokenize_corpus
-from gpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt.config.loading import build_config
+from gpt.data.tokenize.pipeline import tokenize_corpus
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
 
 WORKERS = 2
 SAMPLE_SECONDS = 0.02

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flows.environment import COMPUTE
-from gpt.config import build_config
+from flows.runtime.environment import COMPUTE
+from gpt.config.loading import build_config
 
 ROOT = Path(__file__).parents[2]
 PLAIN, GPT2, NANOCHAT = "plain", "gpt2", "nanochat"
@@ -173,8 +173,8 @@ def measure_one(job):
     """In the worker: run one recipe, print one line of JSON."""
     import torch
 
-    from gpt.config import merged
-    from gpt.model.device import peak_memory_bytes
+    from gpt.config.loading import merged
+    from gpt.hardware.device import peak_memory_bytes
 
     config = build_config(merged(job["config"], job["overrides"]))
     dataset = dataset_of(config, job["dataset"])
@@ -208,7 +208,7 @@ def dataset_of(config, folder):
         from gpt.data.shards import read_manifest
 
         return read_manifest(Path(folder))
-    from gpt.data.corpus import tokenize_corpus
+    from gpt.data.tokenize.pipeline import tokenize_corpus
 
     tokenizing = tokenize_corpus(config)
     while True:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gpt.data.batches import Sequences, TrainingBatches, validation_batches
+from gpt.data.loader import Sequences, TrainingBatches, validation_batches
 
 
 class Block(nn.Module):

@@ -1,0 +1,1 @@
+"""The `overnight` command, one file per group of commands."""

@@ -1,0 +1,58 @@
+"""How a flow runs its stages: as tasks or as plain functions, until a signal stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from prefect import State, Task
+from prefect.context import FlowRunContext
+from prefect.states import Cancelled, Failed
+
+from flows.runtime.hooks import tell_of_cancellation, tell_of_end, to_do
+from gpt.errors import GPTError
+from gpt.gc_tuning import spare_imports
+from tasks.runtime.signals import StopRequested, stopping
+
+Result = TypeVar("Result")
+Call = Callable[[Task], Callable[..., Any]]
+"""How a stage is called."""
+TOLD: dict[str, Any] = {
+    "on_completion": [tell_of_end],
+    "on_failure": [tell_of_end],
+    "on_crashed": [tell_of_end],
+    "on_cancellation": [tell_of_cancellation],
+}
+"""For `@flow`: every end but the one by a signal, which `told` tells of."""
+
+
+def as_task(stage: Task) -> Callable[..., Any]:
+    return stage
+
+
+def as_function(stage: Task) -> Callable[..., Any]:
+    return stage.fn
+
+
+def told(run: Callable[[], Result]) -> Result | State:
+    """What `run` returns, for a flow whose end is told (`flows.runtime.hooks`): Cancelled where a
+    signal stopped it, Failed with what to do first where the user can mend it."""
+    spare_imports()  # where Prefect has started this process
+    try:
+        returned = stopped_or(run)
+    except GPTError as error:
+        return Failed(message=f"{to_do(error.problems)}\n\n{error}", data=error)
+    context = FlowRunContext.get()
+    if isinstance(returned, State) and context and context.flow and context.flow_run:
+        # Prefect has hooks for what it cancels itself alone, and calls them in another process.
+        tell_of_end(context.flow, context.flow_run, returned)
+    return returned
+
+
+def stopped_or(run: Callable[[], Result]) -> Result | State:
+    """What `run` returns; Cancelled where a signal stopped it."""
+    with stopping:
+        try:
+            return run()
+        except StopRequested as stop:
+            return Cancelled(message=f"{stop}; the same command goes on from there")

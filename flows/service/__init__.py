@@ -1,0 +1,1 @@
+"""`overnight up`, `overnight doctor` and `overnight watch`."""

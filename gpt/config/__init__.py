@@ -1,0 +1,1 @@
+"""What can be decided about a run: sections, rules and loading of the TOML file."""

@@ -1,0 +1,1 @@
+"""Parquet to token shards: rows, text, token ids, shards, manifest."""

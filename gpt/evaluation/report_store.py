@@ -1,0 +1,65 @@
+"""The report that a run's folder keeps, and for what it was asked. Without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt.artifacts import EvaluationReport
+from gpt.config.schema import RunConfig
+from gpt.files import write_text
+
+REPORT = "report.json"
+RIVAL_REPORT = "champion_report.json"
+"""On the model that the run's own is held against, on the slice of the run."""
+
+
+def kept_report(folder: Path, config: RunConfig, step: int) -> EvaluationReport | None:
+    """The report on the checkpoint of `step`, made with the config's [evaluation]."""
+    return kept_for(folder / REPORT, _asked(config, step))
+
+
+def kept_for(path: Path, asked: dict[str, Any]) -> EvaluationReport | None:
+    """The report in such a file, if it was made for what is asked."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return EvaluationReport(**kept["report"]) if kept["asked"] == asked else None
+
+
+def read_report(path: Path) -> EvaluationReport | None:
+    """The report in such a file, whatever it was asked for; None where none can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return EvaluationReport(**json.loads(path.read_bytes())["report"])
+    return None
+
+
+def keep_report(folder: Path, config: RunConfig, report: EvaluationReport) -> None:
+    keep_for(folder / REPORT, _asked(config, report.step), report)
+
+
+def keep_for(path: Path, asked: dict[str, Any], report: EvaluationReport) -> None:
+    values = {"asked": asked, "report": report.model_dump(mode="json")}
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def asked_of_model(model: str, dataset: str, config: RunConfig) -> dict[str, Any]:
+    """For a report on a model, by what names it for good, on the data set of that fingerprint."""
+    evaluation = config.evaluation.model_dump(mode="json")
+    return {"model": model, "dataset": dataset, "evaluation": evaluation}
+
+
+def report_on_rival(folder: Path, model: str) -> EvaluationReport | None:
+    """The report that a run's folder keeps on `model`, if it does."""
+    path = folder / RIVAL_REPORT
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(path.read_bytes())["asked"]["model"] == model:
+            return read_report(path)
+    return None
+
+
+def _asked(config: RunConfig, step: int) -> dict[str, Any]:
+    return {"step": step, "evaluation": config.evaluation.model_dump(mode="json")}

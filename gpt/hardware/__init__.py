@@ -1,0 +1,1 @@
+"""GPUs and their figures, devices, FLOPs and interconnects: below preflight and training."""

@@ -1,0 +1,212 @@
+"""A run's state in memory and in a checkpoint's files: taken, written, loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gpt.artifacts import CheckpointRef
+from gpt.config.schema import RunConfig
+from gpt.errors import CheckpointError, Problem
+from gpt.files import sha256_of, sync
+from gpt.model.section import CONFIG_FILE, MODEL_FILE
+from gpt.training.checkpoint.retention import (
+    MARKER_FILE,
+    OPTIMIZER_FILE,
+    PROGRESS_FILE,
+    RANDOM_FILE,
+    Progress,
+    damaged,
+    is_complete,
+    read_progress,
+    reference,
+    refuse_without_room,
+    remove_leftovers,
+    remove_surplus,
+)
+from gpt.training.distributed.sharding import load_weights, share_of, whole
+from gpt.training.identity import shaping_values
+
+SMALL_FILES_BYTES = 1_000_000
+"""More than random states, progress, config and checksums take."""
+
+Optimizers = Iterable[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A checkpoint in memory, on the CPU, sharing nothing with the network."""
+
+    config: RunConfig
+    progress: Progress
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """File name -> tensor name -> tensor."""
+
+    @property
+    def size_bytes(self) -> int:
+        return SMALL_FILES_BYTES + sum(
+            tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values()
+        )
+
+
+def take_snapshot(
+    config: RunConfig,
+    model: nn.Module,
+    optimizers: Optimizers,
+    progress: Progress,
+    keep: bool = True,
+) -> Snapshot:
+    """Whole tensors, for which every process of a group must ask; those that do not `keep` them
+    get none."""
+    tensors = {
+        MODEL_FILE: model.state_dict(),
+        OPTIMIZER_FILE: _optimizer_tensors(model, optimizers),
+        RANDOM_FILE: random_states(),
+    }
+    copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
+    for file, named in tensors.items():
+        for name, tensor in named.items():
+            gathered = whole(tensor.detach())  # one at a time: all of them may not fit
+            if keep:
+                copies[file][name] = gathered.to("cpu", copy=True)
+    return Snapshot(config, progress, copies)
+
+
+# --- written -------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> CheckpointRef:
+    """Write a checkpoint below the run's `folder`, then remove those that need not be kept.
+
+    Raises `OSError` where the disk has no room for it or does not take it; what was there before
+    stays.
+    """
+    progress, parent = snapshot.progress, folder / "checkpoints"
+    final = parent / f"step-{progress.step:08d}"
+    writing = parent / f".writing-{final.name}"
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if not is_complete(final):
+        refuse_without_room(parent, snapshot.size_bytes)
+        _write_files(writing, snapshot)
+        shutil.rmtree(final, ignore_errors=True)  # it lacks its marker, so it counts for nothing
+        writing.rename(final)
+        sync(parent)
+    remove_surplus(folder, snapshot.config.training)
+    return reference(final, progress)
+
+
+def _write_files(writing: Path, snapshot: Snapshot) -> None:
+    writing.mkdir()
+    for name, tensors in snapshot.tensors.items():
+        save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, writing / name)
+    (writing / PROGRESS_FILE).write_text(snapshot.progress.model_dump_json(indent=2))
+    (writing / CONFIG_FILE).write_text(snapshot.config.model_dump_json(indent=2))
+    files = sorted(writing.iterdir())
+    for path in files:
+        sync(path)
+    checksums = {path.name: sha256_of(path) for path in files}
+    (writing / MARKER_FILE).write_text(json.dumps(checksums, indent=2))
+    sync(writing / MARKER_FILE)
+    sync(writing)
+
+
+# --- loaded --------------------------------------------------------------------------------------
+
+
+def restore(
+    checkpoint: Path,
+    config: RunConfig,
+    dataset_fingerprint: str,
+    model: nn.Module,
+    optimizers: Optimizers,
+) -> Progress:
+    """Load weights, optimizer and random states of a checkpoint that `sound_checkpoint` gave.
+
+    Raises `CheckpointError` naming what differs where it belongs to another model, data set or
+    optimizer than the config's.
+    """
+    progress = read_progress(checkpoint)
+    _refuse_another_run(checkpoint, progress, config, dataset_fingerprint)
+    load_weights(model, load_file(checkpoint / MODEL_FILE))
+    _load_optimizers(load_file(checkpoint / OPTIMIZER_FILE), model, optimizers)
+    set_random_states(load_file(checkpoint / RANDOM_FILE))
+    return progress
+
+
+def _refuse_another_run(
+    checkpoint: Path, progress: Progress, config: RunConfig, dataset_fingerprint: str
+) -> None:
+    path = checkpoint / CONFIG_FILE
+    try:
+        written = RunConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise damaged(path, str(error).splitlines()[0]) from error
+    theirs = shaping_values(written, progress.dataset_fingerprint)
+    ours = shaping_values(config, dataset_fingerprint)
+    problems = [
+        Problem(
+            key,
+            str(ours[key]),
+            f"the checkpoint {checkpoint} was made with {theirs[key]}",
+            "set it back to go on, or start anew with another run.name or --fresh",
+        )
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """State by parameter name, as `h.0.attn.c_attn.weight/exp_avg`."""
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _load_optimizers(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optimizers
+) -> None:
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    states: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        states.setdefault(name, {})[key] = value
+    for optimizer in optimizers:
+        saved = optimizer.state_dict()
+        order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        saved["state"] = {
+            i: {key: share_of(value, parameters[name]) for key, value in states[name].items()}
+            for i, name in enumerate(order)
+            if name in states
+        }
+        optimizer.load_state_dict(saved)
+
+
+def random_states() -> dict[str, Tensor]:
+    """torch's random states, of the CPU and of the current GPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

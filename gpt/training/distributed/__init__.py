@@ -1,0 +1,1 @@
+"""Training on many devices: process group, launcher, rendezvous and sharding."""

@@ -1,0 +1,1 @@
+"""Tokenising on a Dask or Ray cluster."""

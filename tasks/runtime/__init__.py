@@ -1,0 +1,1 @@
+"""What a task needs of its process: signals and the Prefect API."""

@@ -1,0 +1,1 @@
+"""Everything that imports MLflow: runs, metrics, models and the registry."""

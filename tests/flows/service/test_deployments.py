@@ -1,0 +1,199 @@
+"""prefect.yaml as Prefect reads it, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import kubernetes_validate
+import pytest
+import yaml
+from docker.types import HostConfig
+from overnight_up import free_port
+from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.schema_tools import validate
+from prefect_docker.worker import DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from test_cli import overnight
+
+from flows.runtime.environment import COMPUTE, service_environment
+from flows.service.supervisor import POOL, Settings, only_service, published
+
+ROOT = Path(__file__).resolve().parents[3]
+PROJECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+DEPLOYMENTS = {each["name"]: each for each in PROJECT["deployments"]}
+
+
+def test_prefect_takes_it() -> None:
+    read = PrefectYamlModel.model_validate(PROJECT)
+    assert [each.name for each in read.deployments] == list(DEPLOYMENTS)
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_each_says_what_it_is_and_takes_the_one_slot(name: str) -> None:
+    each = DEPLOYMENTS[name]
+    assert each["description"]
+    assert each["tags"]
+    assert each["concurrency_limit"]["limit"] == 1
+    assert each["work_pool"]["name"] == POOL
+    assert each["work_pool"]["job_variables"]["env"] == COMPUTE
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_each_gives_its_flow_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # Prefect leaves the flow's folder first in it
+    each = DEPLOYMENTS[name]
+    flow = load_flow_from_entrypoint(str(ROOT / each["entrypoint"]))
+    parameters = each["parameters"]
+    flow.validate_parameters({"overrides": {}} | parameters)
+    for path in parameters.get("configs") or [parameters["config"]]:
+        assert (ROOT / path).is_file()
+
+
+# --- in containers -------------------------------------------------------------------------------
+
+KUBERNETES = "1.37"
+"""Version of its schemas."""
+
+
+def variant(kind: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / f"prefect-{kind}.yaml").read_text())
+
+
+def template(kind: str) -> dict[str, Any]:
+    return json.loads((ROOT / "deploy" / f"pool-{kind}.json").read_text())
+
+
+def variables(kind: str) -> dict[str, Any]:
+    """Those that the deployments of the pool set, all the same."""
+    found = [each["work_pool"]["job_variables"] for each in variant(kind)["deployments"]]
+    assert all(each == found[0] for each in found)
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_what_is_deployed_to_containers_is_the_same(kind: str) -> None:
+    project = variant(kind)
+    PrefectYamlModel.model_validate(project)
+    pools = {each["work_pool"]["name"] for each in project["deployments"]}
+    assert pools == {f"gpu-{kind}"}
+    ours = [{k: v for k, v in each.items() if k != "work_pool"} for each in project["deployments"]]
+    plain = [{k: v for k, v in each.items() if k != "work_pool"} for each in PROJECT["deployments"]]
+    assert ours == plain
+    (step,) = project["pull"]
+    (folder,) = step.values()
+    assert folder == {"directory": "/overnight"}
+    assert COMPUTE.items() <= variables(kind)["env"].items()
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_a_pool_s_template_uses_each_of_its_variables_and_no_other(kind: str) -> None:
+    pool = template(kind)
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(pool["job_configuration"])))
+    assert used == pool["variables"]["properties"].keys()
+    validate(variables(kind), pool["variables"], raise_on_error=True)
+    with pytest.raises(Exception, match="is not of type 'integer'"):
+        validate({"gpus": "all"}, pool["variables"], raise_on_error=True)
+
+
+def configuration(kind: str, of: Any, **changed: Any) -> Any:
+    """What a real worker makes of the template and the deployments' variables."""
+    values = variables(kind) | changed
+    made = asyncio.run(of.from_template_and_values(template(kind), values))
+    made.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="tonight"))
+    return made
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_docker_s_worker_takes_its_template() -> None:
+    made = configuration("docker", DockerWorkerJobConfiguration, gpus=2)
+    host = HostConfig(
+        version="1.45",
+        **{k: v for k, v in made.container_create_kwargs.items() if k != "stop_signal"},
+    )
+    (request,) = host["DeviceRequests"]
+    assert (request["Count"], request["Capabilities"]) == (2, [["gpu"]])
+    assert host["ShmSize"] == 2 * 1024**3
+    assert made.image == "overnight:latest"
+    assert made.volumes == ["./data:/overnight/data", "./runs:/overnight/runs"]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_kubernetes_takes_the_job() -> None:
+    made = configuration("kubernetes", KubernetesWorkerJobConfiguration, gpus=8)
+    job = made.job_manifest
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    # Prefect's worker wants these two in the pod, where Kubernetes knows them not and lets be.
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
+    kubernetes_validate.validate(job, KUBERNETES, strict=True)
+    container["resources"]["limit"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="limit"):
+        kubernetes_validate.validate(job, KUBERNETES, strict=True)
+
+
+def test_kubernetes_takes_what_the_cluster_needs() -> None:
+    found = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text()))
+    for each in found:
+        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+    names = {each["kind"]: each["metadata"]["name"] for each in found}
+    claim = template("kubernetes")["variables"]["properties"]["volume_claim"]["default"]
+    assert names["PersistentVolumeClaim"] == claim
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    instructions = [shlex.split(line, comments=True) for line in lines]
+    copied = [path for words in instructions if words[:1] == ["COPY"] for path in words[1:-1]]
+    assert {"gpt", "tasks", "flows", "configs", "prefect.yaml", "constraints.txt"} <= set(copied)
+    assert all((ROOT / path).exists() for path in copied)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {f"!{path}" for path in copied} == {line for line in ignored if line.startswith("!")}
+
+
+# --- what is not to happen -----------------------------------------------------------------------
+
+
+def test_no_schedule_is_on_before_somebody_switches_it_on() -> None:
+    schedules = [s for each in DEPLOYMENTS.values() for s in each.get("schedules", ())]
+    assert [(schedule["slug"], schedule["active"]) for schedule in schedules] == [
+        ("nightly", False)
+    ]
+
+
+def test_up_outside_of_a_checkout_is_refused(tmp_path: Path) -> None:
+    done = overnight("up", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "prefect.yaml" in done.stderr
+    assert "change into the checkout" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_in_a_named_address_is_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = "postgresql://me:secret@db/mlflow"
+    settings = Settings(tmp_path / "runs", "127.0.0.1", free_port(), 5000, mlflow_named=named)
+    assert settings.environment["MLFLOW_TRACKING_URI"] == named
+    with only_service(settings), published(settings):
+        written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+        assert any(settings.api_url in text for text in written)
+        assert not any("secret" in text for text in written)
+        assert service_environment(settings.root).keys() >= {"PREFECT_API_URL"}
+    assert service_environment(settings.root) == {}

@@ -1,0 +1,123 @@
+"""Each fault of a machine that can be planted here is found, with its remedy."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.service import doctor
+from flows.service.doctor import FAULT, GOOD, NOTE, Finding
+from flows.service.supervisor import Settings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def settings(root: Path, **named: str) -> Settings:
+    return Settings(root, "127.0.0.1", 1, 2, **named)
+
+
+def is_fault(finding: Finding, found: str, remedy: str) -> None:
+    assert finding.level == FAULT
+    assert found in finding.found
+    assert remedy in finding.remedy
+
+
+def test_a_sound_machine(tmp_path: Path) -> None:
+    levels = {f.what: f.level for f in doctor.examine_machine(settings(tmp_path), serves=False)}
+    assert levels.pop("Prefect's server") == NOTE
+    assert levels.pop("GPU") in (GOOD, NOTE)
+    assert set(levels.values()) == {GOOD}
+    assert set(levels) == {"Python", "packages", "memory", "disk", "folder", "MLflow", "clock"}
+
+
+def test_python_that_is_too_old() -> None:
+    is_fault(doctor.python_version("3.9.1"), "3.9.1", "newer Python")
+
+
+def test_packages_that_are_missing_or_of_the_wrong_version() -> None:
+    wanted = ["numpy>=99", "no-such-package>=1", "rich", 'pytest>=99; extra == "test"']
+    missing = list(doctor.packages(wanted))
+    assert {f.what: f.found for f in missing}["no-such-package"].startswith("missing")
+    assert {f.what for f in missing} == {"numpy", "no-such-package"}
+    for finding in missing:
+        is_fault(finding, "wanted", "pip install -c constraints.txt")
+
+
+def test_a_card_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_driver", lambda: ("GeForce RTX 4070", "535.1"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    is_fault(doctor.graphics_card(), "GeForce RTX 4070, driver 535.1", "build for CPUs")
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    is_fault(doctor.graphics_card(), "cannot use", "update the driver to one for CUDA 12.8")
+
+
+def test_a_card_that_somebody_else_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_driver", lambda: ("GeForce RTX 4070", "535.1"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4070")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2 * 2**30, 12 * 2**30))
+    is_fault(doctor.graphics_card(), "2.0 of 12.0 GiB free", "nvidia-smi")
+
+
+def test_memory_that_is_used_up() -> None:
+    is_fault(doctor.memory(2**30), "1.0 GiB free, wanted 2", "data.workers")
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "FREE_DISK_BYTES", 2**80)
+    is_fault(doctor.disk(tmp_path / "runs"), str(tmp_path), "make room")
+
+
+def test_a_folder_that_cannot_be_written_to() -> None:
+    is_fault(doctor.writable(Path("/proc/overnight")), "cannot be written to", "chown")
+
+
+def test_a_store_that_is_broken(tmp_path: Path, mlflow_database: Path) -> None:
+    sound = f"sqlite:///{mlflow_database}"
+    assert doctor.tracking_store(sound) == Finding("MLflow", GOOD, sound)
+    broken = tmp_path / "mlflow.db"
+    broken.write_bytes(mlflow_database.read_bytes()[:5_000] + b"\xff" * 9_000)
+    is_fault(doctor.tracking_store(f"sqlite:///{broken}"), "does not work", "overnight sync")
+
+
+def test_a_tracking_server_that_is_away() -> None:
+    finding = doctor.tracking_store("http://127.0.0.1:1")
+    is_fault(finding, "http://127.0.0.1:1 does not work", "unset MLFLOW_TRACKING_URI")
+
+
+def test_a_password_is_not_shown() -> None:
+    finding = doctor.tracking_store("postgresql://me:secret@127.0.0.1:1/mlflow")
+    assert finding.level == FAULT
+    assert "secret" not in finding.found
+    assert "me:***@127.0.0.1" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("url", "found", "remedy"),
+    [
+        ("http://127.0.0.1:1/api", "does not answer", "overnight up"),
+        ("http://127.0.0.1:1", "does not end in /api", "http://127.0.0.1:1/api"),
+    ],
+)
+def test_a_prefect_server_that_is_away(tmp_path: Path, url: str, found: str, remedy: str) -> None:
+    (finding,) = doctor.prefect_server(settings(tmp_path, prefect_named=url))
+    is_fault(finding, found, remedy)
+
+
+def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    ahead = time.time() + 3600
+    os.utime(tmp_path / "train", (ahead, ahead))
+    (tmp_path / "train" / "run").mkdir()
+    os.utime(tmp_path / "train" / "run", (ahead, ahead))
+    is_fault(doctor.clock_of_files(tmp_path), "1:00:00 newer", "timedatectl")
+    is_fault(doctor.clock_of_server("Wed, 01 Jan 2020 00:00:00 GMT"), "ahead of", "timedatectl")
+
+
+def test_no_deployments_in_this_folder(tmp_path: Path) -> None:
+    (finding,) = doctor.what_is_deployed(None, tmp_path / "prefect.yaml")  # type: ignore[arg-type]
+    is_fault(finding, "no ", "checkout")

@@ -1,0 +1,123 @@
+"""`overnight watch`: whole files are told once, whatever is away; a told file starts `retrain`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import httpx
+import polars
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.service import watch
+from flows.service.watch import Watcher, memory_of
+from gpt.data.new_files import Arrivals
+from gpt.errors import WatchError
+
+
+def parquet(path: Path, text: str = "text") -> Path:
+    polars.DataFrame({"text": [text]}).write_parquet(path)
+    return path
+
+
+def test_a_file_arrives_when_it_rests_and_can_be_read(tmp_path):
+    parquet(tmp_path / "there.parquet")
+    arrivals = Arrivals(tmp_path)
+    assert arrivals.take_as_known() == 1
+    assert arrivals.look() == ([], {})
+
+    whole = parquet(tmp_path / "whole", "a text that is longer " * 50).read_bytes()
+    (tmp_path / "sub").mkdir()
+    growing = tmp_path / "sub" / "growing.parquet"
+    for length in (10, 50, len(whole)):
+        growing.write_bytes(whole[:length])
+        assert arrivals.look() == ([], {}), "it has changed since"
+    assert arrivals.look() == ([growing], {})
+    assert arrivals.look() == ([], {}), "told once"
+
+    stuck = tmp_path / "stuck.parquet"
+    stuck.write_bytes(whole[:50])
+    (tmp_path / ".stuck.parquet.part").write_bytes(whole)
+    arrivals.look()
+    found, broken = arrivals.look()
+    assert (found, list(broken)) == ([], [stuck])
+    assert arrivals.look() == ([], {}), "told once"
+    stuck.write_bytes(whole)
+    arrivals.look()
+    assert arrivals.look() == ([stuck], {}), "the copy has gone on"
+
+    parquet(tmp_path / "there.parquet", "other text")
+    arrivals.look()
+    assert arrivals.look() == ([tmp_path / "there.parquet"], {}), "written anew"
+
+
+class Server:
+    """Takes events, unless it is away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.asked: list[tuple[str, object]] = []
+
+    def send(self, path, event_id):
+        self.asked.append((path.name, event_id))
+        if self.away:
+            raise httpx.ConnectError("refused")
+
+
+def test_what_the_server_missed_is_sent_once_also_after_a_kill(tmp_path, monkeypatch, capsys):
+    server = Server()
+    monkeypatch.setattr(watch, "send_arrival", server.send)
+    folder, memory = tmp_path / "in", memory_of(tmp_path / "in", "*.parquet", tmp_path)
+    folder.mkdir()
+    memory.parent.mkdir()
+    parquet(folder / "before.parquet")
+
+    def watcher() -> Watcher:
+        return Watcher(folder, "*.parquet", memory, existing=False)
+
+    first = watcher()
+    parquet(folder / "a.parquet")
+    server.away = True
+    for _ in range(4):
+        first.step()
+    assert {name for name, _ in server.asked} == {"a.parquet"}
+    assert capsys.readouterr().out.count("cannot be told") == 1
+    # Killed now; while nobody watches another one comes.
+    parquet(folder / "b.parquet")
+    second = watcher()
+    server.away = False
+    for _ in range(3):
+        second.step()
+    sent = [name for name, _ in server.asked[3:]]
+    assert sent == ["a.parquet", "b.parquet"]
+    assert len({event for name, event in server.asked if name == "a.parquet"}) == 1, "one event"
+    third = watcher()
+    shutil.move(folder, tmp_path / "away")
+    third.step()
+    assert "waiting for it" in capsys.readouterr().out
+    shutil.move(tmp_path / "away", folder)
+    for _ in range(3):
+        third.step()
+    assert len(server.asked) == 5, "nothing is told twice"
+
+
+def test_existing_files_are_told_where_that_is_asked(tmp_path, monkeypatch):
+    server = Server()
+    monkeypatch.setattr(watch, "send_arrival", server.send)
+    parquet(tmp_path / "before.parquet")
+    watcher = Watcher(tmp_path, "*.parquet", tmp_path / "memory.json", existing=True)
+    for _ in range(3):
+        watcher.step()
+    assert [name for name, _ in server.asked] == ["before.parquet"]
+
+
+def test_what_cannot_be_watched_is_refused(tmp_path):
+    def watching(folder: Path) -> None:
+        watch.watch(folder, "*.parquet", 0.1, False, tmp_path / "runs")
+
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        with pytest.raises(WatchError, match="overnight up"):
+            watching(tmp_path)
+        with pytest.raises(WatchError, match="no such directory"):
+            watching(tmp_path / "none")

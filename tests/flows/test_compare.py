@@ -1,0 +1,193 @@
+"""`overnight compare` through real processes, a real Prefect API and a real MLflow store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from prefect.settings import PREFECT_API_URL
+
+from flows.runtime.variants import entrants_of
+from gpt.config.loading import load_config
+from gpt.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+
+
+@pytest.fixture
+def variants(tiny_config: Path, tmp_path: Path, new_root: Path) -> list[Path]:
+    """Three copies of a config that differ in the width alone: the name is the same in all."""
+    text = tiny_config.read_text().replace("max_steps = 12", f"max_steps = {STEPS}")
+    root = load_config(tiny_config).run.root
+    text = text.replace(root.as_posix(), new_root.as_posix())
+    paths = []
+    for width in (8, 16, 24):
+        path = tmp_path / f"width-{width}.toml"
+        path.write_text(text.replace("n_embd = 16", f"n_embd = {width}"))
+        paths.append(path)
+    return paths
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "flows.cli.main", "compare", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """With the suite's server, which saves starting one a command."""
+    return os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+
+
+def overnight(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def steps_trained(root: Path) -> dict[str, int]:
+    """When each checkpoint of the last step was written, by run."""
+    return {
+        path.parent.parent.name.rpartition("-")[0]: path.stat().st_mtime_ns
+        for path in root.glob(f"train/*/checkpoints/step-*{STEPS}")
+    }
+
+
+def test_three_widths_one_of_which_fails_killed_and_gone_on_with(
+    variants: list[Path], tmp_path: Path
+) -> None:
+    broken = variants[1]
+    # Its device is not there: found out by the preflight, told, and the others go on.
+    broken.write_text(broken.read_text() + '\n[hardware]\ndevice = "cuda:7"\n')
+    root = tmp_path / "runs"
+
+    process = subprocess.Popen(command(*variants), cwd=ROOT, env=environment())
+    deadline = time.monotonic() + 200
+    while "width-24" not in {path.name.rpartition("-")[0] for path in root.glob("train/*")}:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()  # in the second, or just before it
+    process.wait()
+    first = steps_trained(root)
+    assert "width-8" in first
+
+    done = overnight(*variants)
+    assert done.returncode == 1, done.stderr  # something has no result
+    assert "cuda:7" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "width-8: finished before" in done.stdout
+    assert "width-16 has no result" in done.stdout
+    assert steps_trained(root)["width-8"] == first["width-8"]
+    [page] = root.glob("compare/*/comparison.html")
+    html = page.read_text()
+    assert all(f"<td>width-{width}</td>" in html for width in (8, 24))
+    assert "<strong>width-16</strong>" in html
+
+    client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
+    [experiment] = [e for e in client.search_experiments() if e.name == "overnight"]
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert {run.info.run_name for run in children} == {"width-8", "width-24"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert "validation loss" in parent.data.tags["mlflow.note.content"]
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"comparison.html", "comparison.md", "loss-by-tokens.svg"} <= files
+    points = [
+        {
+            key: [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+        }
+        for run in children
+    ]
+    assert points[0] == points[1]
+    assert points[0]["train/loss"] == list(range(1, STEPS + 1))
+
+
+def test_stopped_from_outside_it_stops_what_it_started(
+    variants: list[Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    process = subprocess.Popen(
+        command(*variants[:2], "--tokens", 128 * 5_000),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            if "  lr " in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(30) == 143, rest
+    finally:
+        process.kill()
+    assert "the same command goes on" in rest
+    assert "Traceback" not in rest
+    [run] = root.glob("train/*")
+    assert list(run.glob("checkpoints/step-*/COMPLETE"))
+    client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert {found.info.status for found in client.search_runs(ids)} == {"KILLED"}
+
+
+def entrants(paths: list[Path], overrides=None, tokens=None, seeds=1):
+    return entrants_of([str(path) for path in paths], overrides or {}, tokens, seeds)
+
+
+def test_names_seeds_and_lengths(variants: list[Path]) -> None:
+    found = entrants(variants[:2], tokens=1_000, seeds=2)
+    assert [e.config and e.config.run.name for e in found] == [
+        "width-8",
+        "width-16",
+        "width-8-seed1338",
+        "width-16-seed1338",
+    ]
+    assert [(e.name, e.seed) for e in found[:3]] == [
+        ("width-8", 1337),
+        ("width-16", 1337),
+        ("width-8", 1338),
+    ]
+    assert {e.config.training.max_steps for e in found if e.config} == {8}  # 128 tokens a step
+    warm = entrants(variants[:2], {"schedule": {"warmup_steps": 3}}, tokens=250)
+    assert [e.config and e.config.schedule.warmup_steps for e in warm] == [1, 1]  # 2 steps of 6
+
+
+def test_configs_on_other_data_are_not_compared(variants: list[Path]) -> None:
+    text = variants[0].read_text()
+    variants[0].write_text(text.replace("validation_fraction = 0.2", "validation_fraction = 0.3"))
+    with pytest.raises(ConfigError, match=r"--set data\.validation_fraction=") as refused:
+        entrants(variants)
+    assert len(refused.value.problems) == 2
+    assert entrants(variants, {"data": {"validation_fraction": 0.25}})
+
+
+def test_one_config_is_no_comparison(variants: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="two configs or more"):
+        entrants(variants[:1])
+    with pytest.raises(ConfigError, match="n_head"):  # none of them can work
+        entrants(variants[:2], {"model": {"n_head": 5}})
+    with pytest.raises(ConfigError, match="1 problem") as refused:  # one cause is told once
+        entrants(variants[:2], {"evaluation": {"lambda": "x"}})
+    assert "did you mean lambada?" in str(refused.value)
+    [bad, good] = entrants([variants[0], variants[1]], {"model": {"n_head": 16}})
+    assert (bad.config, bool(good.config)) == (None, True)

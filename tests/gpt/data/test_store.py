@@ -1,0 +1,238 @@
+"""Data sets kept for other machines: in a folder, in fsspec's memory, in an S3 bucket."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpus_data import TEXTS, config, dataset, parquet, stored
+from object_store import BUCKET, KEYS, object_store
+
+from gpt.config.loading import load_config
+from gpt.data import store as stores
+from gpt.data.shards import CHECKED, MANIFEST, verify
+from gpt.data.store import Store, fetch_dataset, put_dataset
+from gpt.data.tokenize.pipeline import find_dataset
+from gpt.errors import ConfigError, DatasetError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def ended(carrying):
+    """What was told on the way, and what came of it."""
+    told = []
+    while True:
+        try:
+            told.append(next(carrying))
+        except StopIteration as end:
+            return told, end.value
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """As the environment names it to whoever uses S3."""
+    with object_store() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in (KEYS | {"AWS_ENDPOINT_URL": url}).items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}/data sets"
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def address(request, tmp_path):
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    return str(tmp_path / "shared") if request.param == "folder" else f"memory://{tmp_path.name}"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return parquet(tmp_path / "a.parquet", row_group_size=20)
+
+
+def asked(root, source, address, **data):
+    return config(root, source, tokens_per_shard=1_000, store=address, **data)
+
+
+def test_what_one_machine_made_another_fetches(tmp_path, source, address):
+    here, there = (asked(tmp_path / name, source, address) for name in ("here", "there"))
+    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    assert find_dataset(here) == made
+    assert ended(fetch_dataset(there)) == ([], None), "it is in no store yet"
+    told, put = ended(put_dataset(made, address))
+    assert put
+    assert (
+        told[-1].bytes_done
+        == told[-1].bytes_total
+        > 2 * (made.train.tokens + made.validation.tokens)
+    )
+    assert ended(put_dataset(made, address)) == ([], False), "all of it is there"
+
+    told, fetched = ended(fetch_dataset(there))
+    assert len(told) >= len(made.train.shards)
+    assert fetched.folder == tmp_path / "there" / "datasets" / made.folder.name
+    assert fetched.model_copy(update={"folder": made.folder}) == made
+    assert stored(fetched) == stored(made)
+    verify(fetched)
+    assert find_dataset(there) == fetched
+    names = {path.name for path in made.folder.iterdir()}
+    assert {path.name for path in fetched.folder.iterdir()} == names
+    assert [path.name for path in fetched.folder.parent.glob("*.partial")] == []
+
+
+def test_its_units_are_known_as_well(tmp_path, source, monkeypatch):
+    address = str(tmp_path / "shared")
+    ended(put_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    more = parquet(tmp_path / "b.parquet", TEXTS[:40])
+    ended(fetch_dataset(asked(tmp_path / "there", source, address)))
+    both = [source, more]
+    expected = dataset(tmp_path / "other", both, tokens_per_shard=1_000)
+    from gpt.data.tokenize import job
+
+    encoded = []
+    real = job.chunks
+    monkeypatch.setattr(
+        job, "chunks", lambda source, *rest: encoded.append(source) or real(source, *rest)
+    )
+    assert stored(dataset(tmp_path / "there", both, tokens_per_shard=1_000)) == stored(expected)
+    assert {each.file.name for each in encoded} == {more}
+
+
+def test_put_half_it_is_not_there_and_is_put_whole(tmp_path, source, address, monkeypatch):
+    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    putting = put_dataset(made, address)
+    next(putting)
+    next(putting)
+    putting.close()
+    # As a copy that was broken off leaves it.
+    first = sorted(path for path in made.folder.iterdir() if path.suffix == ".bin")[0]
+    (tmp_path / "short").write_bytes(first.read_bytes()[:100])
+    Store(address).put(tmp_path / "short", made.folder.name, first.name)
+    there = asked(tmp_path / "there", source, address)
+    assert ended(fetch_dataset(there)) == ([], None)
+
+    sent = []
+    real = Store.put
+    monkeypatch.setattr(
+        Store, "put", lambda *words: sent.append(words[-1]) or real(*words), raising=True
+    )
+    assert ended(put_dataset(made, address))[1]
+    files = [path.name for path in made.folder.iterdir() if path.name not in (MANIFEST, CHECKED)]
+    assert first.name in sent
+    assert sent[-1].startswith(MANIFEST)
+    assert len(sent) == len(files)  # all but one of the files, and the manifest
+    assert stored(ended(fetch_dataset(there))[1]) == stored(made)
+
+
+def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address, monkeypatch):
+    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    ended(put_dataset(made, address))
+    there = asked(tmp_path / "there", source, address)
+    fetching = fetch_dataset(there)
+    for _ in range(3):
+        next(fetching)
+    fetching.close()
+    assert find_dataset(there) is None
+    got = []
+    real = Store.get
+    monkeypatch.setattr(Store, "get", lambda *words: got.append(words[-2]) or real(*words))
+    _, fetched = ended(fetch_dataset(there))
+    assert stored(fetched) == stored(made)
+    shards = {shard.name for shard in (*made.train.shards, *made.validation.shards)}
+    assert len(shards - set(got)) in (2, 3)
+
+
+@pytest.mark.parametrize("fault", ["altered", "missing", "another", "no manifest"])
+def test_a_damaged_copy_is_refused(tmp_path, source, fault):
+    address = str(tmp_path / "shared")
+    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    ended(put_dataset(made, address))
+    copy = tmp_path / "shared" / made.folder.name
+    shard = copy / made.train.shards[1].name
+    if fault == "altered":
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    elif fault == "missing":
+        shard.unlink()
+    elif fault == "another":
+        text = (copy / MANIFEST).read_text().replace(made.fingerprint, "0" * 64)
+        (copy / MANIFEST).write_text(text)
+    else:
+        (copy / MANIFEST).write_text("{}")
+    there = asked(tmp_path / "there", source, address)
+    wrong = shard if fault in ("altered", "missing") else copy / MANIFEST
+    with pytest.raises(DatasetError, match=f"delete {copy}: ") as refused:
+        ended(fetch_dataset(there))
+    assert [problem.key for problem in refused.value.problems] == [str(wrong)]
+    assert find_dataset(there) is None
+
+
+def test_a_store_that_is_away_stops_nothing(tmp_path, source, caplog, monkeypatch):
+    address = str(tmp_path / "shared")
+    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+
+    def away(*_):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(Store, "sizes", away)
+    assert ended(put_dataset(made, address)) == ([], False)
+    assert "could not be written: ConnectionError: nobody answers" in caplog.text
+    assert "the next run tries again" in caplog.text
+    assert ended(fetch_dataset(asked(tmp_path / "there", source, address))) == ([], None)
+    assert "cannot be read: ConnectionError: nobody answers" in caplog.text
+
+
+def test_a_full_disk_is_told(tmp_path, source, monkeypatch):
+    address = str(tmp_path / "shared")
+    ended(put_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores, "sync", full)
+    with pytest.raises(DatasetError, match="the disk is full"):
+        ended(fetch_dataset(asked(tmp_path / "there", source, address)))
+
+
+@pytest.mark.parametrize(
+    ("store", "rule"),
+    [("nosuch://bucket", "fsspec knows no nosuch://"), ("dropbox://x", "needs a package")],
+)
+def test_what_fsspec_cannot_open_is_refused_by_the_config(tmp_path, store, rule):
+    with pytest.raises(ConfigError, match=rule) as refused:
+        asked(tmp_path, "a.parquet", store)
+    assert [problem.key for problem in refused.value.problems] == ["data.store"]
+
+
+def test_sources_in_a_bucket_as_on_a_disk(tmp_path, source, bucket):
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(f"{bucket}/sources")
+    filesystem.put_file(source, f"{path}/a.parquet")
+    here = dataset(tmp_path / "here", source)
+    for name in (f"{bucket}/sources/a.parquet", f"{bucket}/sources/*.parquet"):
+        assert stored(dataset(tmp_path / "there", name)) == stored(here)
+
+
+def test_on_the_command_line(tmp_path, tiny_config, bucket):
+    def tokenized(name):
+        laid_over = [f"run.root={tmp_path / name}", f"data.store={bucket}"]
+        words = [word for setting in laid_over for word in ("--set", setting)]
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli.main", "tokenize", str(tiny_config), *words],
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
+            env={k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")},
+        )
+
+    first, second = tokenized("first"), tokenized("second")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "tokenised into" in first.stdout
+    assert f"put into {bucket}, for other machines" in first.stdout
+    assert "fetched into" in second.stdout
+    assert "put into" not in second.stdout
+    name = find_dataset(load_config(tiny_config, {"run": {"root": str(tmp_path / "first")}}))
+    assert name
+    assert (tmp_path / "second" / "datasets" / name.folder.name / MANIFEST).exists()

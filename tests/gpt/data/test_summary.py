@@ -1,0 +1,69 @@
+"""A data set for people: page, picture, samples; and `overnight inspect`, which checks it first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from corpus_data import TEXTS, both, dataset, parquet
+
+from gpt.data.loader import Sequences
+from gpt.data.shards import read_manifest
+from gpt.data.summary import describe, lengths, page, samples, write_summary
+from gpt.errors import DatasetError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("summary")
+    source = parquet(folder / "a.parquet", [*TEXTS, None, ""])
+    return dataset(folder / "runs", source, min_length=3)
+
+
+def inspect(folder):
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli.main", "inspect", str(folder), "--samples", "1"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+
+
+def test_the_figures_are_the_manifest_s(made):
+    text = describe(made)
+    text_bytes = sum(len(t.encode()) for t in TEXTS)
+    tokens = made.train.tokens + made.validation.tokens - len(TEXTS)
+    assert f"{text_bytes / tokens:.3f}" in text
+    assert f"{made.train.documents:,} documents" in text
+    assert "1 null, 1 empty" in text
+    assert "min_length = 3" in text
+    assert sum(count for _, count in lengths(made)) == len(TEXTS)
+    assert "## Document lengths" in page(made)
+
+
+def test_the_page_and_the_picture_lie_beside_the_shards(made):
+    files = write_summary(made)
+    assert files["document-lengths.png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert files["summary.md"].read_text() == page(made)
+    assert read_manifest(made.folder) == made
+
+
+def test_samples_are_how_documents_begin(made):
+    train, _ = both(made)
+    assert list(samples(made, made.train, 3)) == train[:3]
+
+
+def test_inspect_and_training_refuse_an_altered_shard(made):
+    shown = inspect(made.folder)
+    assert shown.returncode == 0, shown.stderr
+    assert both(made)[0][0] in shown.stdout
+    path = made.folder / "train-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused = inspect(made.folder)
+    assert refused.returncode == 2
+    assert "train-00000.bin" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    with pytest.raises(DatasetError, match=r"train-00000\.bin"):
+        Sequences(made, made.train, 8)

@@ -1,0 +1,136 @@
+"""gigatoken: the same ids, or given up for the whole data set."""
+
+import logging
+
+import numpy as np
+import pytest
+from corpus_data import TEXTS, dataset, parquet, reference, stored
+from hypothesis import given, settings
+from test_cuts import TEXTS as AWKWARD
+
+from gpt.data.tokenize import chunks, gigatoken_encoder, tokenizer, units
+from gpt.data.tokenize.encoders import Mismatch, TiktokenEncoder
+from gpt.data.tokenize.gigatoken_encoder import CheckedGigatoken, awkward_stretches
+
+ENCODER = CheckedGigatoken()
+PLAIN = "Plain English words, one after the other; nothing else is in here. " * 400
+
+
+@given(AWKWARD.filter(bool))
+@settings(max_examples=300, deadline=None)
+def test_ids_are_tiktoken_s(text):
+    texts = [text.encode(), b"next document", (text * 3).encode()]
+    for ours, theirs in zip(ENCODER.encode(texts), TiktokenEncoder().encode(texts), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@given(AWKWARD.filter(bool))
+@settings(max_examples=200, deadline=None)
+def test_everything_awkward_is_compared(text):
+    """Each character beyond ASCII, each long run and all of a text with `<|` lies in a stretch."""
+    texts = [PLAIN.encode(), f"{PLAIN[:500]}{text} and {'=' * 140}{PLAIN[:300]}".encode()]
+    joined = b"".join(texts)
+    edges = np.cumsum([0, *map(len, texts)])
+    stretches = awkward_stretches(joined, edges)
+    covered = np.zeros(len(joined), dtype=bool)
+    for start, end in stretches.tolist():
+        assert not covered[start:end].any()
+        assert not any(start < edge < end for edge in edges)
+        covered[start:end] = True
+    data = np.frombuffer(joined, dtype=np.uint8)
+    assert covered[data >= 128].all()
+    run = joined.index(b"=" * 140)
+    assert covered[run : run + 140].all()
+    if "<|" in text:
+        assert covered[edges[1] :].all()
+    assert covered.sum() >= gigatoken_encoder.SAMPLE_BYTES // 2
+
+
+class Faulty:
+    """gigatoken with a fault: another cut of the same bytes wherever `marker` stands."""
+
+    def __init__(self, encoder, marker, ids):
+        self.encoder, self.marker, self.ids = encoder, marker, ids
+
+    def encode(self, text):
+        pieces = [self.encoder.encode(piece) for piece in text.split(self.marker)]
+        fault = np.array(self.ids, dtype=np.uint32)
+        return np.concatenate([pieces[0], *(part for p in pieces[1:] for part in (fault, p))])
+
+
+def letters(text):
+    ranks = tokenizer.read_ranks(tokenizer.data_folder())
+    return [ranks[bytes([byte])] for byte in text]
+
+
+FAULTS = {
+    "special": (b"<|endoftext|>", [50256]),
+    "special letter by letter": (b"<|endoftext|>", letters(b"<|endoftext|>")),
+    "beyond ASCII": ("東京".encode(), letters("東京".encode())),
+    "a long run": (b"-" * 140, letters(b"-" * 140)),
+    "other bytes": (b"word", [1, 2]),
+    "plain words": (b" the", letters(b" the")),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_any_difference_falls_back_to_tiktoken_for_the_whole(tmp_path, monkeypatch, caplog, kind):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 3_000)
+    monkeypatch.setattr(units, "UNIT_BYTES", 4_000)
+    marker, ids = FAULTS[kind]
+    fresh = CheckedGigatoken._fresh
+
+    def faulty(self):
+        fresh(self)
+        self._encoder = Faulty(self._encoder, marker, ids)
+
+    monkeypatch.setattr(CheckedGigatoken, "_fresh", faulty)
+    texts = [text.replace("東京", "").replace("<|endoftext|>", "") for text in TEXTS]
+    texts.insert(250, f"It is {marker.decode()} in here, and the rest is plain.")
+    source = parquet(tmp_path / "a.parquet", texts, row_group_size=50)
+    with caplog.at_level(logging.WARNING):
+        made = dataset(tmp_path / "runs", source, engine="gigatoken")
+    assert stored(made) == reference(texts)
+    assert made.engine == "tiktoken"
+    assert "gigatoken was given up" in made.notes[0]
+    assert made.notes[0] in caplog.text
+    assert not list((tmp_path / "runs/datasets").glob("*.partial"))
+
+
+def test_shards_are_the_same_with_and_without(tmp_path):
+    source = parquet(tmp_path / "a.parquet", row_group_size=50)
+    fast = dataset(tmp_path / "fast", source, engine="gigatoken")
+    slow = dataset(tmp_path / "slow", source, engine="tiktoken")
+    assert (fast.engine, slow.engine) == ("gigatoken", "tiktoken")
+    assert fast.train == slow.train
+    assert fast.validation == slow.validation
+    assert dataset(tmp_path / "fast", source, engine="tiktoken") == fast
+
+
+def test_the_encoder_is_made_anew_when_it_has_grown(monkeypatch):
+    encoder = CheckedGigatoken()
+    first = encoder._encoder
+    encoder.encode([b"a"])
+    assert encoder._encoder is first
+    monkeypatch.setattr(gigatoken_encoder, "RECYCLE_TEXT_BYTES", 0)
+    encoder.encode([b"b"])
+    assert encoder._encoder is not first
+    second = encoder._encoder
+    monkeypatch.setattr(gigatoken_encoder, "RECYCLE_TEXT_BYTES", 10**9)
+    monkeypatch.setattr(gigatoken_encoder, "resident_bytes", lambda: 10**12)
+    encoder.encode([b"c"])
+    assert encoder._encoder is not second
+
+
+def test_ids_that_cross_from_one_text_to_the_next_are_noticed(monkeypatch):
+    class Shifted:
+        def __init__(self, encoder):
+            self.parts = iter([encoder.encode(b"hello wor"), encoder.encode(b"ld and more")])
+
+        def encode(self, text):
+            return next(self.parts)
+
+    encoder = CheckedGigatoken()
+    encoder._encoder = Shifted(encoder._encoder)
+    with pytest.raises(Mismatch, match="end where a text does"):
+        encoder.encode([b"hello world", b" and more"])

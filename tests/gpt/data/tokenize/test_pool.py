@@ -1,0 +1,194 @@
+"""Worker processes: order, bounds, deaths, and what stays behind (nothing)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from corpus_data import TEXTS, config, dataset, parquet, reference, run, stored
+
+from gpt.data.tokenize import chunks, pipeline, units
+from gpt.data.tokenize import pool as engine
+from gpt.data.tokenize.encoders import Chunk, encode_chunk
+from gpt.data.tokenize.pipeline import tokenize_corpus
+from gpt.data.tokenize.pool import choose_engine, in_order, open_pool
+from gpt.data.tokenize.worker import open_encoder
+from gpt.errors import CorpusError
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests"])}
+
+
+def chunk(text, starts=True):
+    data = text.encode()
+    return Chunk(data, np.array([len(data)], dtype="<u8"), np.array([starts]))
+
+
+def _all_children():
+    return set(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture
+def children():
+    """Gives the processes that have come since the test began."""
+    before = _all_children()
+    return lambda: _all_children() - before
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_the_order_of_the_items(workers, children):
+    texts = ["word " * (50_000 if i % 7 == 0 else 1) + str(i) for i in range(40)]
+    items = [chunk(text) if i % 5 else text for i, text in enumerate(texts)]
+
+    def chunk_of(item):
+        return item if isinstance(item, Chunk) else None
+
+    with open_pool("tiktoken", workers) as pool:
+        results = list(in_order(pool, items, chunk_of))
+    encoder = open_encoder("tiktoken")
+    assert [item for item, _ in results] == items
+    for item, encoded in results:
+        if isinstance(item, Chunk):
+            assert np.array_equal(encoded.ids, encode_chunk(encoder, item).ids)
+        else:
+            assert encoded is None
+    assert not children()
+
+
+def test_items_are_drawn_only_as_fast_as_they_are_done():
+    drawn = []
+
+    def items():
+        for i in range(100):
+            drawn.append(i)
+            yield chunk(str(i))
+
+    with open_pool("tiktoken", 2) as pool:
+        results = in_order(pool, items(), lambda item: item)
+        next(results)
+        assert len(drawn) <= 2 * engine.CHUNKS_PER_WORKER + 1
+
+
+def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
+    tmp_path, monkeypatch, children
+):
+    monkeypatch.setattr(pipeline, "TEXT_PER_WORKER", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
+    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet", row_group_size=20), workers=2)
+    generator = tokenize_corpus(made)
+    next(generator)
+    for child in children():
+        child.kill()
+    with pytest.raises(CorpusError, match="exit status -9"):
+        list(generator)
+    assert not children()
+    assert stored(run(made)[1]) == reference(TEXTS)
+
+
+def test_a_fault_inside_a_worker_is_told_with_its_traceback(monkeypatch):
+    broken = Chunk(b"\xff", np.array([1], dtype="<u8"), np.array([True]))
+    with open_pool("tiktoken", 2) as pool:
+        with pytest.raises(RuntimeError, match="UnicodeDecodeError"):
+            pool.submit(broken).result()
+        assert pool.submit(chunk("still there")).result().ids.size
+
+
+def test_a_worker_imports_little():
+    program = (
+        "import sys, gpt.data.tokenize.worker\n"
+        "heavy = {'torch', 'pyarrow', 'polars', 'prefect', 'mlflow', 'pydantic', 'gigatoken'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
+
+
+def test_an_engine_that_is_not_installed_is_a_message(monkeypatch):
+    monkeypatch.setattr(engine, "TURBO", "no_such_package_here")
+    assert choose_engine("auto") == "tiktoken"
+    with pytest.raises(CorpusError, match="pip install"):
+        choose_engine("gigatoken")
+
+
+# --- whole processes, killed ---------------------------------------------------------------------
+
+# No guard around the work: workers must not import the parent's program again.
+SCRIPT = """
+import sys
+from corpus_data import config
+from gpt.data import chunks, corpus, units
+from gpt.data.tokenize.pipeline import tokenize_corpus
+corpus.TEXT_PER_WORKER, chunks.CHUNK_BYTES, units.UNIT_BYTES = 1, 5_000, 25_000
+made = config(sys.argv[1], sys.argv[2], workers=2, tokens_per_shard=20_000)
+for step in tokenize_corpus(made):
+    print(step.rows_kept, step.rows_done, flush=True)
+print("done", flush=True)
+"""
+LONG = [f"{i}: It's a longer document, naïve 東京。" * (5 + i % 50) for i in range(1_500)]
+
+
+def start(root, source, first=""):
+    command = [sys.executable, "-c", first + SCRIPT, str(root), source]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def finished_rows(root):
+    """Rows of the units that the journal of the unfinished data set holds."""
+    journals = list(root.glob("datasets/*.partial/units.jsonl"))
+    lines = journals[0].read_text().splitlines()[1:] if journals else []
+    whole = [line for line in lines if line.endswith("}")]
+    return sum(json.loads(line)["tally"]["rows"] for line in whole)
+
+
+def killed_at_random(root, source, kills, seed):
+    """Kill -9 after a random number of steps; every finished unit must be kept. Returns the
+    number of kills that came in the middle of the work."""
+    generator = np.random.default_rng(seed)
+    hits = 0
+    for _ in range(kills):
+        before = finished_rows(root)
+        process = start(root, source)
+        lines = int(generator.integers(1, 60))
+        kept = None
+        for line in process.stdout:
+            if line.startswith("done"):
+                break
+            kept = kept or line.split()[0]
+            lines -= 1
+            if lines == 0:
+                time.sleep(generator.random() / 20)
+                break
+        workers = psutil.Process(process.pid).children() if process.poll() is None else []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        psutil.wait_procs(workers, timeout=10)
+        assert not [worker for worker in workers if worker.is_running()]
+        assert not list(root.glob("datasets/*.partial/manifest.json"))
+        if before:
+            assert int(kept) >= before
+        hits += bool(list(root.glob("datasets/*.partial")))
+    return hits
+
+
+def test_killed_at_random_moments_no_finished_unit_is_done_again(tmp_path):
+    root = tmp_path / "runs"
+    source = parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
+    assert killed_at_random(root, source, 3, seed=0)
+    assert stored(dataset(root, source, tokens_per_shard=20_000)) == reference(LONG)
+    assert not list(root.glob("datasets/*.partial"))
+
+
+def test_two_processes_on_one_data_set_do_not_write_over_each_other(tmp_path):
+    root, source = tmp_path / "runs", parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
+    threads = "import torch; torch.ones(600, 600) @ torch.ones(600, 600)"
+    processes = [start(root, source, threads) for _ in range(2)]
+    steps = [process.communicate()[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(len(lines) > 1 for lines in steps) == [False, True]
+    assert stored(dataset(root, source, tokens_per_shard=20_000)) == reference(LONG)

@@ -1,0 +1,62 @@
+"""Safe cuts: the parts' ids are the whole's, wherever it is cut."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt.data.tokenize.safe_split import SAFE, pieces
+from gpt.data.tokenize.tokenizer import encode
+
+AWKWARD = st.sampled_from(
+    [
+        *("'", "'s", "'ll", "'re", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "\x1c", "\x85"),
+        *("a", "it", "LL", "é", "e\u0301", "ß", "東", "京", "。", "、", "カ", "한", "ก็", "م", "\0"),
+        *("1", "23", "²", "Ⅷ", "٣", "-", "--", "_", "<|endoftext|>", "\u2019", "🦙", "\u200d"),
+    ]
+)
+TEXTS = st.one_of(st.lists(AWKWARD, max_size=40).map("".join), st.text(max_size=60))
+
+
+def view(text):
+    return memoryview(text.encode())
+
+
+@given(TEXTS)
+@settings(max_examples=400, deadline=None)
+def test_every_place_that_is_called_safe_is_safe(text):
+    whole = encode(text).tolist()
+    for match in SAFE.finditer(text):
+        left, right = text[: match.end()], text[match.end() :]
+        assert encode(left).tolist() + encode(right).tolist() == whole, (left, right)
+
+
+@given(TEXTS, st.integers(1, 50))
+@settings(max_examples=300, deadline=None)
+def test_parts_are_the_text_and_their_ids_are_its_ids(text, most):
+    parts = [str(part, "utf-8") for part in pieces(view(text), most)]
+    assert "".join(parts) == text
+    joined = [i for part in parts for i in encode(part).tolist()]
+    assert joined == encode(text).tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "longest"),
+    [
+        ("It's 1 o'clock. " * 20_000, 5_000),
+        ("東京都は日本の首都です。" * 9_000, 5_000),
+        ("QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo0" * 9_000, 5_000),
+        ("приветмир " * 9_000, 5_000),
+        ("a" * 60_000 + " " + "b" * 60_000, 60_001),
+        ("=" * 100_000, 100_000),
+        ("x" + "\n" * 100_000 + "y", 100_001),
+        ("é" * 50_000, 100_000),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_parts_are_short_where_the_text_allows(text, longest):
+    parts = list(pieces(view(text), 5_000))
+    assert b"".join(parts) == text.encode()
+    assert max(map(len, parts)) <= longest
+    ids = [encode(str(part, "utf-8")) for part in parts]
+    assert np.array_equal(np.concatenate(ids), encode(text))

@@ -1,0 +1,162 @@
+"""Whether two models differ, who becomes champion, what the page of a comparison says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gpt.artifacts import EvaluationReport, HellaSwagResult, Sample
+from gpt.evaluation.comparison import Curve, Entry, Trained, verdict
+from gpt.evaluation.significance import difference, difference_of_seeds, judge
+from tasks.pages.comparison import html_page, markdown_page, pictures
+
+CHANCE = np.random.default_rng(7)
+TEXT = CHANCE.normal(3.5, 0.5, 400)
+"""How hard each sequence is for any model."""
+
+
+def report(better_by: float = 0.0, noise: float = 0.02, count: int = 400, **changes):
+    losses = TEXT[:count] - better_by + CHANCE.normal(0, noise, count)
+    losses += TEXT[:count].mean() - better_by - losses.mean()  # exactly so much better
+    values = {
+        "step": 9,
+        "tokens": 128 * count,
+        "loss": float(losses.mean()),
+        "perplexity": 30.0,
+        "bits_per_byte": 1.1,
+        "samples": (Sample(prompt="The", text=" <b>end</b>"),),
+        "standard_error": float(losses.std(ddof=1) / count**0.5),
+        "slice_fingerprint": "a" * 16,
+        "sequence_losses": tuple(losses.tolist()),
+    }
+    return EvaluationReport(**(values | changes))
+
+
+def test_pairs_tell_apart_what_unpaired_losses_do_not():
+    one, other = report(0.01), report(0.0)
+    found = difference(one, other)
+    assert found.is_better
+    assert found.mean == pytest.approx(-0.01)
+    a, b = np.array(one.sequence_losses), np.array(other.sequence_losses)
+    half = stats.t.ppf(0.975, 399) * (a - b).std(ddof=1) / 20  # Student's t by hand
+    assert (found.low, found.high) == pytest.approx((-0.01 - half, -0.01 + half))
+    assert not difference(other, one).is_better
+    assert difference(other, one).is_real
+    halved = report(0.01, count=200)  # a model whose sequences are twice as long
+    assert not difference(halved, other).is_real
+
+
+def test_a_model_is_not_different_from_itself():
+    same = report()
+    assert not difference(same, same).is_real
+    assert not difference_of_seeds([3.0, 3.0], [3.0, 3.0]).is_real
+
+
+def test_seeds_need_more_than_one_a_side():
+    assert difference_of_seeds([3.1], [3.2, 3.3]).low is None
+    assert difference_of_seeds([3.10, 3.11, 3.12], [3.20, 3.21, 3.22]).is_better
+    assert not difference_of_seeds([3.0, 3.3, 3.6], [3.1, 3.4, 3.5]).is_real
+
+
+@pytest.mark.parametrize(
+    ("champion", "promoted", "reason"),
+    [
+        (None, True, "no champion"),
+        (report(0.0), True, "better: loss"),
+        (report(0.10), False, "worse: loss"),
+        (report(0.05), False, "not different beyond chance"),
+        (report(0.0, slice_fingerprint="b" * 16), False, "evaluated on other text"),
+        (report(0.0, sequence_losses=()), False, "says nothing"),
+    ],
+)
+def test_a_champion_is_beaten_by_more_than_chance(champion, promoted, reason):
+    judgement = judge(report(0.05), champion)
+    assert judgement.promoted == promoted
+    assert reason in judgement.reason
+
+
+def trained(better_by=0.0, parameters=1_000, tokens=50_000, seed=1, **changes) -> Trained:
+    curve = Curve((0, 25_000, tokens), (0.0, 0.1, 0.2), (10.0, 5.0, 3.5))
+    values = {
+        "parameters": parameters,
+        "report": report(better_by),
+        "tokens_per_second": 1234.5,
+        "hours": 0.2,
+        "peak_memory_bytes": 3 * 2**30,
+        "energy_joules": None,
+    }
+    return Trained(seed=seed, tokens=tokens, curve=curve, **(values | changes))
+
+
+def entry(name, *runs, failures=()) -> Entry:
+    return Entry(name, runs, failures)
+
+
+def test_the_verdict_names_the_best_and_by_how_much():
+    said = verdict([entry("a", trained(0.0)), entry("b", trained(0.2)), entry("c", trained(0.1))])
+    assert said.startswith("b is the best: ")
+    assert "lower than that of c and a by more than chance; it leads c by 0.1000 nats" in said
+    assert "--seeds 3" in said
+
+
+def test_the_verdict_knows_when_two_are_not_different():
+    small, large = trained(0.1, parameters=10), trained(0.1001, parameters=99)
+    said = verdict([entry("small", small), entry("large", large), entry("bad", trained(0.0))])
+    assert said.startswith("large has the lowest validation loss, ")
+    assert "small (by 0.0001 nats" in said
+    assert "is not different from it beyond chance; bad is worse." in said
+    assert "Of these small is the smallest" in said
+
+
+def test_over_seeds_the_spread_of_seeds_decides():
+    steady = entry("a", *(trained(0.1 + s / 1000, seed=s) for s in range(3)))
+    wild = entry("b", *(trained(0.3 * s, seed=s) for s in range(3)))
+    said = verdict([steady, wild])
+    assert "not different" in said
+    assert "Chance is measured over seeds." in said
+
+
+def test_a_config_that_lost_its_other_seeds_is_not_called_worse():
+    several = entry("a", *(trained(0.2 + s / 1000, seed=s) for s in range(3)))
+    single = entry("b", trained(0.0), failures=("out of memory", "out of memory"))
+    said = verdict([several, single])
+    assert "b (by 0.2010 nats, an interval unknown) is not different from it" in said
+    assert "over seeds, of which b has one result alone." in said
+
+
+def test_the_verdict_tells_of_failures_and_of_unequal_tokens():
+    failed = entry("broken", failures=("out of memory",))
+    said = verdict([failed, entry("a", trained(0.1)), entry("b", trained(0.0, tokens=99_000))])
+    assert "broken has no result: out of memory." in said
+    assert "different numbers of tokens (a 50,000 and b 99,000)" in said
+    assert verdict([failed, entry("a", trained())]).startswith("Only a came to an end")
+    assert verdict([failed]).startswith("No config came to an end.")
+
+
+def test_the_pages_hold_every_row_and_escape_what_a_model_wrote():
+    swag = HellaSwagResult(
+        examples=100,
+        accuracy=0.25,
+        accuracy_error=0.04,
+        normalized_accuracy=0.2612,
+        normalized_accuracy_error=0.0439,
+        fingerprint="c" * 16,
+    )
+    scored = trained(0.2, report=report(0.2, hellaswag=swag), energy_joules=7.2e6)
+    entries = [entry("a", trained(0.0)), entry("b", scored), entry("c", failures=("<oom>",))]
+    markdown = markdown_page("three", entries, verdict(entries))
+    row = next(line for line in markdown.splitlines() if line.startswith("| b |"))
+    for part in ("1,000", "50,000", "0.2612 ± 0.0439", "1,234", "0.20", "3.00", "2.000"):
+        assert part in row
+    assert markdown.index("| b |") < markdown.index("| a |")  # the best first
+    drawn = pictures(entries)
+    assert set(drawn) == {"loss-by-tokens", "loss-by-hours", "loss-by-parameters", "throughput"}
+    html = html_page("three", entries, verdict(entries), drawn)
+    assert " &lt;b&gt;end&lt;/b&gt;" in html
+    assert "&lt;oom&gt;" in html
+    assert "<b>end" not in html
+    assert html.count("<svg") == 4
+    for outside in ("src=", 'href="http', "@import", "<script"):
+        assert outside not in html
+    assert pictures(entries) == drawn  # the same bytes again

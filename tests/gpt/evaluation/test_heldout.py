@@ -1,0 +1,97 @@
+"""Held-out loss against the plain computation of its parts."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_training_loop import tiny_config
+from token_data import token_dataset
+from torch.nn import functional as F
+
+from gpt.artifacts import EvaluationReport
+from gpt.data.loader import Sequences
+from gpt.evaluation.heldout import heldout_loss
+from gpt.model.transformer import build_model
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return token_dataset(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    network = build_model(tiny_config("unused").model)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.3)
+    return network
+
+
+@pytest.fixture(scope="module")
+def plain_losses(model, dataset):
+    """(20 sequences, 32) of the slice of 640 tokens, by torch's own cross-entropy."""
+    inputs, targets = Sequences(dataset, dataset.validation, 32).read(np.arange(20))
+    model.eval()
+    with torch.no_grad():
+        logits = model(inputs) @ model.head.T
+    model.train()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(20, 32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_every_number_is_what_its_name_says(model, dataset, plain_losses, batch_size):
+    held = heldout_loss(model, tiny_config("x", evaluation__batch_size=batch_size), dataset)
+    assert model.training
+    assert held.tokens == 640
+    assert held.loss == pytest.approx(plain_losses.mean().item(), rel=1e-6)
+    assert held.perplexity == pytest.approx(math.exp(held.loss))
+    of_sequences = plain_losses.mean(dim=1)
+    assert held.standard_error == pytest.approx(of_sequences.std().item() / 20**0.5, rel=1e-4)
+    of_positions = plain_losses.mean(dim=0).view(16, 2).mean(dim=1)
+    assert held.loss_by_position == pytest.approx(of_positions.tolist(), rel=1e-5)
+
+
+def test_a_part_of_the_slice_is_its_beginning(model, dataset, plain_losses):
+    held = heldout_loss(model, tiny_config("x"), dataset, tokens=160)
+    assert (held.tokens, len(held.sequence_losses)) == (160, 5)
+    assert held.loss == pytest.approx(plain_losses[:5].mean().item(), rel=1e-6)
+    assert held.sequence_losses == pytest.approx(plain_losses[:5].mean(dim=1).tolist(), rel=1e-6)
+
+
+def test_a_block_that_does_not_divide_into_sixteen(dataset):
+    for block_size, buckets in ((37, 16), (5, 5)):
+        config = tiny_config("x", model__block_size=block_size, evaluation__tokens=400)
+        held = heldout_loss(build_model(config.model), config, dataset)
+        assert len(held.loss_by_position) == buckets
+        assert sum(held.loss_by_position) / buckets == pytest.approx(held.loss, rel=0.01)
+
+
+def test_one_sequence_has_no_standard_error(model, dataset):
+    held = heldout_loss(model, tiny_config("x", evaluation__tokens=32), dataset)
+    assert held.standard_error is None
+
+
+def test_the_fingerprint_names_the_predicted_tokens(model, dataset, tmp_path):
+    def fingerprint(of=dataset, network=model, **changes):
+        return heldout_loss(network, tiny_config("x", **changes), of).slice_fingerprint
+
+    whole = fingerprint()
+    assert len(whole) == 16
+    assert fingerprint(evaluation__batch_size=7) == whole
+    half = {"model__block_size": 16}
+    assert fingerprint(network=build_model(tiny_config("x", **half).model), **half) == whole
+    assert fingerprint(evaluation__tokens=320) != whole
+    longer = token_dataset(tmp_path / "other", validation_tokens=5_000)
+    assert fingerprint(longer) != whole
+
+
+def test_reports_of_before_are_read():
+    old = {"step": 3, "tokens": 5, "loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.5}
+    report = EvaluationReport(**json.loads(json.dumps(old | {"samples": []})))
+    assert (report.standard_error, report.loss_by_position) == (None, ())
+    new = report.model_copy(update={"standard_error": 0.1, "loss_by_position": (3.5, 2.5)})
+    assert EvaluationReport(**json.loads(new.model_dump_json())) == new

@@ -1,0 +1,346 @@
+"""What stock transformers makes of our exports, and what we make of its GPT-2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training_loop import tiny_config
+from test_transformer import section, shaken
+from token_data import token_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from gpt.artifacts import EvaluationReport, LambadaResult, Sample
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCABULARY, encode, load_tokenizer
+from gpt.errors import CheckpointError, ExchangeError
+from gpt.exchange import huggingface
+from gpt.exchange.huggingface import export_huggingface, import_huggingface
+from gpt.exchange.model_card import Facts
+from gpt.model.generate import Sampling, generate
+from gpt.model.io import load_saved, write_saved
+from gpt.model.loss import capped_logits
+from gpt.model.transformer import ARCHITECTURES, build_model, parameter_count
+
+CPU = torch.device("cpu")
+BLOCK = 24
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder that is gone after the test: its models are large."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def exported(model, place):
+    """The directory of a model, by way of a folder of ours."""
+    (place / "ours").mkdir()
+    write_saved(place / "ours", model.config, model.state_dict())
+    export_huggingface(place / "ours", place / "theirs", Facts())
+    return place / "theirs"
+
+
+def drawn(config):
+    """A network whose weights are a stream of random numbers that repeats after a million: drawing
+    each anew would take most of these tests' time. As their number is prime, no rows are equal."""
+    with torch.device("meta"):
+        model = ARCHITECTURES[config.architecture](config)
+    model.to_empty(device="cpu")
+    numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            count = parameter.numel()
+            repeated = numbers.repeat(-(-count // len(numbers)))[:count]
+            parameter.copy_(repeated.view(parameter.shape))
+            numbers = numbers.roll(-count)
+    return model
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        hidden = model.eval()(ids)
+        logits, _ = capped_logits(hidden.flatten(0, 1), model.head, model.logit_softcap)
+    return logits.view(*ids.shape, -1)
+
+
+def continued(theirs, directory, prompt, count):
+    """Greedy text of stock transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer(f"<|endoftext|>{prompt}", return_tensors="pt")
+    ids = theirs.generate(**inputs, max_new_tokens=count, do_sample=False)[0]
+    return tokenizer.decode(ids[inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("n_embd", [480, 576, 720, 768])
+@pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
+def test_logits_and_greedy_text_at_the_shipped_widths(architecture, n_embd, place):
+    sizes = {"n_layer": 2, "n_head": 12, "n_embd": n_embd, "block_size": BLOCK}
+    model = drawn(section(architecture, **sizes))
+    directory = exported(model, place)
+    theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
+    expected = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
+    assert type(theirs).__name__ == expected[architecture]
+    ids = torch.randint(VOCABULARY, (2, BLOCK), generator=torch.Generator().manual_seed(1))
+    ours = logits_of(model, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=0, atol=1e-4)
+    assert ours.std() > 0.1
+    text = generate(model, "The quick brown fox", Sampling(max_tokens=8, temperature=0))
+    assert text == continued(theirs, directory, "The quick brown fox", 8)
+    assert len(text) > 8
+
+
+@pytest.mark.parametrize(("architecture", "bias"), [("gpt2", True), ("nanochat", False)])
+def test_padding_of_the_vocabulary_is_never_written(architecture, bias, place):
+    """Though a padding row has the highest logit."""
+    model = shaken(build_model(section(architecture, block_size=BLOCK, bias=bias)))
+    prompt = torch.tensor([[END_OF_TEXT, *encode("The").tolist()]])
+    with torch.no_grad():
+        model.head[50_300] = model.eval()(prompt)[0, -1] * 10
+    assert int(logits_of(model, prompt)[0, -1].argmax()) == 50_300
+    directory = exported(model, place)
+    theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(prompt).logits, logits_of(model, prompt), rtol=1e-4, atol=1e-4
+        )
+    text = generate(model, "The", Sampling(max_tokens=8, temperature=0))
+    assert continued(theirs, directory, "The", 8) == text
+
+
+@pytest.mark.parametrize("alone", [{"tokenizer.json"}, {"vocab.json", "merges.txt"}])
+def test_the_tokenizer_gives_tiktoken_s_ids(alone, place):
+    """From each of its two forms by itself."""
+    directory = exported(build_model(section("gpt2", n_embd=2, n_layer=1)), place)
+    for name in {"tokenizer.json", "vocab.json", "merges.txt"} - alone:
+        (directory / name).unlink()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    awkward = [
+        "",
+        " ",
+        "  x",
+        "x\n\n\n  y ",
+        "it's we'LL 'twas",
+        "naïve 日本語 🙂",
+        "a\u00a0b\u3000c",
+        "\r\n\t",
+    ]
+    for text in [*awkward, *topics.values()]:
+        assert tokenizer(text)["input_ids"] == encode(text).tolist(), text[:50]
+    ids = load_tokenizer().encode_ordinary(awkward[4])
+    assert tokenizer.decode(ids) == awkward[4]
+    assert tokenizer("<|endoftext|>")["input_ids"] == [END_OF_TEXT]
+    assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (END_OF_TEXT, BLOCK)
+
+
+class TestImport:
+    @pytest.fixture
+    def theirs(self, place):
+        """A random GPT-2 as transformers saves it; every weight drawn, biases too."""
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=BLOCK))
+        shaken(model).save_pretrained(place / "published")
+        return model.eval()
+
+    def changed(self, place, **values):
+        path = place / "published" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def error(self, place):
+        with pytest.raises(ExchangeError) as caught:
+            import_huggingface(place / "published", place / "ours")
+        assert not (place / "ours").exists()
+        return str(caught.value)
+
+    def test_imported_and_exported_again_it_is_unchanged(self, theirs, place):
+        imported = import_huggingface(place / "published", place / "ours")
+        assert (imported.n_embd, imported.vocab_size, imported.bias) == (32, VOCABULARY, True)
+        model = load_saved(place / "ours", CPU)
+        ids = torch.randint(VOCABULARY, (2, BLOCK), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(ids).logits, logits_of(model, ids), rtol=0, atol=1e-4)
+        export_huggingface(place / "ours", place / "again", Facts())
+        before = load_file(place / "published" / "model.safetensors")
+        after = load_file(place / "again" / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        again = AutoModelForCausalLM.from_pretrained(place / "again").config.to_dict()
+        published = GPT2Config.from_pretrained(place / "published").to_dict()
+        for key in ("_name_or_path", "transformers_version"):
+            again.pop(key, None), published.pop(key, None)
+        assert again == published
+
+    def test_several_files_and_old_names_are_the_same_model(self, theirs, place):
+        import_huggingface(place / "published", place / "ours")
+        theirs.save_pretrained(place / "parts", max_shard_size="3MB")
+        assert len(list((place / "parts").glob("model-*.safetensors"))) > 1
+        import_huggingface(place / "parts", place / "from_parts")
+        # As the file on the Hub: no prefix, the mask among the weights.
+        weights = load_file(place / "published" / "model.safetensors")
+        old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        old |= {"h.0.attn.bias": torch.ones(1, 1, BLOCK, BLOCK)}
+        huggingface.save_file(old, place / "published" / "model.safetensors")
+        import_huggingface(place / "published", place / "from_old")
+        ours = load_file(place / "ours" / "model.safetensors")
+        for folder in ("from_parts", "from_old"):
+            others = load_file(place / folder / "model.safetensors")
+            assert ours.keys() == others.keys()
+            assert all(torch.equal(ours[name], others[name]) for name in ours)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("model_type", "llama"),
+            ("activation_function", "relu"),
+            ("n_inner", 100),
+            ("scale_attn_by_inverse_layer_idx", True),
+            ("scale_attn_weights", False),
+            ("layer_norm_epsilon", 1e-6),
+            ("tie_word_embeddings", False),
+            ("add_cross_attention", True),
+            ("vocab_size", 70_000),
+            ("vocab_size", 1_000),
+            ("n_head", 5),
+            ("attn_pdrop", 0.3),
+        ],
+    )
+    def test_what_our_network_has_not_is_refused(self, theirs, place, key, value):
+        self.changed(place, **{key: value})
+        message = self.error(place)
+        shown = value if isinstance(value, str) and key == "model_type" else json.dumps(value)
+        named = "n_embd = 32" if key == "n_head" else f"{key} = {shown}"
+        assert f"config.json: {named}" in message
+        assert "1 problem" in message
+        assert "-> " in message
+
+    def test_all_of_it_is_told_together(self, theirs, place):
+        self.changed(place, activation_function="relu", n_inner=100, vocab_size=70_000)
+        assert "3 problems" in self.error(place)
+
+    def test_another_tokenizer_is_refused(self, theirs, place):
+        (place / "published" / "vocab.json").write_text('{"a": 0}')
+        assert "vocab.json" in self.error(place)
+
+    def test_weights_that_are_not_there_or_not_those(self, theirs, place):
+        path = place / "published" / "model.safetensors"
+        weights = load_file(path)
+        del weights["transformer.ln_f.bias"]
+        huggingface.save_file(weights, path)
+        assert "ln_f.bias: missing, not 32" in self.error(place)
+        path.write_bytes(path.read_bytes()[:1000])
+        assert "cannot be read" in self.error(place)
+        path.rename(path.with_name("pytorch_model.bin"))
+        assert "nothing pickled" in self.error(place)
+
+    def test_a_directory_without_a_model(self, place):
+        assert "cannot be read: No such file" in self.error(place)
+
+
+class TestFolders:
+    @pytest.fixture
+    def ours(self, tmp_path):
+        model = build_model(section("gpt2", n_embd=2, n_layer=1))
+        (tmp_path / "ours").mkdir()
+        write_saved(tmp_path / "ours", model.config, model.state_dict())
+        return tmp_path / "ours"
+
+    def test_what_is_there_stays(self, ours, tmp_path):
+        (tmp_path / "out").mkdir()
+        export_huggingface(ours, tmp_path / "out", Facts())  # empty: nothing is lost
+        with pytest.raises(ExchangeError, match="is there already"):
+            export_huggingface(ours, tmp_path / "out", Facts())
+
+    def test_a_failure_leaves_nothing_behind(self, ours, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(huggingface, "write_tokenizer", full)
+        with pytest.raises(ExchangeError, match="No space left on device"):
+            export_huggingface(ours, tmp_path / "out", Facts())
+        assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "words"),
+        [
+            ("config.json", None, "cannot be read: No such file"),
+            ("config.json", b"{}", "no section model"),
+            ("config.json", b'{"model": {"n_layer": 0}}', "values of \\[model\\] are wrong"),
+            ("model.safetensors", None, "cannot be read: No such file"),
+            ("model.safetensors", b"12345678", "cannot be read"),
+        ],
+    )
+    def test_what_is_no_model_of_ours(self, ours, tmp_path, name, content, words):
+        (ours / name).unlink()
+        if content is not None:
+            (ours / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name}\n.*{words}"):
+            export_huggingface(ours, tmp_path / "out", Facts())
+
+    def test_weights_of_another_config(self, ours):
+        values = json.loads((ours / "config.json").read_text())
+        values["model"]["n_layer"] = 2
+        (ours / "config.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=r"h.1.ln_1.weight: missing, not 2"):
+            load_saved(ours, CPU)
+
+
+class TestModelCard:
+    def card(self, ours, place, facts):
+        export_huggingface(ours, place / "out", facts)
+        return (place / "out" / "README.md").read_text()
+
+    @pytest.fixture
+    def ours(self, place):
+        config = tiny_config("unused").model
+        (place / "ours").mkdir()
+        write_saved(place / "ours", config, build_model(config).state_dict())
+        return place / "ours"
+
+    def test_it_says_what_is_known(self, ours, place):
+        report = EvaluationReport(
+            step=20,
+            tokens=640,
+            loss=3.28,
+            perplexity=26.6,
+            bits_per_byte=1.1,
+            standard_error=0.012,
+            samples=(Sample(prompt="The", text=" end\nof it"),),
+            lambada=LambadaResult(
+                examples=5153, accuracy=0.3, accuracy_error=0.01, perplexity=40, fingerprint="f"
+            ),
+        )
+        facts = Facts(
+            name="night",
+            config=tiny_config("unused"),
+            dataset=token_dataset(place / "data"),
+            tokens_seen=5_120,
+            step=20,
+            report=report,
+        )
+        card = self.card(ours, place, facts)
+        for part in (
+            "\nlicense:\n",
+            "# night",
+            f"| parameters | {parameter_count(load_saved(ours, CPU)):,} |",
+            "| tokens seen | 5,120 |",
+            "| `optimizer.learning_rate` | 0.01 |",
+            "- `up.parquet`: 1 rows",
+            "| validation loss, nats a token | 3.2800 ± 0.0120 |",
+            "| LAMBADA (OpenAI), accuracy | 0.3000 ± 0.0100 |",
+            "> **The** end\n> of it",
+            "| training tokens | 20,000 |",
+        ):
+            assert part in card
+        assert "HellaSwag" not in card
+        assert "made/up" not in card  # where the user keeps files is nobody's business
+
+    def test_what_is_not_known_is_not_said(self, ours, place):
+        card = self.card(ours, place, Facts())
+        assert "## Training" not in card
+        assert "## Data" not in card
+        assert "## Evaluation" not in card
+        assert "None" not in card

@@ -1,0 +1,155 @@
+"""nanoGPT's config files in our terms, without executing them."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gpt.config.loading import build_config
+from gpt.errors import ConfigError
+from gpt.exchange.nanogpt import DEFAULTS, DIRECT, read_nanogpt
+
+ROOT = Path(__file__).resolve().parents[3]
+
+OURS = """
+# our user's own file
+out_dir = 'out-fineweb'
+wandb_log = True
+wandb_project = 'fineweb'
+wandb_run_name = 'gpt2 124M!'
+dataset = 'fineweb'
+n_layer=12; n_head=12
+n_embd=512
+batch_size = 16
+gradient_accumulation_steps = 4 * 8
+block_size = 1024
+dropout = 0
+max_iters = lr_decay_iters = 5_000
+warmup_iters = 100
+eval_iters = 10
+min_lr = 3e-5
+weight_decay = 1e-1
+"""
+
+
+def read(tmp_path: Path, text: str) -> tuple[dict, dict[str, str]]:
+    path = tmp_path / "train_user.py"
+    path.write_text(text)
+    imported = read_nanogpt(path, "data/fineweb.parquet")
+    values = tomllib.loads(imported.toml())
+    assert values == imported.values
+    return values, dict(imported.left_out)
+
+
+def test_every_key_is_mapped_or_named(tmp_path: Path) -> None:
+    values, left_out = read(tmp_path, OURS)
+    assert values["run"] == {"name": "gpt2-124M", "root": "out-fineweb"}
+    model = {"n_layer": 12, "n_head": 12, "n_embd": 512, "block_size": 1024, "dropout": 0.0}
+    assert values["model"] == model | {"bias": False, "architecture": "gpt2"}
+    assert values["training"]["grad_acc"] == 32
+    assert values["training"]["max_steps"] == 5000
+    assert values["schedule"] == {
+        "warmup_steps": 100,
+        "name": "cosine",
+        "min_learning_rate_ratio": 0.05,
+    }
+    assert values["evaluation"]["tokens"] == 10 * 16 * 1024
+    assert values["tracking"]["experiment"] == "fineweb"
+    assert left_out.keys() == {"wandb_log", "dataset"}
+
+
+def test_it_is_checked_by_our_rules(tmp_path: Path) -> None:
+    values, _ = read(tmp_path, OURS)
+    with pytest.raises(ConfigError, match=r"42\.67"):
+        build_config(values)
+    build_config(read(tmp_path, OURS.replace("512", "576"))[0])
+
+
+def test_what_is_left_out_is_nanogpts_default(tmp_path: Path) -> None:
+    config = build_config(read(tmp_path, "")[0])
+    assert config.tokens_per_step == 12 * 40 * 1024
+    assert config.training.max_steps == 600_000
+    assert config.schedule.min_learning_rate_ratio == 0.1
+    assert set(DIRECT) <= set(DEFAULTS) | {"out_dir", "seed"}
+
+
+def test_nothing_is_executed(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    values, left_out = read(
+        tmp_path,
+        f"import time\nopen({str(trap)!r}, 'w')\nn_layer = int('6')\nn_head = 6\n"
+        "wandb_run_name = 'ft-' + str(time.time())\nif True:\n    n_embd = 6\nn_head += 1\n",
+    )
+    assert not trap.exists()
+    assert values["model"]["n_layer"] == DEFAULTS["n_layer"]
+    assert values["model"]["n_head"] == 6
+    assert left_out.keys() == {
+        *("line 1", "line 2", "line 6", "line 8"),
+        *("n_layer", "wandb_run_name"),
+    }
+
+
+def test_no_decay_is_a_constant_rate_and_other_ends_are_named(tmp_path: Path) -> None:
+    assert read(tmp_path, "decay_lr = False")[0]["schedule"]["min_learning_rate_ratio"] == 1.0
+    assert "lr_decay_iters" in read(tmp_path, "max_iters = 100\nlr_decay_iters = 90")[1]
+
+
+def test_a_lowest_rate_over_the_highest_is_a_problem(tmp_path: Path) -> None:
+    values, _ = read(tmp_path, "learning_rate = 1e-5\nmin_lr = 1e-4")
+    with pytest.raises(ConfigError, match="min_learning_rate_ratio"):
+        build_config(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n_layer = 'many'",
+        "eval_iters = [1, 2]",
+        "learning_rate = 1 / 0",
+        "learning_rate = 0\nmin_lr = 'x'",
+        "n_embd = {(1, 2): 3}",
+        "wandb_project = '\\ud800 \\x7f \\U0001F600'",
+        "out_dir = '\\x7f \\U0001F600'",
+        "max_iters = 10 ** 10",
+        "device = 'mps'",
+        "dtype = None",
+        "batch_size = -1 - 1",
+        f"x = {'(' * 80}1{')' * 80}",
+    ],
+)
+def test_strange_values_end_in_a_config_or_a_config_error(tmp_path: Path, text: str) -> None:
+    values, _ = read(tmp_path, text)
+    with contextlib.suppress(ConfigError):
+        build_config(values)
+
+
+@pytest.mark.parametrize("text", ["n_layer = ", "\0", "def", "x = (" * 500, "n = " + "9" * 5000])
+def test_what_is_not_python_is_said(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not Python"):
+        read_nanogpt(path, "x")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_nanogpt(tmp_path / "none.py", "x")
+
+
+def test_the_command_prints_toml_and_validates_it(tmp_path: Path) -> None:
+    path = tmp_path / "train_user.py"
+    path.write_text(OURS)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli.main", "import-nanogpt", str(path), "--gpu", "rtx-4070"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert tomllib.loads(done.stdout)["model"]["n_embd"] == 512
+    assert "# no counterpart: dataset" in done.stdout
+    for part in ("42.67", "n_embd=512 model.n_head=8", "yes"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,107 @@
+"""The table of cards: every name finds its own card, and nothing finds another's."""
+
+import pytest
+
+from gpt.hardware.gpus import CARDS, GIB, MIB, find_card
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("rtx-4070", "rtx-4070"),
+        ("RTX 4070", "rtx-4070"),
+        ("rtx4070", "rtx-4070"),
+        ("4070", None),
+        ("NVIDIA GeForce RTX 4070", "rtx-4070"),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", "rtx-4070-laptop"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "rtx-4070-super"),
+        ("NVIDIA GeForce RTX 4070 Ti", "rtx-4070-ti"),
+        ("rtx4070ti", "rtx-4070-ti"),
+        ("rtx-4070-ti-super", "rtx-4070-ti-super"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "rtx-4070-ti-super"),
+        ("rtx 4090 mobile", "rtx-4090-laptop"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx-4090-d"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("h100-sxm", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie"),
+        ("A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("Tesla T4", "t4"),
+        ("NVIDIA T4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
+        ("Quadro RTX 6000", "quadro-rtx-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+        ("rtx-3060-8gb", None),
+        ("rtx-3060-12gb", "rtx-3060"),
+        ("rtx-4060-ti-16gb", "rtx-4060-ti-16gb"),
+        ("GTX 1080 Ti", None),
+        ("Apple M3", None),
+        ("", None),
+    ],
+)
+def test_names_find_the_card_they_name(name: str, key: str | None) -> None:
+    card = find_card(name)
+    assert (card.key if card else None) == key
+
+
+def test_every_card_is_found_by_its_key_and_by_torchs_name() -> None:
+    for card in CARDS:
+        assert find_card(card.key) is card
+        assert find_card(card.name, card.memory_bytes) is card
+
+
+def test_memory_decides_between_cards_that_torch_calls_alike() -> None:
+    both = {"rtx-4060-ti": 8_188 * MIB, "rtx-4060-ti-16gb": 16_380 * MIB}
+    for key, memory_bytes in both.items():
+        card = find_card("NVIDIA GeForce RTX 4060 Ti", memory_bytes)
+        assert card is not None
+        assert card.key == key
+
+
+# NVIDIA's own figures, dense, float32 sums; see the module's docstring for where they stand.
+@pytest.mark.parametrize(
+    ("key", "tflops"),
+    [
+        ("rtx-3090", 71.0),
+        ("rtx-4070", 58.3),
+        ("rtx-4080", 97.5),
+        ("rtx-4090", 165.2),
+        ("rtx-5090", 209.5),
+        ("a100", 312.0),
+        ("h100", 989.4),
+    ],
+)
+def test_the_formula_gives_nvidias_figures(key: str, tflops: float) -> None:
+    card = find_card(key)
+    assert card is not None
+    assert card.bf16_tflops == pytest.approx(tflops, rel=0.003)
+
+
+def test_cards_without_bfloat16_multiply_float16_instead() -> None:
+    old = find_card("t4")
+    new = find_card("rtx-4090")
+    assert old is not None
+    assert new is not None
+    assert old.bf16_tflops is None
+    assert old.peak_tflops("bfloat16") == old.fp16_tflops == 65.0
+    assert old.peak_tflops("float32") is None
+    assert new.peak_tflops("float32") == pytest.approx(82.6, rel=0.001)
+
+
+def test_the_table_is_sound() -> None:
+    keys = [card.key for card in CARDS]
+    assert len(keys) == len(set(keys))
+    for card in CARDS:
+        assert 4 * GIB <= card.memory_bytes <= 192 * GIB
+        assert (card.bf16_tflops is None) == (card.compute_capability < (8, 0))
+        assert card.fp16_tflops > 10
+        assert 100e9 < card.bandwidth_bytes_per_second < 10e12
+        assert card.source

@@ -1,0 +1,167 @@
+"""The networks against Hugging Face's on the same weights, and as things that learn."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, NanoChatConfig, NanoChatForCausalLM
+
+from gpt.config.loading import build_config
+from gpt.config.schema import ModelSection
+from gpt.model.loss import capped_logits, summed_loss
+from gpt.model.transformer import build_model, parameter_count
+from gpt.training.optimizer import build_optimizers
+
+
+def section(architecture, **changes):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 24, **changes}
+    return ModelSection(architecture=architecture, **sizes)
+
+
+def shaken(model):
+    """Zero and one weights hide mistakes, so every weight is drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def their_gpt2(ours):
+    config = ours.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+    weights = {
+        f"transformer.{name}": tensor.T if is_conv1d(name) else tensor
+        for name, tensor in ours.state_dict().items()
+    }
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    return theirs, lambda name: f"transformer.{name}"
+
+
+def is_conv1d(name):
+    return name.endswith(".weight") and ("attn.c_" in name or "mlp.c_" in name)
+
+
+def their_nanochat(ours):
+    config = ours.config
+    theirs = NanoChatForCausalLM(
+        NanoChatConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.n_embd,
+            intermediate_size=4 * config.n_embd,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            max_position_embeddings=config.block_size,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        )
+    )
+
+    def renamed(name):
+        return name if name.startswith("lm_head") else f"model.{name}"
+
+    theirs.load_state_dict({renamed(n): t for n, t in ours.state_dict().items()})
+    return theirs, renamed
+
+
+@pytest.mark.parametrize(
+    ("architecture", "twin", "changes"),
+    [
+        ("gpt2", their_gpt2, {"bias": True}),
+        ("nanochat", their_nanochat, {}),
+        ("nanochat", their_nanochat, {"n_head": 1, "n_embd": 20}),
+    ],
+)
+def test_logits_and_gradients_equal_hugging_face_s(architecture, twin, changes):
+    ours = shaken(build_model(section(architecture, **changes)))
+    theirs, renamed = twin(ours)
+    ids = torch.randint(50_257, (3, 24), generator=torch.Generator().manual_seed(1))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    hidden = ours(inputs)
+    logits = theirs(inputs).logits
+    mine, _ = capped_logits(hidden.flatten(0, 1), ours.head, ours.logit_softcap)
+    torch.testing.assert_close(mine.view_as(logits), logits, rtol=0, atol=1e-4)
+
+    summed_loss(hidden, ours.head, targets, ours.logit_softcap, chunk_rows=7).backward()
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum"
+    ).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        other = gradients[renamed(name)]
+        other = other.T if architecture == "gpt2" and is_conv1d(name) else other
+        error = (parameter.grad - other).norm() / other.norm().clamp(min=1e-9)
+        assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
+def test_checkpointed_blocks_give_the_same_gradients(architecture):
+    model = shaken(build_model(section(architecture)))
+    ids = torch.arange(20).view(1, 20)
+
+    def gradients():
+        model.zero_grad()
+        summed_loss(model(ids), model.head, ids, model.logit_softcap).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    kept = gradients()
+    model.checkpoint_blocks = True
+    again = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
+def test_no_token_sees_a_later_one(architecture):
+    model = shaken(build_model(section(architecture)))
+    ids = torch.arange(20).view(1, 20)
+    changed = ids.clone()
+    changed[0, 12:] += 100
+    torch.testing.assert_close(model(ids)[:, :12], model(changed)[:, :12])
+
+
+@pytest.mark.parametrize(("architecture", "optimizer"), [("gpt2", "adamw"), ("nanochat", "muon")])
+def test_one_batch_is_learned_by_heart(architecture, optimizer):
+    full = build_config(
+        {
+            "run": {"name": "t"},
+            "model": section(architecture).model_dump(),
+            "data": {"source": "unused.parquet"},
+            "training": {"batch_size": 2, "grad_acc": 1, "max_steps": 60},
+            "optimizer": {"name": optimizer, "learning_rate": 0.01, "weight_decay": 0.0}
+            | ({"embedding_learning_rate": 0.1} if optimizer == "muon" else {})
+            | ({"head_learning_rate": 0.02} if optimizer == "muon" else {}),
+        }
+    )
+    # Sixty updates of 50,304 rows would take a minute; 512 rows show the same.
+    config = full.model_copy(update={"model": full.model.model_copy(update={"vocab_size": 512})})
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    optimizers = build_optimizers(model, config)
+    ids = torch.randint(512, (2, 17))
+    for _ in range(60):
+        loss = summed_loss(model(ids[:, :-1]), model.head, ids[:, 1:], model.logit_softcap) / 32
+        loss.backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "millions"), [(480, 57.8), (512, 64.0), (576, 77.4), (720, 111.6), (768, 124.4)]
+)
+def test_true_parameter_counts_of_the_known_widths(n_embd, millions):
+    heads = 8 if n_embd == 512 else 12
+    with torch.device("meta"):
+        model = build_model(ModelSection(n_layer=12, n_head=heads, n_embd=n_embd, block_size=1024))
+    assert round(parameter_count(model) / 1e6, 1) == millions

@@ -1,0 +1,83 @@
+"""Parquet files for tests of tokenising, and what must come of them."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpt.config.loading import build_config
+from gpt.data.shards import open_shard
+from gpt.data.tokenize.chunks import is_validation
+from gpt.data.tokenize.pipeline import tokenize_corpus
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
+
+TEXTS = [f"Document {i}: <|endoftext|> naïve 東京 🦙 " + "word " * (i % 7) for i in range(300)]
+
+
+def config(root, source, **data):
+    return build_config(
+        {
+            "run": {"name": "t", "root": str(root)},
+            "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8},
+            "data": {"source": source, "validation_fraction": 0.1, "workers": 1, **data},
+            "training": {"batch_size": 1, "grad_acc": 1, "max_steps": 1},
+        }
+    )
+
+
+def parquet(path, texts=TEXTS, kind=None, column="text", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = pa.array(texts) if kind is None else pa.array(texts, pa.string()).cast(kind)
+    table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), column: values})
+    pq.write_table(table, path, **options)
+    return str(path)
+
+
+def run(made):
+    """All progress and the manifest of a tokenising."""
+    progress, generator = [], tokenize_corpus(made)
+    while True:
+        try:
+            progress.append(next(generator))
+        except StopIteration as stop:
+            return progress, stop.value
+
+
+def dataset(root, source, **data):
+    return run(config(root, source, **data))[1]
+
+
+def reference(texts, fraction=0.1):
+    """The ids of both sides in one loop of tiktoken's simplest call."""
+    sides = {"train": [], "validation": []}
+    for text in texts:
+        if text:
+            side = "validation" if is_validation(text.encode(), fraction) else "train"
+            sides[side] += [END_OF_TEXT, *load_tokenizer().encode_ordinary(text)]
+    return {name: np.array(ids, dtype="<u2").tobytes() for name, ids in sides.items()}
+
+
+def stored(manifest):
+    """The ids of both sides as they lie in the shards."""
+    return {
+        name: b"".join(
+            open_shard(manifest.folder / s.name, s).tobytes()
+            for s in getattr(manifest, name).shards
+        )
+        for name in ("train", "validation")
+    }
+
+
+def documents(manifest, split):
+    ids = np.concatenate([open_shard(manifest.folder / s.name, s) for s in split.shards])
+    assert ids[0] == END_OF_TEXT
+    pieces = np.split(ids, np.flatnonzero(ids == END_OF_TEXT))[1:]
+    return [load_tokenizer().decode(piece[1:].tolist()) for piece in pieces]
+
+
+def both(manifest):
+    return documents(manifest, manifest.train), documents(manifest, manifest.validation)
+
+
+def everything(manifest):
+    train, validation = both(manifest)
+    return sorted(train + validation)

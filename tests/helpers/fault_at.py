@@ -1,0 +1,93 @@
+"""Run `overnight` with a fault at one place of it.
+
+    python tests/helpers/fault_at.py FAULT PLACE run CONFIG ...
+
+It comes no earlier or later than that place is reached, so a test of it needs no luck.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+PLACES = {
+    "tokenising": ("gpt.data.tokenize.pipeline", "in_order", 1),
+    "first step": ("gpt.training.step", "summed_loss", 1),
+    "training": ("gpt.training.step", "summed_loss", 13),
+    "writing a checkpoint": ("gpt.training.checkpoint.writer", "write_checkpoint", 2),
+    "evaluation": ("tasks.evaluate", "evaluation_of", 1),
+}
+"""Module, function, and which of its calls."""
+
+
+def stop_all():
+    """SIGTERM to all processes of the command, as `timeout` sends it."""
+    os.killpg(os.getpgrp(), signal.SIGTERM)
+
+
+def interrupt_all():
+    """SIGINT to all of them, as a terminal sends it for Ctrl-C."""
+    os.killpg(os.getpgrp(), signal.SIGINT)
+
+
+def embedded_prefect():
+    from prefect.server.api.server import SubprocessASGIServer
+
+    (server,) = SubprocessASGIServer._instances.values()
+    return server.server_process
+
+
+def kill_prefect():
+    """kill -9 for the embedded API."""
+    embedded_prefect().kill()
+    embedded_prefect().wait()
+
+
+def hang_prefect():
+    """It listens, and answers no more."""
+    embedded_prefect().send_signal(signal.SIGSTOP)
+
+
+FAULTS = {
+    "stop": stop_all,
+    "interrupt": interrupt_all,
+    "kill prefect": kill_prefect,
+    "hang prefect": hang_prefect,
+}
+
+
+def main():
+    fault = FAULTS[sys.argv.pop(1)]
+    module, name, nth = PLACES[sys.argv.pop(1)]
+    from flows.runtime import environment
+
+    prepare = environment.prepare
+
+    def then_patch(root):
+        prepare(root)
+        at_call(importlib.import_module(module), name, nth, fault)
+
+    environment.prepare = then_patch
+    from flows.cli.main import main as overnight
+
+    overnight()
+
+
+def at_call(owner, name, nth, fault):
+    real, calls = getattr(owner, name), 0
+
+    def counted(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            fault()
+        return real(*arguments, **named)
+
+    setattr(owner, name, counted)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a training step holds, measured under fake tensors: no memory is taken, none is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from gpt.config.loading import build_config
+from gpt.config.schema import RunConfig
+from gpt.model.loss import summed_loss
+from gpt.model.transformer import ARCHITECTURES
+from gpt.training.optimizer import build_optimizers
+
+
+def config_of(
+    architecture: str,
+    optimizer: str,
+    dtype: str,
+    size: tuple[int, int, int],
+    batch: tuple[int, int],
+    **training: object,
+) -> RunConfig:
+    """`size`: layers, heads, width; `batch`: sequences, block."""
+    n_layer, n_head, n_embd = size
+    return build_config(
+        {
+            "run": {"name": "grid"},
+            "model": {
+                "architecture": architecture,
+                "n_layer": n_layer,
+                "n_head": n_head,
+                "n_embd": n_embd,
+                "block_size": batch[1],
+            },
+            "data": {"source": "none.parquet"},
+            "optimizer": {"name": optimizer},
+            "training": {
+                "batch_size": batch[0],
+                "grad_acc": 2,
+                "max_steps": 10,
+                "dtype": dtype,
+                "loss_chunk_rows": 2048,
+                "compile": False,
+                **training,
+            },
+        }
+    )
+
+
+def measured_peak_bytes(config: RunConfig) -> int:
+    """The peak of one whole step of the real network, loss and optimizers, not compiled:
+    micro-batches forward and backward, clipping, update. Optimizer states exist from the start, as
+    in every step but the first. The loop's own micro-step, on CPU tensors, because those exist in
+    every build of torch."""
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        model = ARCHITECTURES[config.model.architecture](config.model)
+        model.checkpoint_blocks = config.training.activation_checkpointing
+        # Those of a GPU: a CPU's Muon works in another type.
+        optimizers = build_optimizers(model, config, torch.device("cuda"))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        _update(optimizers)
+        tracker = MemTracker()
+        tracker.track_external(model, *optimizers)
+        with tracker:
+            for _ in range(config.training.grad_acc):
+                tracker.reset_mod_stats()
+                _micro_step(model, config)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            _update(optimizers)
+        return int(tracker.get_tracker_snapshot("peak")[cpu]["Total"])
+
+
+def _micro_step(model: torch.nn.Module, config: RunConfig) -> None:
+    shape = config.training.batch_size, config.model.block_size
+    inputs, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    low = config.training.dtype != "float32"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        summed = summed_loss(
+            model(inputs),
+            model.head,
+            targets,
+            model.logit_softcap,
+            config.training.loss_chunk_rows,
+        )
+    (summed / config.tokens_per_step).backward()
+
+
+def _update(optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,228 @@
+"""A real `overnight up` in a project folder of its own, with what a person does to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, cast
+from uuid import UUID
+
+import psutil
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, TaskRun
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_SECONDS = 180.0
+"""For a server, a worker, a flow run: on a machine that does other things as well."""
+SMALL = {
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32},
+    "data": {"source": "data/sample.parquet", "validation_fraction": 0.2},
+    "schedule": {"warmup_steps": 1},
+    "training": {
+        **{"batch_size": 2, "grad_acc": 2, "max_steps": 6, "dtype": "float32", "compile": False},
+        **{"checkpoint_interval": 5, "log_interval": 2},
+    },
+    "evaluation": {"interval": 6, "tokens": 256, "prompts": ["The"], "sample_tokens": 4},
+}
+"""Laid over any config, it is done in seconds."""
+
+
+def wait_for(what: str, found: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+def cmdline_of(process: psutil.Process) -> list[str]:
+    """Empty once it has ended, be it this moment."""
+    with suppress(psutil.NoSuchProcess):
+        return cast("list[str]", process.cmdline())
+    return []
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Service:
+    """The checkout, as a clone has it, with data of its own and an empty home."""
+
+    def __init__(self, folder: Path, parquet: Path, ports: tuple[int, int]) -> None:
+        self.project = folder / "project"
+        self.project.mkdir()
+        for name in ("flows", "tasks", "gpt", "configs", "prefect.yaml"):
+            (self.project / name).symlink_to(ROOT / name)
+        (self.project / "data").mkdir()
+        shutil.copy(parquet, self.project / "data" / "sample.parquet")
+        (folder / "home").mkdir()
+        outside = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+        self.environment = outside | {
+            "HOME": str(folder / "home"),
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+        }
+        self.ports = ports
+        self.log = folder / "up.log"
+        self.root = self.project / "runs"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}/api"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"http://127.0.0.1:{self.ports[1]}"
+
+    def client(self) -> SyncPrefectClient:
+        return SyncPrefectClient(self.api_url)
+
+    def command(self, *words: str) -> list[str]:
+        prefect, mlflow = map(str, self.ports)
+        ports = ("--prefect-port", prefect, "--mlflow-port", mlflow) if words == ("up",) else ()
+        return [sys.executable, "-m", "flows.cli.main", *words, *ports]
+
+    def start(self) -> None:
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                self.command("up"),
+                **{"cwd": self.project, "env": self.environment},
+                **{"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True},
+            )
+        process = self.process
+
+        def ready() -> bool:
+            assert process.poll() is None, self.log.read_text()
+            return "\nready." in self.log.read_text()
+
+        wait_for("overnight up", ready)
+
+    def interrupt(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(PATIENCE_SECONDS)
+
+    def kill(self) -> None:
+        """With everything that it has started."""
+        if self.process and self.process.poll() is None:
+            for each in self.family():
+                each.kill()
+            self.process.wait()
+
+    def family(self) -> list[psutil.Process]:
+        assert self.process
+        whole = psutil.Process(self.process.pid)
+        everything = [whole, *whole.children(recursive=True)]
+        return [each for each in everything if cmdline_of(each)]
+
+    def worker(self) -> psutil.Process:
+        """The one that takes runs, as soon as there is one."""
+        return wait_for("the worker", self._worker)
+
+    def _worker(self) -> psutil.Process | None:
+        return next((p for p in self.family() if "worker" in cmdline_of(p)), None)
+
+    def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """A command of ours, in another terminal."""
+        return self._called(self.command(*words), settings)
+
+    def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A command of Prefect's, in another terminal."""
+        return self._called([sys.executable, "-m", "prefect", *words], {})
+
+    def starts(self, *words: str) -> subprocess.Popen[bytes]:
+        """A command of Prefect's that goes on, as a job of Kubernetes' has it."""
+        behaviour = {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "prefect", *words],
+            cwd=self.project,
+            env=self.environment | behaviour | {"PREFECT_API_URL": self.api_url},
+        )
+
+    def python(self, code: str) -> None:
+        environment = self.environment | {"PREFECT_API_URL": self.api_url}
+        words = [sys.executable, "-c", code]
+        subprocess.run(words, cwd=self.project, env=environment, check=True, timeout=60)
+
+    def _called(
+        self, words: list[str], settings: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        environment = self.environment | settings
+        place = {"cwd": self.project, "env": environment}
+        return subprocess.run(words, **place, capture_output=True, text=True, timeout=180)
+
+    def deployed(self, name: str, **overrides: Any) -> FlowRun:
+        """A run of a deployment, small, with the overrides by section laid over that."""
+        return self._started(name, {"overrides": small(**overrides)})
+
+    def deployed_with(self, name: str, config: str, overrides: dict[str, Any]) -> FlowRun:
+        """The same, of another config, with these overrides alone."""
+        return self._started(name, {"config": config, "overrides": overrides})
+
+    def _started(self, name: str, parameters: dict[str, Any]) -> FlowRun:
+        with self.client() as client:
+            deployment = client.read_deployment_by_name(name)
+            return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+
+    def read(self, run: FlowRun) -> FlowRun:
+        with self.client() as client:
+            return client.read_flow_run(run.id)
+
+    def ended(self, run: FlowRun) -> FlowRun:
+        def end() -> FlowRun | None:
+            found = self.read(run)
+            return found if found.state and found.state.is_final() else None
+
+        return wait_for(f"the end of {run.name}", end)
+
+    def task_runs(self, *runs: UUID) -> list[TaskRun]:
+        wanted = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=list(runs)))
+        with self.client() as client:
+            return client.read_task_runs(task_run_filter=wanted)
+
+
+def small(**overrides: Any) -> dict[str, Any]:
+    return {s: SMALL.get(s, {}) | overrides.get(s, {}) for s in {*SMALL, *overrides}}
+
+
+class Webhook:
+    """Somebody's own, on this machine, that takes what it is told."""
+
+    def __init__(self) -> None:
+        told: list[dict[str, str]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.told = told
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+        Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def about(self, name: str) -> dict[str, str]:
+        return wait_for(
+            f"word of {name}", lambda: next((t for t in self.told if name in t["subject"]), None)
+        )

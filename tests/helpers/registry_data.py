@@ -1,0 +1,76 @@
+"""Runs that have come to their end without having trained: a checkpoint, a report, a journal."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from test_training_loop import small_config
+from token_data import token_dataset
+
+from gpt.artifacts import EvaluationReport
+from gpt.evaluation.report_store import REPORT, keep_report
+from gpt.model.transformer import build_model
+from gpt.training.checkpoint.format import take_snapshot, write_checkpoint
+from gpt.training.checkpoint.retention import Progress
+from gpt.training.run_dir import open_run_folder
+from tasks.evaluate import models_of
+from tasks.tracking.runs import attach, open_run, recording
+
+STEPS = (10, 20)
+HARDNESS = np.random.default_rng(0).normal(5.0, 1.0, 100)
+"""Loss of each sequence of the slice, whoever reads it."""
+
+
+def report(shift=0.0, text="a", noise=0.01, seed=1):
+    """Of a model that is `shift` nats worse than another, but for noise."""
+    losses = HARDNESS + shift + np.random.default_rng(seed).normal(0, noise, 100)
+    return EvaluationReport(
+        step=STEPS[-1],
+        tokens=800,
+        loss=float(losses.mean()),
+        perplexity=100.0,
+        bits_per_byte=1.5,
+        samples=(),
+        sequence_losses=tuple(losses),
+        slice_fingerprint=text,
+    )
+
+
+@dataclass
+class Finished:
+    """A run and what it was made from."""
+
+    run: object
+    config: object
+    dataset: object
+
+    @property
+    def folder(self):
+        return self.run.folder
+
+
+def finished_run(root, evaluation, seed=1337, uri=""):
+    """Everything but registered."""
+    config = small_config(root, training__seed=seed)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    dataset = token_dataset(root / "datasets" / "0123")
+    folder = open_run_folder(config, dataset, fresh=True)
+    torch.manual_seed(seed)
+    network = build_model(config.model)
+    for step in STEPS:
+        progress = Progress(
+            step=step,
+            position=step,
+            tokens_seen=64 * step,
+            finished=step == STEPS[-1],
+            dataset_fingerprint=dataset.fingerprint,
+        )
+        write_checkpoint(folder, take_snapshot(config, network, [], progress))
+    keep_report(folder, config, evaluation)
+    run = open_run(config, dataset, folder)
+    with recording(run) as recorder:
+        recorder._append(STEPS[0], {"val/loss": 6.0, "val/bits_per_byte": 2.0, "train/loss": 6.1})
+        recorder._append(STEPS[1], {"val/loss": 5.0, "train/loss": 5.1})
+        recorder.report(evaluation)
+        attach(run, {REPORT: folder / REPORT}, models_of(folder, STEPS[-1]))
+    return Finished(run, config, dataset)

@@ -1,0 +1,304 @@
+"""Real Dask and Ray clusters on loopback: the shards of one machine, also when a worker dies."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from corpus_data import TEXTS, config, dataset, parquet
+from overnight_up import free_port
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from gpt.data.tokenize import pipeline, units
+from gpt.data.tokenize.pipeline import tokenize_corpus
+from gpt.errors import ConfigError, CorpusError
+from tasks.cluster import engines, runner
+from tasks.cluster.runner import cluster_of
+from tasks.tokenize_parquet import tokenize_parquet, tokenized
+
+# Ray reads these as it is imported: a token of our own, and none left in the home.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(sys.path),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
+KINDS = ("dask", "ray")
+SECONDS = 60
+
+
+@contextmanager
+def programs(log):
+    """Starts programs, and ends them with all that they started."""
+    started = []
+
+    def start(*command):
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], stdout=out, stderr=out, env=ENVIRONMENT
+            )
+        started.append(process)
+        return psutil.Process(process.pid)
+
+    try:
+        yield start
+    finally:
+        for process in reversed(started):
+            with suppress(psutil.NoSuchProcess):  # killed by a test
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+
+
+def wait_for(condition):
+    until = time.monotonic() + SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.05)
+    return found
+
+
+def answers(port):
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+class DaskCluster:
+    def __init__(self, start, folder):
+        port = free_port()
+        self.address = f"tcp://127.0.0.1:{port}"
+        common = ("--host", "127.0.0.1", "--no-dashboard")
+        start("-m", "dask", "scheduler", "--port", port, *common)
+        wait_for(lambda: answers(port))
+        worker = ("-m", "dask", "worker", self.address, "--nthreads", 1, "--no-nanny", *common)
+        self.workers = [start(*worker, "--local-directory", folder) for _ in range(2)]
+
+    def busy_worker(self):
+        return self.workers[0]
+
+
+class RayCluster:
+    def __init__(self, start, folder):
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        ours = ("--port", port, "--ray-client-server-port", free_port(), "--num-cpus", 2)
+        quiet = ("--include-dashboard=false", "--disable-usage-stats", "--block")
+        place = ("--node-ip-address", "127.0.0.1", "--object-store-memory", 150_000_000)
+        self._head = start("-m", "ray.scripts.scripts", "start", "--head", *ours, *place, *quiet)
+        wait_for(lambda: answers(port))
+
+    def busy_worker(self):
+        for process in self._head.children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if process.cmdline()[:1] == ["ray::encode_unit"]:
+                    return process
+        return None
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def running(request, tmp_path_factory):
+    """A cluster of two workers, and which kind it is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    kind = {"dask": DaskCluster, "ray": RayCluster}[request.param]
+    with programs(folder / "log") as start:
+        yield request.param, kind(start, folder)
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A dozen units, each of which takes a worker a moment."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 500_000)
+    texts = [f"{i} {text * 60}" for i, text in enumerate(TEXTS * 6)]
+    return parquet(tmp_path / "a.parquet", texts, row_group_size=100)
+
+
+@pytest.fixture
+def no_local_workers(monkeypatch):
+    def refused(*_):
+        raise AssertionError("nothing is to be encoded in processes of this machine")
+
+    return lambda: monkeypatch.setattr(pipeline, "open_pool", refused)
+
+
+def finished(steps):
+    """The last progress, and the manifest."""
+    while True:
+        try:
+            last = next(steps)
+        except StopIteration as end:
+            return last, end.value
+
+
+def but_folder(manifest):
+    return manifest.model_dump(exclude={"folder"})
+
+
+def test_a_cluster_makes_the_shards_of_one_machine(tmp_path, source, running, no_local_workers):
+    kind, at = running
+    settings = {"tokens_per_shard": 1_000_000, "drop_duplicates": True}
+    here = dataset(tmp_path / "here", source, **settings)
+    no_local_workers()
+    asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    assert but_folder(tokenized(asked)) == but_folder(here)
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running, no_local_workers):
+    kind, at = running
+    settings = {"tokens_per_shard": 1_000_000, "engine": "tiktoken"}
+    here = dataset(tmp_path / "here", source, **settings)
+    no_local_workers()
+    asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    steps = tokenize_corpus(asked, cluster_of(asked.data))
+    victim = None
+    while victim is None:  # only a few units are on their way until the next step is asked for
+        done = next(step for step in steps if step.rows_done)
+        victim = at.busy_worker()
+    assert done.rows_done < done.rows_total
+    victim.send_signal(signal.SIGKILL)
+    psutil.wait_procs([victim], timeout=SECONDS)
+    last, manifest = finished(steps)
+    assert last.rows_done == last.rows_total
+    assert but_folder(manifest) == but_folder(here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_local_workers):
+    here = dataset(tmp_path / "here", source)
+    no_local_workers()
+    before = set(psutil.Process().children(recursive=True))
+    there = tokenized(config(tmp_path / "there", source, runner=kind, workers=2))
+    assert but_folder(there) == but_folder(here)
+    # Not what was there may have started, as a browser does.
+    left = {
+        each
+        for each in set(psutil.Process().children(recursive=True)) - before
+        if before.isdisjoint(each.parents())
+    }
+    # Python's own, of its spawned processes: it ends with the process that spawned them.
+    ours = [each for each in left if "resource_tracker" not in " ".join(each.cmdline())]
+    assert not psutil.wait_procs(ours, timeout=SECONDS)[1]
+
+
+def test_what_a_worker_finds_wrong_is_told_once(tmp_path, source, monkeypatch, running):
+    kind, at = running
+    asked = config(tmp_path / "runs", source, runner=kind, cluster=at.address)
+    steps = tokenize_corpus(asked, cluster_of(asked.data))
+    monkeypatch.setattr("gpt.data.sources.CorpusFile.size_bytes", lambda _: 1)
+    with pytest.raises(CorpusError, match=r"a\.parquet\n.* bytes and not 1 \(on "):
+        list(steps)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_units_are_task_runs_of_the_flow_run(tmp_path):
+    import prefect
+    from prefect.client.orchestration import get_client
+
+    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"), runner="dask", workers=1)
+
+    @prefect.flow
+    def tokenizing():
+        tokenize_parquet(made)
+        return prefect.runtime.flow_run.id
+
+    flow_run = tokenizing()
+
+    def told():
+        with get_client(sync_client=True) as client:
+            runs = client._client.post("/task_runs/filter", json={}).json()
+        ours = [run for run in runs if run["flow_run_id"] == flow_run]
+        return [run for run in ours if run["name"].startswith("tokenize-unit")]
+
+    (unit,) = wait_for(told)
+    assert unit["task_key"].startswith("tokenize_unit")
+
+
+@pytest.mark.parametrize("kind", ["ray"])  # it wraps what a worker raises; Dask does not
+def test_workers_that_cannot_reach_prefect_get_the_function_alone(
+    tmp_path, source, monkeypatch, caplog, kind
+):
+    here = dataset(tmp_path / "here", source)
+    nowhere = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setattr(
+        runner, "_api_named", lambda: temporary_settings({PREFECT_API_URL: nowhere})
+    )
+    monkeypatch.setattr(runner, "FlowRunContext", SimpleNamespace(get=lambda: "a flow run"))
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
+    there = tokenized(config(tmp_path / "there", source, runner=kind, workers=2))
+    assert but_folder(there) == but_folder(here)
+    assert caplog.text.count("cannot reach Prefect's API") == 1
+
+
+# --- mistakes, told before anything is begun -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_that_is_missing(tmp_path, source, monkeypatch, kind):
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=rf"data\.runner = {kind}\n.*not installed\n.*\[{kind}\]"):
+        tokenized(config(tmp_path / "runs", source, runner=kind))
+    assert not (tmp_path / "runs").exists()
+
+
+ADDRESSES = {"dask": ["{}:{}", "tcp://{}:{}", "tls://{}:{}"], "ray": ["{}:{}", "ray://{}:{}"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [(kind, form) for kind, forms in ADDRESSES.items() for form in forms]
+)
+def test_an_address_where_nobody_is(tmp_path, source, kind, form):
+    address = form.format("127.0.0.1", free_port())
+    with pytest.raises(ConfigError, match=rf"data\.cluster = {address}\n.*nobody answers there"):
+        tokenized(config(tmp_path / "runs", source, runner=kind, cluster=address))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("address", ["here", "tcp://:8786", "host:many"])
+def test_an_address_that_is_none(tmp_path, source, address):
+    with pytest.raises(ConfigError, match="names no host and port"):
+        tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [("dask", "ray"), ("dask", "http"), ("dask", "ucx"), ("ray", "tcp")]
+)
+def test_an_address_of_something_else(tmp_path, source, kind, scheme):
+    rule = rf"{scheme}:// is no address of {kind.capitalize()}\n.*tcp://host:8786 for Dask"
+    with pytest.raises(ConfigError, match=rule):
+        tokenized(config(tmp_path, source, runner=kind, cluster=f"{scheme}://localhost:8786"))
+
+
+def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(engines, "CONNECT_SECONDS", 1.0)
+
+    def hang_up():
+        with suppress(OSError):
+            while True:
+                other.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=hang_up, daemon=True).start()
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="the dask cluster cannot be opened"):
+            tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
+        other.shutdown(socket.SHUT_RDWR)
+    assert not list(Path(tmp_path / "runs").rglob("*.bin*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_port_that_says_nothing(tmp_path, source, monkeypatch, kind):
+    """As one of a page that waits to be asked for it, Dask's dashboard or Prefect's."""
+    monkeypatch.setattr(engines, "CONNECT_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"{address}\n.*does not answer as a cluster does"):
+            tokenized(config(tmp_path, source, runner=kind, cluster=address))

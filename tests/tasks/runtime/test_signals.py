@@ -1,0 +1,149 @@
+"""Stopped from outside, wherever it stands: quickly, said, resumable; through the real command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from fault_at import PLACES
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_API_URL
+
+from gpt.training.checkpoint.retention import latest_checkpoint
+from tasks.runtime.signals import Stopping, StopRequested
+from tasks.tracking.runs import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def environment() -> dict[str, str]:
+    """As a person has it: nothing of the tests' own Prefect."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+
+
+def command(*words: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+OWN_API = ("training", "evaluation")
+"""Where the command starts Prefect's API itself; elsewhere the suite's server saves that time."""
+
+
+def last_state(root: Path, place: str) -> str:
+    """Of the newest flow run."""
+    if place in OWN_API:
+        return flow_states(root)[-1]
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert run.state
+    return run.state.type.value
+
+
+def flow_states(root: Path) -> list[str]:
+    """Of all flow runs, oldest first, as the database of Prefect's own API has them."""
+    with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as database:
+        rows = database.execute("SELECT state_type FROM flow_run ORDER BY created").fetchall()
+    return [state for (state,) in rows]
+
+
+def mlflow_run(root: Path):
+    client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    return client, run
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, new_root: Path) -> None:
+    """One run, stopped at one place after the other: in training by Ctrl-C, elsewhere by SIGTERM,
+    each to all its processes."""
+    root = new_root
+    arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
+    for place in PLACES:
+        fault = "interrupt" if place == "training" else "stop"
+        number = signal.SIGINT if fault == "interrupt" else signal.SIGTERM
+        server = {} if place in OWN_API else {"PREFECT_API_URL": PREFECT_API_URL.value()}
+        process = command("tests/helpers/fault_at.py", fault, place, *arguments, **server)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, (place, output)
+        assert f"stopped by {number.name}" in output, place
+        assert "the same command goes on" in output, place
+        assert "Traceback" not in output, place
+        assert last_state(root, place) == "CANCELLED", place
+        if place != "tokenising":
+            assert mlflow_run(root)[1].info.status == "KILLED", place
+            (folder,) = (root / "train").iterdir()
+            checkpoint = latest_checkpoint(folder)
+            assert f"after step {checkpoint.step if checkpoint else 0};" in output, place
+    assert "after step 12;" in output
+    process = command("-m", "flows.cli.main", *arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert flow_states(root)[-1] == "COMPLETED"
+    client, run = mlflow_run(root)
+    assert run.info.status == "FINISHED"
+    for key, steps in {"train/loss": range(1, 13), "val/loss": [0, 6, 12]}.items():
+        points = client.get_metric_history(run.info.run_id, key)
+        assert [point.step for point in points] == list(steps), key
+    # Once more: told in a second, without Prefect.
+    process = command("-m", "flows.cli.main", *arguments)
+    again, _ = process.communicate(timeout=120)
+    assert "already finished at step 12" in again
+    assert again.splitlines()[-1] == output.splitlines()[-1]
+    assert len(flow_states(root)) == len(OWN_API) + 1
+
+
+class TestStopping:
+    """The handlers themselves, with signals that this process sends itself."""
+
+    def test_outside_of_training_it_raises_at_once_and_puts_the_handlers_back(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with Stopping() as stopping:
+            with pytest.raises(StopRequested, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping.requested()
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    @staticmethod
+    def trained(stopping: Stopping, *signals: int, seconds: float = 0.0) -> bool:
+        """Whether the training, which gets these signals, came to its own end."""
+        ended = False
+        try:
+            with stopping.gracefully():
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                time.sleep(seconds)
+                ended = stopping.requested()
+        except StopRequested:
+            return ended
+        raise AssertionError("nobody was told of the stop")
+
+    def test_training_comes_to_its_own_end(self) -> None:
+        with Stopping() as stopping:
+            assert self.trained(stopping, signal.SIGINT)
+
+    def test_the_same_signal_twice_at_once_is_one(self) -> None:
+        with Stopping() as stopping:
+            assert self.trained(stopping, signal.SIGTERM, signal.SIGTERM)
+
+    def test_what_takes_too_long_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tasks.runtime.signals.GRACE_SECONDS", 0.2)
+        monkeypatch.setattr("tasks.runtime.signals.REPEATED_SECONDS", 0.1)
+        with Stopping() as stopping:
+            assert not self.trained(stopping, signal.SIGTERM, seconds=60.0)

@@ -1,0 +1,346 @@
+"""The registry, in a real MLflow store: what is the champion, once, whatever is interrupted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from registry_data import STEPS, finished_run, report
+from safetensors.torch import load_file
+from test_servers_away import MlflowServer, server
+
+from flows.cli.model_choice import facts_of, find_model
+from gpt.errors import RegistryError
+from tasks.tracking import journal, mlflow_settings, registry, sync
+from tasks.tracking.model_lookup import (
+    AGAINST_TAG,
+    ALIAS_TAG,
+    LOSS_TAG,
+    REASON_TAG,
+    STEP_TAG,
+    UID_TAG,
+    local_folder,
+)
+from tasks.tracking.runs import MlflowClient, register, sync_run
+
+__all__ = ["server"]  # a fixture
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Without what only serving needs."""
+
+    def write(folder, *_):
+        folder.mkdir()
+        (folder / "MLmodel").write_text("flavors: {}\n")
+
+    monkeypatch.setattr(registry, "_write_wrapper", write)
+
+
+@pytest.fixture
+def name(request):
+    """A registered model of this test's own; the store is the session's."""
+    return request.node.name.translate(str.maketrans("[]", "--"))
+
+
+@pytest.fixture
+def client(tiny_root, mlflow_client) -> MlflowClient:
+    return mlflow_client
+
+
+def registered(root, name, evaluation, **settings):
+    finished = finished_run(root, evaluation, **settings)
+    return finished, register(finished.run, name)
+
+
+def versions(client, name):
+    return sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version))
+
+
+def aliases(client, name):
+    return {alias: int(v) for alias, v in client.get_registered_model(name).aliases.items()}
+
+
+@pytest.mark.usefixtures("light")
+def test_the_first_model_is_the_champion(tiny_root, client, name):
+    finished, done = registered(tiny_root, name, report())
+    assert (done.version, done.alias, done.step) == ("1", "champion", 20)
+    assert "the first model" in done.reason
+    [version] = versions(client, name)
+    assert aliases(client, name) == {"champion": 1}
+    assert version.run_id == finished.run.run_id
+    assert version.tags == {
+        UID_TAG: journal.read_outbox(finished.folder).uid,
+        STEP_TAG: "20",
+        LOSS_TAG: f"{report().loss:.6f}",
+        AGAINST_TAG: "",
+        ALIAS_TAG: "champion",
+        REASON_TAG: done.reason,
+    }
+
+
+@pytest.mark.parametrize(
+    ("challenger", "alias", "reason"),
+    [
+        (report(-0.1, seed=2), "champion", "better: loss"),
+        (report(+0.1, seed=2), "challenger", "worse: loss"),
+        (report(seed=2), "challenger", "not different beyond chance"),
+        (report(-0.1, text="b"), "challenger", "evaluated on other text"),
+    ],
+    ids=["better", "worse", "equal", "other-text"],
+)
+@pytest.mark.usefixtures("light")
+def test_only_a_better_one_takes_the_champion_s_place(
+    tiny_root, client, name, challenger, alias, reason
+):
+    registered(tiny_root, name, report())
+    _, done = registered(tiny_root, name, challenger)
+    assert (done.version, done.alias) == ("2", alias)
+    assert reason in done.reason
+    expected = {"champion": 2, "previous-champion": 1}
+    assert aliases(client, name) == (
+        expected if alias == "champion" else {"champion": 1, "challenger": 2}
+    )
+
+
+@pytest.mark.usefixtures("light")
+def test_the_same_run_twice_is_one_version_judged_once(tiny_root, client, name):
+    registered(tiny_root, name, report())
+    finished, done = registered(tiny_root, name, report(-0.1, seed=2))
+    assert register(finished.run, name) == done
+    (finished.folder / journal.RECEIPT).unlink()
+    assert register(finished.run, name) == done
+    assert len(versions(client, name)) == 2
+    # Long beaten, it comes again: it takes nothing back.
+    registered(tiny_root, name, report(-0.2, seed=3))
+    (finished.folder / journal.RECEIPT).unlink()
+    assert register(finished.run, name) == done
+    assert aliases(client, name) == {"champion": 3, "previous-champion": 2}
+
+
+@pytest.mark.usefixtures("light")
+def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monkeypatch):
+    calls = (
+        *("create_logged_model", "log_outputs", "log_model_artifact", "log_model_artifacts"),
+        *("finalize_logged_model", "create_registered_model", "create_model_version"),
+        *("set_model_version_tag", "set_registered_model_alias"),
+    )
+    finished = finished_run(tiny_root, report())
+    outbox = journal.read_outbox(finished.folder)
+    (finished.folder / journal.RECEIPT).unlink()
+    journal.write_outbox(finished.folder, outbox.model_copy(update={"registered_model": name}))
+    lost = 0
+
+    def loses_answers(call):
+        """Each different call works, and its answer is lost the first time."""
+        real, seen = getattr(MlflowClient, call), set()
+
+        def once(self, *arguments, **named):
+            answer = real(self, *arguments, **named)
+            key = str([each for each in arguments if "/" not in str(each)])
+            if key not in seen:
+                seen.add(key)
+                raise ConnectionError(call)
+            return answer
+
+        monkeypatch.setattr(MlflowClient, call, once)
+
+    for call in calls:
+        loses_answers(call)
+    while lost < 100:
+        try:
+            sync.deliver(finished.folder, finished.run.uri)
+            break
+        except ConnectionError:
+            lost += 1
+    assert len(calls) < lost < 100
+    monkeypatch.undo()
+    [version] = versions(client, name)
+    assert (aliases(client, name), version.tags[ALIAS_TAG]) == ({"champion": 1}, "champion")
+    receipt = journal.read_receipt(finished.folder)
+    outputs = client.get_run(receipt.run_id).outputs.model_outputs
+    assert sorted(o.step for o in outputs) == list(STEPS)
+    assert sorted(m.model_id for m in receipt.models.values()) == sorted(
+        o.model_id for o in outputs
+    )
+
+
+@pytest.mark.parametrize("how", ["file", "version", "alias"])
+@pytest.mark.usefixtures("light")
+def test_nothing_to_be_held_against_is_said_and_promotes_nobody(tiny_root, client, name, how):
+    registered(tiny_root, name, report())
+    [version] = versions(client, name)
+    if how == "file":
+        (find_model(f"models:/{name}@champion", tiny_root) / "report.json").write_text("{}")
+    elif how == "version":
+        registered(tiny_root, name, report(+0.1, seed=3))
+        client.delete_model_version(name, version.version)
+    else:
+        client.delete_registered_model_alias(name, "champion")
+    _, done = registered(tiny_root, name, report(-0.1, seed=2))
+    assert done.alias == "challenger"
+    assert (
+        "report.json is missing" in done.reason
+        if how == "file"
+        else "nothing to be held" in (done.reason)
+    )
+    assert "alias" in done.reason
+    assert aliases(client, name)["challenger"] == int(done.version)
+
+
+def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
+    finished, _ = registered(tiny_root, name, report())
+    run = client.get_run(finished.run.run_id)
+    models = [client.get_logged_model(o.model_id) for o in run.outputs.model_outputs]
+    first, last = sorted(models, key=lambda model: int(model.params["step"]))
+    assert (first.name, last.name) == ("step-10", "step-20")
+    assert last.params == {"step": "20", "tokens_seen": "1280"}
+    assert last.tags["overnight.folder"].endswith("checkpoints/step-00000020")
+    assert {m.key: m.value for m in first.metrics} == {"val/loss": 6.0, "val/bits_per_byte": 2.0}
+    final = {m.key: m.value for m in last.metrics}
+    assert final["val/loss"] == 5.0
+    assert final["final/loss"] == pytest.approx(report().loss)
+    dataset = journal.read_outbox(finished.folder).dataset
+    for model in models:
+        assert {str(model.status), model.source_run_id} == {"READY", run.info.run_id}
+        for metric in model.metrics:
+            assert (metric.dataset_name, metric.dataset_digest) == (dataset.name, dataset.digest)
+    # No point of the run's own curve is there twice.
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == list(STEPS)
+
+    stored = local_folder(last.artifact_location)
+    files = {path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()}
+    assert {"MLmodel", "model.safetensors", "config.json", "report.json"} <= files
+    assert "code/gpt/model/generation.py" in files
+    assert {Path(file).suffix for file in files} <= {
+        *(".py", ".json", ".txt", ".yaml", ".safetensors", ""),
+    }, "nothing that could be a pickle"
+    assert not local_folder(first.artifact_location).exists(), "the weights lie once"
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
+        *("config.json", "dataset", "report.json")
+    }
+    requirements = (stored / "requirements.txt").read_text().split()
+    assert all("==" in line for line in requirements)
+
+
+def test_another_evaluation_replaces_the_stored_report_and_judges_no_more(tiny_root, client, name):
+    from gpt.evaluation.report_store import REPORT, keep_report, read_report
+    from tasks.evaluate import models_of
+    from tasks.tracking.runs import attach
+
+    finished, done = registered(tiny_root, name, report())
+    keep_report(finished.folder, finished.config, report(text="b"))
+    attach(finished.run, {}, models_of(finished.folder, STEPS[-1]))
+    assert register(finished.run, name) == done
+    [version] = versions(client, name)
+    stored = find_model(f"models:/{name}/1", tiny_root)
+    assert read_report(stored / REPORT).slice_fingerprint == "b"
+    assert len(client.get_run(version.run_id).outputs.model_outputs) == len(STEPS)
+
+
+@pytest.mark.usefixtures("light")
+def test_names_of_the_registry(tiny_root, client, name, tmp_path):
+    finished, _ = registered(tiny_root, name, report())
+    model = find_model(f"models:/{name}@champion", tiny_root)
+    assert find_model(f"models:/{name}/1", tiny_root) == model
+    facts = facts_of(model)
+    assert (facts.name, facts.step, facts.report) == ("t", 20, report())
+    assert facts.dataset == finished.dataset
+    for wrong, message in {
+        f"models:/{name}": "is no name of a registered model",
+        f"models:/{name}@nobody": f"no alias nobody\n.*models:/{name}@champion",
+        f"models:/{name}/7": f"no version 7\n.*models:/{name}/1",
+        "models:/no-such@champion": f"no registered model no-such .*\n.*{name}",
+    }.items():
+        with pytest.raises(RegistryError, match=message):
+            find_model(wrong, tiny_root)
+    with pytest.raises(RegistryError, match="no run has registered a model yet"):
+        find_model("models:/gpt@champion", tmp_path)
+    assert not list(tmp_path.iterdir())
+    (model / "model.safetensors").unlink()
+    with pytest.raises(RegistryError, match=r"there is no model\.safetensors"):
+        find_model(f"models:/{name}/1", tiny_root)
+
+
+@pytest.mark.usefixtures("light")
+def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, monkeypatch):
+    server = MlflowServer(tmp_path / "server")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    finished, done = registered(tmp_path, "gpt", report())
+    assert done is None
+    with pytest.raises(RegistryError, match="cannot be asked"):
+        find_model("models:/gpt@champion", tmp_path)
+    server.start()
+    try:
+        assert "registered as gpt version 1, champion" in sync_run(finished.folder, "")
+        assert "has all of it already" in sync_run(finished.folder, "")
+        second, done = registered(tmp_path, "gpt", report(-0.1, seed=2), seed=7)
+        assert done.alias == "champion"
+        assert "better: loss" in done.reason
+        model = find_model("models:/gpt@champion", tmp_path)
+        assert model.is_relative_to(tmp_path / "models")
+        theirs = load_file(model / "model.safetensors")
+        ours = load_file(second.folder / "checkpoints" / "step-00000020" / "model.safetensors")
+        assert theirs.keys() == ours.keys()
+        assert all((theirs[key] == ours[key]).all() for key in ours)
+        assert facts_of(model).report == report(-0.1, seed=2)
+        shutil.rmtree(tmp_path / "server" / "artifacts")
+        assert find_model("models:/gpt@champion", tmp_path) == model, "fetched once"
+        with pytest.raises(RegistryError, match="no model"):
+            find_model("models:/gpt/1", tmp_path)
+        assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [model.name]
+    finally:
+        server.kill()
+
+
+class SlowStore(BaseHTTPRequestHandler):
+    """Before a server whose store is far away: the answer to the first weights takes a while."""
+
+    behind = ""
+    taken: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = Request(f"{self.behind}{self.path}", body or None, method=self.command)
+        asked.add_header("Content-Type", self.headers.get("Content-Type", "application/json"))
+        if self.command == "PUT" and self.path.endswith(".safetensors"):
+            self.taken.append(self.path)
+            time.sleep(7 if len(self.taken) == 1 else 0)
+        try:
+            status, said = 200, urlopen(asked).read()
+        except HTTPError as error:
+            status, said = error.code, error.read()
+        self.send_response(status)
+        self.end_headers()
+        with suppress(BrokenPipeError):  # nobody waited
+            self.wfile.write(said)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+
+
+@pytest.mark.usefixtures("light")
+def test_weights_may_take_longer_than_any_other_answer(tmp_path, server, monkeypatch):
+    monkeypatch.setitem(mlflow_settings.SETTINGS, mlflow_settings.ANSWER, "5")
+    monkeypatch.setenv(mlflow_settings.ANSWER, "5")
+    monkeypatch.setattr(SlowStore, "behind", server.uri)
+    before = ThreadingHTTPServer(("127.0.0.1", 0), SlowStore)
+    Thread(target=before.serve_forever, daemon=True).start()
+    try:
+        _, done = registered(
+            tmp_path, "gpt", report(), uri=f"http://127.0.0.1:{before.server_port}"
+        )
+        assert done.alias == "champion"
+        assert len(SlowStore.taken) == len(set(SlowStore.taken)) > 0, "none given up and sent again"
+        assert os.environ[mlflow_settings.ANSWER] == "5"
+    finally:
+        before.shutdown()
+        before.server_close()

@@ -1,0 +1,147 @@
+"""`mlflow models serve` on a registered model: text for prompts, 4xx for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from registry_data import finished_run, report
+from test_servers_away import free_port
+
+from flows.cli.model_choice import find_model
+from gpt.model.generate import Sampling, generate
+from gpt.model.io import load_saved
+from tasks.tracking.runs import register
+
+PATIENCE_SECONDS = 90
+NAME = "served"
+SETTINGS = {"max_tokens": 8, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_root):
+    """The folder of a registered model."""
+    assert register(finished_run(tiny_root, report()).run, NAME)
+    return find_model(f"models:/{NAME}@champion", tiny_root)
+
+
+@pytest.fixture(scope="module")
+def address(model, tiny_root, tmp_path_factory):
+    """Of the server. It has our code from the model's folder alone."""
+    port, folder = free_port(), tmp_path_factory.mktemp("served")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tiny_root}/mlflow/mlflow.db",
+    }
+    words = ("models", "serve", "--env-manager", "local", "-m", f"models:/{NAME}@champion")
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *words, "--port", str(port)],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not answers(url):
+            assert time.monotonic() < end, (folder / "log").read_text()
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"{url}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ping", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def ask(address: str, question: object) -> tuple[int, str]:
+    body = question if isinstance(question, bytes) else json.dumps(question).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_prompts_are_gone_on_with_as_on_the_command_line(address, model):
+    network = load_saved(model, torch.device("cpu"))
+    prompts = ["The", "Once upon a time"]
+    texts = [generate(network, prompt, Sampling(**SETTINGS)) for prompt in prompts]
+    assert texts[0] != texts[1]
+    for question in (
+        {"inputs": {"prompt": prompts}},
+        {"inputs": prompts},
+        {"dataframe_records": [{"prompt": prompt} for prompt in prompts]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in prompts]}},
+    ):
+        status, answer = ask(address, question | {"params": SETTINGS})
+        assert (status, json.loads(answer)) == (200, {"predictions": texts}), question
+    status, answer = ask(address, {"prompt": "The"} | SETTINGS)
+    assert (status, json.loads(answer)) == (200, texts[:1])
+
+
+@pytest.mark.parametrize(
+    ("params", "parts"),
+    [
+        ({"max_tokens": "ten"}, ("max_tokens = 'ten'", "must be a whole number", "as 64")),
+        ({"max_tokens": True}, ("max_tokens = True", "must be a whole number", "as 64")),
+        ({"max_tokens": 2.5}, ("max_tokens = 2.5", "must be a whole number", "as 64")),
+        ({"top_k": None}, ("top_k = None", "must be a whole number", "about 50")),
+        ({"temperature": -1}, ("temperature = -1", "0 or more", "about 0.8")),
+        ({"top_p": 0}, ("top_p = 0", "must be over 0", "about 0.95")),
+        ({"seed": 2**63}, ("seed = 9223372036854775808", "2^63 - 1", "as 1337")),
+        ({"maxtokens": 5}, ("params.maxtokens = 5", "no such parameter", "max_tokens")),
+        ([1], ("params = [1]", "must be an object", "ask as")),
+        ({"top_p": 2, "top_k": -1}, ("2 problems", "top_p = 2", "top_k = -1")),
+    ],
+)
+def test_wrong_parameters_are_refused_in_words(address, params, parts):
+    status, answer = ask(address, {"inputs": {"prompt": ["The"]}, "params": params})
+    assert status == 400
+    for part in parts:
+        assert part in json.loads(answer)["message"]
+    assert "Traceback" not in answer
+
+
+@pytest.mark.parametrize(
+    ("question", "part"),
+    [
+        ({"inputs": {"text": ["The"]}}, "prompt\n    is missing; given was: text"),
+        ({"inputs": {"prompt": ["The"], "max_token": [3]}}, "max_token"),
+        ({"prompt": "The", "max_token": 3}, "max_token\n    is neither the prompt nor a parameter"),
+        ({"dataframe_records": [{"prompt": 5}]}, "prompt = 5\n    must be text"),
+        ({"dataframe_records": [{"prompt": None}]}, "must be text"),
+        ({"inputs": {"prompt": [["The"]]}}, "prompt"),
+        ({"inputs": [{"prompt": "The", "top": 3}]}, "top\n    is neither the prompt"),
+        ({"prompt": 5}, "prompt = 5\n    must be text"),
+        ({"prompt": {"text": "The"}}, "prompt"),
+        ({}, "exactly one of the input fields"),
+        (b"{", "valid JSON"),
+        ([], "JSON dictionary"),
+    ],
+)
+def test_wrong_questions_are_refused_in_words(address, question, part):
+    status, answer = ask(address, question)
+    assert status == 400, answer
+    assert part in json.loads(answer)["message"]
+    assert "Traceback" not in answer

@@ -1,0 +1,225 @@
+"""MLflow or Prefect away, as real processes: the run goes on, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from overnight_up import free_port
+from test_stopping import command, flow_states, mlflow_run
+from test_training_loop import small_config
+from token_data import token_dataset
+
+from gpt.config.schema import RunConfig
+from gpt.training.loop import StepRecord
+from gpt.training.run_dir import open_run_folder
+from tasks.tracking import journal
+from tasks.tracking.runs import MlflowClient, RunRef, ended_by_outcome, open_run, recording
+
+START_SECONDS = 90
+
+
+class MlflowServer:
+    """A real `mlflow server` on the SQLite store of a folder, which can be killed and started
+    again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        store = f"sqlite:///{self._folder}/mlflow.db"
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                *("--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(self._port)),
+                *("--artifacts-destination", str(self._folder / "artifacts")),
+            ],
+            # Its runners of background jobs, which serve nothing here, are processes of their own.
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise AssertionError("the MLflow server did not start")
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def with_store(folder: Path, mlflow_database: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(mlflow_database, folder)
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path, mlflow_database: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(with_store(tmp_path / "server", mlflow_database))
+    server.start()
+    yield server
+    server.kill()
+
+
+def opened(tmp_path: Path, uri: str) -> tuple[RunConfig, RunRef]:
+    config = small_config(tmp_path)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    dataset = token_dataset(tmp_path / "tokens")
+    return config, open_run(config, dataset, open_run_folder(config, dataset))
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(step, step * 100, 1e-3, loss=1 / step, grad_norm=1.0)
+
+
+def losses(uri: str) -> list[tuple[int, float]]:
+    client = MlflowClient(uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "overnight"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    return [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+EXPECTED = [(step, 1 / step) for step in range(1, 61)]
+
+
+def test_a_server_killed_at_step_10_and_back_at_step_40_gets_every_point_once(
+    tmp_path: Path, server: MlflowServer
+) -> None:
+    _, run = opened(tmp_path, server.uri)
+    with ended_by_outcome(run), recording(run) as recorder:
+        for step in range(1, 61):
+            recorder.step(record(step))
+            if step == 10:
+                server.kill()
+            if step == 40:
+                server.start()
+    assert losses(server.uri) == EXPECTED
+
+
+def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
+    tmp_path: Path,
+    server: MlflowServer,
+    mlflow_database: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, run = opened(tmp_path, server.uri)
+    with ended_by_outcome(run), recording(run) as recorder:
+        for step in range(1, 61):
+            recorder.step(record(step))
+            if step == 10:
+                server.kill()
+    assert f"overnight sync {run.folder}" in capsys.readouterr().out
+    words = ("-m", "flows.cli.main", "sync", run.folder.name, "--root", str(tmp_path))
+    away = command(*words)
+    said, _ = away.communicate(timeout=120)
+    assert away.returncode == 2
+    assert "cannot be reached" in said
+    assert "Traceback" not in said
+    new = MlflowServer(with_store(tmp_path / "new", mlflow_database))
+    new.start()
+    try:
+        told = [command(*words, "--uri", new.uri).communicate(timeout=120)[0] for _ in range(2)]
+        assert "sent 60 steps" in told[0]
+        assert "has all of it already" in told[1]
+        assert losses(new.uri) == EXPECTED
+    finally:
+        new.kill()
+        server.start()
+
+
+def test_sync_of_a_run_that_is_not_there(tmp_path: Path) -> None:
+    process = command("-m", "flows.cli.main", "sync", "nobody", "--root", str(tmp_path))
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "RUN = nobody" in said
+    assert "Traceback" not in said
+
+
+def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third write takes only a part of what it is given, as a full disk does."""
+    writes = 0
+
+    class Full:
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> int:
+            nonlocal writes
+            writes += 1
+            return self.file.write(data[: len(data) // 2] if writes % 3 else data)
+
+    book = journal.Journal(tmp_path)
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(real(self, *a, **k)))
+    refused = 0
+    for step in range(1, 31):
+        try:
+            book.append(step, {"loss": float(step)})
+        except OSError:
+            refused += 1
+    monkeypatch.undo()
+    assert refused == 20
+    lines, _ = journal.read_lines(tmp_path / journal.METRICS)
+    assert [(line.step, line.metrics) for line in lines] == [
+        (step, {"loss": float(step)}) for step in range(1, 31)
+    ]
+    # What another start repeats is there already.
+    assert not journal.Journal(tmp_path).append(30, {"loss": 0.0})
+
+
+@pytest.mark.parametrize("fault", ["kill prefect", "hang prefect"])
+def test_prefect_s_api_is_lost_on_the_way(tiny_config: Path, new_root: Path, fault: str) -> None:
+    root = new_root
+    arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
+    process = command(
+        *("tests/helpers/fault_at.py", fault, "training", *arguments),
+        PREFECT_CLIENT_MAX_RETRIES="0",
+        PREFECT_API_REQUEST_TIMEOUT="5",
+    )
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert "the run goes on without it" in output
+    assert "Traceback" not in output
+    assert "step 12/12  validation loss" in output
+    assert mlflow_run(root)[1].info.status == "FINISHED"
+    assert flow_states(root) == ["RUNNING"]
+
+
+def test_prefect_s_server_is_not_there(tiny_config: Path, new_root: Path) -> None:
+    root = new_root
+    process = command(
+        *("-m", "flows.cli.main", "run", str(tiny_config), "--set", f"run.root={root}"),
+        PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api",
+    )
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert output.count("Prefect's API is away") == 1
+    assert "Traceback" not in output
+    assert mlflow_run(root)[1].info.status == "FINISHED"

@@ -1,0 +1,248 @@
+"""Tracking against a real MLflow store: everything arrives once, and nothing stops a run."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.artifacts import DatasetManifest, SourceFile, Split
+from gpt.config.loading import load_config
+from gpt.config.schema import RunConfig
+from gpt.evaluation.heldout import HeldoutLoss
+from gpt.training.loop import StepRecord
+from tasks.tracking import journal, runs, sync
+from tasks.tracking.runs import MlflowClient, RunRef, attach, ended_by_outcome, open_run, recording
+
+
+@pytest.fixture
+def config(tiny_config: Path) -> RunConfig:
+    return load_config(tiny_config, {"tracking": {"experiment": "tracking-tests"}})
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> DatasetManifest:
+    """Tracking reads nothing but the manifest."""
+    split = Split(shards=(), documents=1, tokens=10, text_bytes=40)
+    return DatasetManifest(
+        fingerprint="0123456789abcdef" * 4,
+        folder=tmp_path,
+        tokenizer="gpt2",
+        ranks_sha256="0" * 64,
+        text_column="text",
+        validation_fraction=0.1,
+        sources=(SourceFile(path="pages.parquet", size_bytes=1, sha256="0" * 64, rows=2),),
+        train=split,
+        validation=split,
+        skipped={},
+    )
+
+
+@pytest.fixture
+def run(config: RunConfig, dataset: DatasetManifest, tmp_path: Path) -> RunRef:
+    return open_run(config, dataset, tmp_path)
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an MLflow server that is not there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+def record(step: int, loss: float = 2.0, validation: HeldoutLoss | None = None) -> StepRecord:
+    return StepRecord(
+        step=step,
+        tokens_seen=step * 100,
+        learning_rate=1e-3,
+        loss=loss,
+        grad_norm=1.0,
+        tokens_per_second=50.0,
+        validation=validation,
+    )
+
+
+def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
+    held = HeldoutLoss(tokens=5, loss=3.0, perplexity=20.0, bits_per_byte=1.5)
+    sample = run.folder / "sample.txt"
+    sample.write_text("Once upon a time")
+    with ended_by_outcome(run):
+        with recording(run) as recorder:
+            recorder.step(StepRecord(0, 0, 0.0, validation=held))
+            for step in range(1, 251):
+                recorder.step(record(step, loss=1 / step))
+        attach(run, {"samples/sample.txt": sample})
+
+    found = mlflow_client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["model.n_embd"] == "16"
+    assert found.data.params["parameters"] == str(50_304 * 16 + 32 * 16 + 12 * 16 * 16 + 3 * 16)
+    assert found.data.params["dataset.fingerprint"] == "0123456789abcdef" * 4
+    assert history(mlflow_client, run.run_id, "train/loss") == [
+        (step, 1 / step) for step in range(1, 251)
+    ]
+    assert history(mlflow_client, run.run_id, "val/bits_per_byte") == [(0, 1.5)]
+    assert history(mlflow_client, run.run_id, "mfu") == []
+    [dataset] = found.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.tags[0].value) == ("pages", "training")
+    assert [a.path for a in mlflow_client.list_artifacts(run.run_id)] == [
+        "config.json",
+        "dataset",
+        "samples",
+    ]
+
+
+def test_sending_the_journal_again_doubles_nothing(
+    run: RunRef, mlflow_client: MlflowClient
+) -> None:
+    with recording(run) as recorder:
+        for step, loss in enumerate((2.0, float("nan"), float("inf"), 1.0), start=1):
+            recorder.step(record(step, loss))
+    before = history(mlflow_client, run.run_id, "train/loss")
+    receipt = journal.read_receipt(run.folder)
+    assert receipt
+    journal.write_receipt(run.folder, receipt.model_copy(update={"sent_bytes": 0}))
+    sync.deliver(run.folder, run.uri)
+    assert str(history(mlflow_client, run.run_id, "train/loss")) == str(before)  # nan != nan
+    assert len(before) == 4
+
+
+def test_a_run_whose_receipt_was_never_written_is_found_again(
+    run: RunRef, mlflow_client: MlflowClient
+) -> None:
+    (run.folder / journal.RECEIPT).unlink()
+    sync.deliver(run.folder, run.uri)
+    receipt = journal.read_receipt(run.folder)
+    assert receipt
+    assert receipt.run_id == run.run_id
+
+
+def test_a_deleted_run_is_made_again_with_all_its_metrics(
+    run: RunRef, config: RunConfig, dataset: DatasetManifest, mlflow_client: MlflowClient
+) -> None:
+    with recording(run) as recorder:
+        recorder.step(record(1))
+    mlflow_client.delete_run(run.run_id)
+    again = open_run(config, dataset, run.folder)
+    assert again.run_id != run.run_id
+    assert history(mlflow_client, again.run_id, "train/loss") == [(1, 2.0)]
+
+
+def test_a_resumed_run_repeats_steps_without_a_trace(
+    run: RunRef, mlflow_client: MlflowClient
+) -> None:
+    for steps in (range(1, 8), range(5, 11)):
+        with recording(run) as recorder:
+            for step in steps:
+                recorder.step(record(step))
+    assert [s for s, _ in history(mlflow_client, run.run_id, "train/loss")] == list(range(1, 11))
+
+
+def test_a_line_torn_by_a_kill_is_dropped_and_written_again(run: RunRef) -> None:
+    first = journal.Journal(run.folder)
+    first.append(1, {"train/loss": 2.0})
+    with first.path.open("a") as file:
+        file.write('{"step": 2, "time_ms": 17, "metr')
+    second = journal.Journal(run.folder)
+    assert not second.append(1, {"train/loss": 2.0})
+    assert second.append(2, {"train/loss": 1.0})
+    assert [line.step for line in journal.read_lines(first.path)[0]] == [1, 2]
+
+
+def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    tmp_path: Path,
+    away: str,
+    mlflow_client: MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = open_run(config, dataset, tmp_path)
+    assert run.run_id is None
+    with ended_by_outcome(run), recording(run) as recorder:
+        began = time.monotonic()
+        for step in range(1, 101):
+            recorder.step(record(step))
+        assert time.monotonic() - began < 1
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be reached") == 1
+    assert printed.count("100 steps are unsent") == 1
+    assert away in printed
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    back = open_run(config, dataset, tmp_path)
+    assert [s for s, _ in history(mlflow_client, back.run_id, "train/loss")] == list(range(1, 101))
+    assert mlflow_client.get_run(back.run_id).info.status == "FINISHED"
+
+
+def test_a_slow_server_delays_no_step_and_the_end_is_bounded(
+    run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "deliver", lambda *_: time.sleep(30))
+    monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.2)
+    began = time.monotonic()
+    with ended_by_outcome(run), recording(run) as recorder:
+        for step in range(1, 101):
+            recorder.step(record(step))
+    assert time.monotonic() - began < 2
+    assert "100 steps are unsent" in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_nothing(
+    run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal.Journal, "append", full)
+    with recording(run) as recorder:
+        recorder.step(record(1))
+        recorder.step(record(2))
+    assert capsys.readouterr().out.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("the loss became infinite"), "FAILED", "the loss became infinite"),
+        (KeyboardInterrupt(), "KILLED", None),
+    ],
+)
+def test_the_status_tells_how_it_ended(
+    run: RunRef,
+    mlflow_client: MlflowClient,
+    error: BaseException,
+    status: str,
+    message: str | None,
+) -> None:
+    with pytest.raises(type(error)), ended_by_outcome(run):
+        raise error
+    found = mlflow_client.get_run(run.run_id)
+    assert found.info.status == status
+    assert found.data.tags.get(sync.ERROR_TAG) == message
+
+    with recording(run) as recorder:
+        recorder.step(record(1))
+    assert mlflow_client.get_run(run.run_id).info.status == "RUNNING"
+    with ended_by_outcome(run):
+        pass
+    found = mlflow_client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert sync.ERROR_TAG not in found.data.tags
+
+
+def test_what_the_library_warns_of_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("gpt.training.loop").warning("batch_size %d -> %d", 8, 4)
+    assert "warning: batch_size 8 -> 4" in capsys.readouterr().out
