@@ -2,7 +2,8 @@
 
 Called by `tasks.tracking.sync` with what the outbox holds, as often as it takes: what was
 interrupted is found again, a model by its run and name, a version by the run's uid and step. The
-alias `champion` is on the best version, which only a better one takes it from (`gpt.evaluation.significance`); a
+alias `champion` is on the best version, which only a better one takes it from
+(`gpt.evaluation.significance`); a
 version that does not gets `challenger`.
 """
 

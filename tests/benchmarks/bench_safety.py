@@ -129,7 +129,7 @@ def stepping(mode, steps, checkpoint_interval):
 
 
 def steps_with_a_server_away():
-    from test_servers_away import MlflowServer
+    from servers import MlflowServer
     from token_data import token_dataset
 
     from gpt.config.loading import load_config, merged

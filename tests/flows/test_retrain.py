@@ -12,7 +12,7 @@ import polars
 import pytest
 from conftest import TINY_CONFIG
 from corpus_data import documents
-from test_cli import overnight
+from overnight_command import overnight
 
 from flows.pretrain import pretrain_without_prefect
 from flows.retrain import retrain_without_prefect

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import strategies as st
 
 from gpt.config.loading import build_config
 from gpt.data.shards import open_shard
@@ -81,3 +82,13 @@ def both(manifest):
 def everything(manifest):
     train, validation = both(manifest)
     return sorted(train + validation)
+
+
+AWKWARD_PARTS = st.sampled_from(
+    [
+        *("'", "'s", "'ll", "'re", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "\x1c", "\x85"),
+        *("a", "it", "LL", "é", "e\u0301", "ß", "東", "京", "。", "、", "カ", "한", "ก็", "م", "\0"),
+        *("1", "23", "²", "Ⅷ", "٣", "-", "--", "_", "<|endoftext|>", "\u2019", "🦙", "\u200d"),
+    ]
+)
+AWKWARD_TEXTS = st.one_of(st.lists(AWKWARD_PARTS, max_size=40).map("".join), st.text(max_size=60))

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from test_training_loop import small_config
 from token_data import token_dataset
+from training_data import small_config
 
 from gpt.artifacts import EvaluationReport
 from gpt.evaluation.report_store import REPORT, keep_report

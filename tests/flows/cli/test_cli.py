@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from overnight_command import ROOT, overnight
 
-ROOT = Path(__file__).resolve().parents[3]
 GOOD = ROOT / "configs" / "gpt-576.toml"
 
 
-OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
 """The environment without the settings of these tests."""
-
-
-def overnight(
-    *arguments: str | Path, cwd: Path = ROOT, **settings: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli.main", *map(str, arguments)],
-        cwd=cwd,
-        env=OUTSIDE | {"PYTHONPATH": str(ROOT)} | settings,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_a_good_config_is_summed_up() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars
 import pytest
-from test_cli import overnight as in_a_process
-from test_training_loop import small_config
+from overnight_command import overnight as in_a_process
 from token_data import token_dataset
+from training_data import small_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

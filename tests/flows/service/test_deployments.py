@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from docker.types import HostConfig
+from overnight_command import overnight
 from overnight_up import free_port
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.schemas.objects import FlowRun
@@ -22,7 +23,6 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
-from test_cli import overnight
 
 from flows.runtime.environment import COMPUTE, service_environment
 from flows.service.supervisor import POOL, Settings, only_service, published

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from corpus_data import TEXTS, config, dataset, parquet, stored
-from object_store import BUCKET, KEYS, object_store
+from servers import BUCKET, KEYS, object_store
 
 from gpt.config.loading import load_config
 from gpt.data import store as stores

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_training_loop import numbers, tiny_config
 from token_data import token_dataset
+from training_data import numbers, tiny_config
 
 from gpt.errors import OutOfMemoryError
 from gpt.evaluation import heldout

@@ -8,7 +8,7 @@ import numpy as np
 import polars
 import pytest
 import torch
-from test_transformer import section, shaken, their_gpt2
+from networks import section, shaken, their_gpt2
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.errors import BenchmarkError, OutOfMemoryError

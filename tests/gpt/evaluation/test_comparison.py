@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from comparison_data import entry, report, trained
 from scipy import stats
 
-from gpt.artifacts import EvaluationReport, HellaSwagResult, Sample
-from gpt.evaluation.comparison import Curve, Entry, Trained, verdict
+from gpt.artifacts import HellaSwagResult
+from gpt.evaluation.comparison import verdict
 from gpt.evaluation.significance import difference, difference_of_seeds, judge
 from tasks.pages.comparison import html_page, markdown_page, pictures
 
-CHANCE = np.random.default_rng(7)
-TEXT = CHANCE.normal(3.5, 0.5, 400)
 """How hard each sequence is for any model."""
-
-
-def report(better_by: float = 0.0, noise: float = 0.02, count: int = 400, **changes):
-    losses = TEXT[:count] - better_by + CHANCE.normal(0, noise, count)
-    losses += TEXT[:count].mean() - better_by - losses.mean()  # exactly so much better
-    values = {
-        "step": 9,
-        "tokens": 128 * count,
-        "loss": float(losses.mean()),
-        "perplexity": 30.0,
-        "bits_per_byte": 1.1,
-        "samples": (Sample(prompt="The", text=" <b>end</b>"),),
-        "standard_error": float(losses.std(ddof=1) / count**0.5),
-        "slice_fingerprint": "a" * 16,
-        "sequence_losses": tuple(losses.tolist()),
-    }
-    return EvaluationReport(**(values | changes))
 
 
 def test_pairs_tell_apart_what_unpaired_losses_do_not():
@@ -74,23 +56,6 @@ def test_a_champion_is_beaten_by_more_than_chance(champion, promoted, reason):
     judgement = judge(report(0.05), champion)
     assert judgement.promoted == promoted
     assert reason in judgement.reason
-
-
-def trained(better_by=0.0, parameters=1_000, tokens=50_000, seed=1, **changes) -> Trained:
-    curve = Curve((0, 25_000, tokens), (0.0, 0.1, 0.2), (10.0, 5.0, 3.5))
-    values = {
-        "parameters": parameters,
-        "report": report(better_by),
-        "tokens_per_second": 1234.5,
-        "hours": 0.2,
-        "peak_memory_bytes": 3 * 2**30,
-        "energy_joules": None,
-    }
-    return Trained(seed=seed, tokens=tokens, curve=curve, **(values | changes))
-
-
-def entry(name, *runs, failures=()) -> Entry:
-    return Entry(name, runs, failures)
 
 
 def test_the_verdict_names_the_best_and_by_how_much():

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_training_loop import tiny_config
 from token_data import token_dataset
 from torch.nn import functional as F
+from training_data import tiny_config
 
 from gpt.artifacts import EvaluationReport
 from gpt.data.loader import Sequences

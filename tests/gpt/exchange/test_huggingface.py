@@ -8,10 +8,10 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from networks import section, shaken
 from safetensors.torch import load_file
-from test_training_loop import tiny_config
-from test_transformer import section, shaken
 from token_data import token_dataset
+from training_data import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpt.artifacts import EvaluationReport, LambadaResult, Sample

@@ -2,55 +2,14 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, NanoChatConfig, NanoChatForCausalLM
+from networks import is_conv1d, section, shaken, their_gpt2
+from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from gpt.config.loading import build_config
 from gpt.config.schema import ModelSection
 from gpt.model.loss import capped_logits, summed_loss
 from gpt.model.transformer import build_model, parameter_count
 from gpt.training.optimizer import build_optimizers
-
-
-def section(architecture, **changes):
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 24, **changes}
-    return ModelSection(architecture=architecture, **sizes)
-
-
-def shaken(model):
-    """Zero and one weights hide mistakes, so every weight is drawn anew."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def their_gpt2(ours):
-    config = ours.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
-    weights = {
-        f"transformer.{name}": tensor.T if is_conv1d(name) else tensor
-        for name, tensor in ours.state_dict().items()
-    }
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}  # tied
-    return theirs, lambda name: f"transformer.{name}"
-
-
-def is_conv1d(name):
-    return name.endswith(".weight") and ("attn.c_" in name or "mlp.c_" in name)
 
 
 def their_nanochat(ours):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from overnight_up import wait_for
 from safetensors import SafetensorError
-from test_training_loop import numbers, small_config, weights
 from token_data import token_dataset
+from training_data import numbers, small_config, weights
 
 from gpt.errors import CheckpointError, RunLockedError
 from gpt.training.checkpoint import format as checkpoint_format

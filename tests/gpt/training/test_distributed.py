@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_training_loop import small_config
 from token_data import token_dataset
+from training_data import small_config
 
 from gpt.config.schema import RunConfig
 from gpt.data.loader import Sequences, TrainingBatches

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_training_loop import numbers, small_config, weights
 from token_data import token_dataset
+from training_data import numbers, small_config, weights
 
 from gpt.errors import NonFiniteLossError
 from gpt.training import divergence

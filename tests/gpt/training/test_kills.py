@@ -11,8 +11,8 @@ import faults
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from test_training_loop import small_config, weights
 from token_data import token_dataset
+from training_data import small_config, weights
 
 from gpt.data.shards import read_manifest
 from gpt.training.checkpoint.retention import latest_checkpoint

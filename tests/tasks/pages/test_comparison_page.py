@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import hosts_asked
-from test_comparison import entry, trained
+from comparison_data import entry, trained
 
 from gpt.evaluation.comparison import verdict
 from tasks.pages.comparison import COLUMNS, html_page, pictures

@@ -4,69 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
-import subprocess
-import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from fault_at import PLACES
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.sorting import FlowRunSort
+from overnight_command import (
+    OWN_API,
+    command,
+    flow_states,
+    last_state,
+    mlflow_run,
+)
 from prefect.settings import PREFECT_API_URL
 
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.runtime.signals import Stopping, StopRequested
-from tasks.tracking.runs import MlflowClient
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def environment() -> dict[str, str]:
-    """As a person has it: nothing of the tests' own Prefect."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-
-
-def command(*words: str, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-OWN_API = ("training", "evaluation")
 """Where the command starts Prefect's API itself; elsewhere the suite's server saves that time."""
-
-
-def last_state(root: Path, place: str) -> str:
-    """Of the newest flow run."""
-    if place in OWN_API:
-        return flow_states(root)[-1]
-    with get_client(sync_client=True) as client:
-        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
-    assert run.state
-    return run.state.type.value
-
-
-def flow_states(root: Path) -> list[str]:
-    """Of all flow runs, oldest first, as the database of Prefect's own API has them."""
-    with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as database:
-        rows = database.execute("SELECT state_type FROM flow_run ORDER BY created").fetchall()
-    return [state for (state,) in rows]
-
-
-def mlflow_run(root: Path):
-    client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    (run,) = client.search_runs(experiments)
-    return client, run
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from browser import WINDOW, hosts_asked
-from test_servers_away import MlflowServer, with_store
+from servers import MlflowServer, with_store
 from token_data import token_dataset
 
 from gpt.config.loading import load_config

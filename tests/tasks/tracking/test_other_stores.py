@@ -11,8 +11,8 @@ from typing import Any
 
 import polars
 import pytest
-from object_store import BUCKET, KEYS, SECRET, object_store
 from overnight_up import SMALL, Service, free_port, small
+from servers import BUCKET, KEYS, SECRET, object_store
 
 from tasks.tracking.runs import MlflowClient
 

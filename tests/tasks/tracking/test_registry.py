@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 from registry_data import STEPS, finished_run, report
 from safetensors.torch import load_file
-from test_servers_away import MlflowServer, server
+from servers import MlflowServer
 
 from flows.cli.model_choice import facts_of, find_model
 from gpt.errors import RegistryError
@@ -31,8 +31,6 @@ from tasks.tracking.model_lookup import (
     local_folder,
 )
 from tasks.tracking.runs import MlflowClient, register, sync_run
-
-__all__ = ["server"]  # a fixture
 
 
 @pytest.fixture

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from overnight_command import command, flow_states, mlflow_run
 from overnight_up import free_port
-from test_stopping import command, flow_states, mlflow_run
-from test_training_loop import small_config
+from servers import MlflowServer, with_store
 from token_data import token_dataset
+from training_data import small_config
 
 from gpt.config.schema import RunConfig
 from gpt.training.loop import StepRecord
 from gpt.training.run_dir import open_run_folder
 from tasks.tracking import journal
 from tasks.tracking.runs import MlflowClient, RunRef, ended_by_outcome, open_run, recording
-
-START_SECONDS = 90
-
-
-class MlflowServer:
-    """A real `mlflow server` on the SQLite store of a folder, which can be killed and started
-    again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self._port}"
-
-    def start(self) -> None:
-        store = f"sqlite:///{self._folder}/mlflow.db"
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-                *("--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(self._port)),
-                *("--artifacts-destination", str(self._folder / "artifacts")),
-            ],
-            # Its runners of background jobs, which serve nothing here, are processes of their own.
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise AssertionError("the MLflow server did not start")
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def with_store(folder: Path, mlflow_database: Path) -> Path:
-    folder.mkdir()
-    shutil.copy(mlflow_database, folder)
-    return folder
-
-
-@pytest.fixture
-def server(tmp_path: Path, mlflow_database: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(with_store(tmp_path / "server", mlflow_database))
-    server.start()
-    yield server
-    server.kill()
 
 
 def opened(tmp_path: Path, uri: str) -> tuple[RunConfig, RunRef]:

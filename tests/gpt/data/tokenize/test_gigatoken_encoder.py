@@ -4,9 +4,8 @@ import logging
 
 import numpy as np
 import pytest
-from corpus_data import TEXTS, dataset, parquet, reference, stored
+from corpus_data import AWKWARD_TEXTS, TEXTS, dataset, parquet, reference, stored
 from hypothesis import given, settings
-from test_cuts import TEXTS as AWKWARD
 
 from gpt.data.tokenize import chunks, gigatoken_encoder, tokenizer, units
 from gpt.data.tokenize.encoders import Mismatch, TiktokenEncoder
@@ -16,7 +15,7 @@ ENCODER = CheckedGigatoken()
 PLAIN = "Plain English words, one after the other; nothing else is in here. " * 400
 
 
-@given(AWKWARD.filter(bool))
+@given(AWKWARD_TEXTS.filter(bool))
 @settings(max_examples=300, deadline=None)
 def test_ids_are_tiktoken_s(text):
     texts = [text.encode(), b"next document", (text * 3).encode()]
@@ -24,7 +23,7 @@ def test_ids_are_tiktoken_s(text):
         assert np.array_equal(ours, theirs)
 
 
-@given(AWKWARD.filter(bool))
+@given(AWKWARD_TEXTS.filter(bool))
 @settings(max_examples=200, deadline=None)
 def test_everything_awkward_is_compared(text):
     """Each character beyond ASCII, each long run and all of a text with `<|` lies in a stretch."""

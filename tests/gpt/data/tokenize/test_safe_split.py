@@ -2,27 +2,19 @@
 
 import numpy as np
 import pytest
+from corpus_data import AWKWARD_TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.data.tokenize.safe_split import SAFE, pieces
 from gpt.data.tokenize.tokenizer import encode
 
-AWKWARD = st.sampled_from(
-    [
-        *("'", "'s", "'ll", "'re", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "\x1c", "\x85"),
-        *("a", "it", "LL", "é", "e\u0301", "ß", "東", "京", "。", "、", "カ", "한", "ก็", "م", "\0"),
-        *("1", "23", "²", "Ⅷ", "٣", "-", "--", "_", "<|endoftext|>", "\u2019", "🦙", "\u200d"),
-    ]
-)
-TEXTS = st.one_of(st.lists(AWKWARD, max_size=40).map("".join), st.text(max_size=60))
-
 
 def view(text):
     return memoryview(text.encode())
 
 
-@given(TEXTS)
+@given(AWKWARD_TEXTS)
 @settings(max_examples=400, deadline=None)
 def test_every_place_that_is_called_safe_is_safe(text):
     whole = encode(text).tolist()
@@ -31,7 +23,7 @@ def test_every_place_that_is_called_safe_is_safe(text):
         assert encode(left).tolist() + encode(right).tolist() == whole, (left, right)
 
 
-@given(TEXTS, st.integers(1, 50))
+@given(AWKWARD_TEXTS, st.integers(1, 50))
 @settings(max_examples=300, deadline=None)
 def test_parts_are_the_text_and_their_ids_are_its_ids(text, most):
     parts = [str(part, "utf-8") for part in pieces(view(text), most)]

@@ -1,0 +1,5 @@
+"""Fixtures of the tracking tests."""
+
+from servers import server
+
+__all__ = ["server"]
