@@ -10,37 +10,44 @@ from typing import Any
 from prefect import State, flow
 from prefect.runtime import flow_run
 
-from flows.runtime.outcome import Outcome, outcome_of, result_page
-from flows.runtime.stages import TOLD, Call, as_function, as_task, stopped_or, told
+from flows.runtime.outcome import Outcome, build_outcome, render_outcome
+from flows.runtime.stages import (
+    STATE_HOOKS,
+    Call,
+    as_function,
+    as_task,
+    cancelled_on_signal,
+    run_flow,
+)
 from gpt.artifacts import CheckpointRef, DatasetManifest
-from gpt.config.loading import merged, read_toml
+from gpt.config.loading import merge_overrides, read_toml
 from gpt.config.schema import RunConfig
 from gpt.errors import GPTError
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.run_dir import open_run_folder
+from gpt.training.run_dir import open_run_dir
 from gpt.training.run_lock import run_lock
 from tasks.evaluate import evaluate
 from tasks.register_model import register_model
-from tasks.runtime.prefect_api import show_page
+from tasks.runtime.prefect_api import publish_markdown
 from tasks.runtime.signals import StopRequested
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking.runs import RunRef, ended_by_outcome, open_run
+from tasks.tracking.runs import RunRef, open_run, track_run_status
 from tasks.train import train
 from tasks.validate_config import validate_config
 
 
-def run_name_asked() -> str:
+def run_name_from_config() -> str:
     """The run's name; the config file's where that cannot be read, which the flow will say."""
     parameters = flow_run.get_parameters()
     path = Path(parameters["config"])
     try:
-        raw = merged(read_toml(path), parameters["overrides"] or {})
+        raw = merge_overrides(read_toml(path), parameters["overrides"] or {})
         return str(raw["run"]["name"])
     except (GPTError, KeyError, TypeError):
         return path.stem
 
 
-@flow(name="pretrain", flow_run_name=run_name_asked, **TOLD)
+@flow(name="pretrain", flow_run_name=run_name_from_config, **STATE_HOOKS)
 def pretrain(
     config: str,
     overrides: dict[str, Any] | None = None,
@@ -57,14 +64,14 @@ def pretrain(
         fresh: Begin a new run folder even where this run can be gone on with.
         parent: Folder of a comparison that this run is part of.
     """
-    return told(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
+    return run_flow(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
 
 
 def pretrain_without_prefect(
     config: str, overrides: dict[str, Any], fresh: bool, parent: str | None = None
 ) -> Outcome | State:
     """The same stages, told to nobody."""
-    return stopped_or(lambda: _stages(config, overrides, fresh, parent, as_function))
+    return cancelled_on_signal(lambda: _stages(config, overrides, fresh, parent, as_function))
 
 
 def _stages(
@@ -72,31 +79,33 @@ def _stages(
 ) -> Outcome:
     checked = call(validate_config)(config, overrides)
     dataset = call(tokenize_parquet)(checked)
-    folder = open_run_folder(checked, dataset, fresh=fresh)
-    return trained(checked, dataset, folder, call, parent=Path(parent) if parent else None)
+    folder = open_run_dir(checked, dataset, fresh=fresh)
+    return train_and_register(
+        checked, dataset, folder, call, parent=Path(parent) if parent else None
+    )
 
 
-def trained(
+def train_and_register(
     config: RunConfig,
     dataset: DatasetManifest,
     folder: Path,
     call: Call,
     parent: Path | None = None,
     trial: str = "",
-    before_judgement: Callable[[CheckpointRef, RunRef], None] = lambda *_: None,
+    before_registration: Callable[[CheckpointRef, RunRef], None] = lambda *_: None,
 ) -> Outcome:
     """The stages from training on, in a run's folder. `trial` names what is tried, for
-    the version; `before_judgement` is done between the evaluation and the registration."""
+    the version; `before_registration` is done between the evaluation and the registration."""
     with run_lock(folder), _standing_told(folder):
         run = open_run(config, dataset, folder, parent, trial)
-        with ended_by_outcome(run):
+        with track_run_status(run):
             checkpoint = call(train)(config, dataset, run)
             report = call(evaluate)(config, dataset, checkpoint, run)
-            before_judgement(checkpoint, run)
+            before_registration(checkpoint, run)
             registered = call(register_model)(config, run)
-    outcome = outcome_of(config, folder, checkpoint, report, run.uri, run.run_id, registered)
+    outcome = build_outcome(config, folder, checkpoint, report, run.uri, run.run_id, registered)
     reached = f"Validation loss {report.loss:.4f} after {report.step} steps"
-    show_page(f"result-{outcome.name}", result_page(outcome), reached)
+    publish_markdown(f"result-{outcome.name}", render_outcome(outcome), reached)
     return outcome
 
 

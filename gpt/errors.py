@@ -105,7 +105,7 @@ class NonFiniteLossError(GPTError):
     headline = "the numbers went wrong"
 
 
-class GroupError(GPTError):
+class DistributedError(GPTError):
     """Devices that train together and lost one another too often."""
 
     headline = "the devices cannot go on together"

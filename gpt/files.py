@@ -30,7 +30,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces; about 1 GB/s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A hidden folder to fill, which is `path` once the block ends, every file on the disk; after
     an exception there is nothing. Raises `FileExistsError` where `path` is there and not empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -17,7 +17,7 @@ THRESHOLDS = (200_000, 30, 30)
 
 
 @functools.cache
-def spare_imports() -> None:
+def tune_gc() -> None:
     """Collect less often, and not once more as the process ends.
 
     Prefect, torch and MLflow are a million objects that live as long as the process: of the 5.6 s

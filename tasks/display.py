@@ -31,9 +31,9 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from gpt.config.schema import RunConfig
-from gpt.data.store import Carried
+from gpt.data.store import TransferProgress
 from gpt.data.tokenize.pipeline import TokenizeProgress
-from gpt.evaluation.progress import Progress, Result, Running
+from gpt.evaluation.progress import Progress, ProgressGenerator, Result
 from gpt.training.loop import StepRecord
 
 Step = TypeVar("Step")
@@ -62,7 +62,7 @@ _page.propagate = False
 _page.addHandler(APILogHandler())
 
 
-def tell(line: str, *, level: int = logging.INFO) -> None:
+def log_info(line: str, *, level: int = logging.INFO) -> None:
     """Print a line, and log it to the Prefect run if this is one."""
     console.print(line, markup=False, style="yellow" if level >= logging.WARNING else None)
     try:
@@ -72,22 +72,22 @@ def tell(line: str, *, level: int = logging.INFO) -> None:
     _page.log(level, line)
 
 
-def warn(line: str) -> None:
-    tell(f"warning: {line}", level=logging.WARNING)
+def log_warning(line: str) -> None:
+    log_info(f"warning: {line}", level=logging.WARNING)
 
 
 class _LibraryWarnings(logging.Handler):
     """Tells what the library warns of, as a batch that was too large, where the run is told."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        warn(record.getMessage())
+        log_warning(record.getMessage())
 
 
 logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
 
 
 @contextmanager
-def quietly(wanted: bool) -> Iterator[None]:
+def print_to_stderr(wanted: bool) -> Iterator[None]:
     """Tell on standard error where standard output belongs to a program."""
     before = console.stderr
     console.stderr = wanted
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def following(steps: Generator[Step, None, Result], show: Callable[[Step], None]) -> Result:
+def run_with_progress(steps: Generator[Step, None, Result], show: Callable[[Step], None]) -> Result:
     """What comes of `steps`, each shown."""
     while True:
         try:
@@ -118,37 +118,37 @@ class TokenizeDisplay:
 
     def show(self, progress: TokenizeProgress) -> None:
         share = progress.rows_done / max(1, progress.rows_total)
-        done = progress.rows_done - progress.rows_kept
+        done = progress.rows_done - progress.rows_reused
         left = progress.seconds * (progress.rows_total - progress.rows_done) / max(1, done)
-        pace = (progress.tokens - progress.tokens_kept) / max(1e-9, progress.seconds)
+        pace = (progress.tokens - progress.tokens_reused) / max(1e-9, progress.seconds)
         text = f"{progress.tokens:,} tokens  {pace:,.0f} tokens/s  {duration(left)} left"
         self._progress.update(
             self._task, completed=progress.rows_done, total=progress.rows_total, text=text
         )
         now = time.monotonic()
         if now - self._last_line >= TOKENIZE_SECONDS and not console.is_terminal:
-            tell(f"tokenising {share:4.0%}  {text}")
+            log_info(f"tokenising {share:4.0%}  {text}")
             self._last_line = now
 
 
-class CarryDisplay:
+class TransferDisplay:
     """Of a data set on its way to or from a store."""
 
     def __init__(self, verb: str, progress: Bar, task: TaskID) -> None:
         self._verb, self._progress, self._task = verb, progress, task
         self._began = self._last_line = time.monotonic()
 
-    def following(self, carrying: Generator[Carried, None, Result]) -> Result:
-        return following(carrying, self._show)
+    def run_with_progress(self, carrying: Generator[TransferProgress, None, Result]) -> Result:
+        return run_with_progress(carrying, self._show)
 
-    def _show(self, carried: Carried) -> None:
+    def _show(self, carried: TransferProgress) -> None:
         now = time.monotonic()
         done, total = carried.bytes_done, carried.bytes_total
         left = (now - self._began) * (total - done) / max(1, done)
         text = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {duration(left)} left"
         self._progress.update(self._task, completed=done, total=total, text=text)
         if now - self._last_line >= TOKENIZE_SECONDS and not console.is_terminal:
-            tell(f"{self._verb} {text}")
+            log_info(f"{self._verb} {text}")
             self._last_line = now
 
 
@@ -167,7 +167,7 @@ class TrainDisplay:
             self._show_step(record, record.loss, counter)
         if record.validation:
             held = record.validation
-            tell(
+            log_info(
                 f"{counter}  validation loss {held.loss:.4f}  perplexity {held.perplexity:,.1f}"
                 f"  bits per byte {held.bits_per_byte:.4f}"
             )
@@ -182,7 +182,7 @@ class TrainDisplay:
         text = f"loss {loss:.4f}  {pace:,.0f} tokens/s  {left} left"
         self._progress.update(self._task, completed=record.step, text=text)
         if record.step in (1, self._last_step) or record.step % self._interval == 0:
-            tell(
+            log_info(
                 f"{counter}  loss {loss:.4f}  lr {record.learning_rate:.1e}"
                 f"  {pace:,.0f} tokens/s{_device_use(record)}  {left} left"
             )
@@ -194,10 +194,10 @@ class EvaluateDisplay:
         self._progress, self._task = progress, task
         self._last_line = time.monotonic()
 
-    def following(self, running: Running[Result]) -> Result:
+    def run_with_progress(self, running: ProgressGenerator[Result]) -> Result:
         """The result of what runs, told of on the way: a bar on a terminal, elsewhere a line every
         `EVALUATE_SECONDS`."""
-        return following(running, self._show)
+        return run_with_progress(running, self._show)
 
     def _show(self, progress: Progress) -> None:
         self._progress.update(
@@ -205,7 +205,7 @@ class EvaluateDisplay:
         )
         now = time.monotonic()
         if now - self._last_line >= EVALUATE_SECONDS and not console.is_terminal:
-            tell(f"evaluating: {progress.what} {progress.done:,} of {progress.total:,}")
+            log_info(f"evaluating: {progress.what} {progress.done:,} of {progress.total:,}")
             self._last_line = now
 
 
@@ -223,9 +223,9 @@ def tokenize_display() -> Iterator[TokenizeDisplay]:
 
 
 @contextmanager
-def carry_display(verb: str) -> Iterator[CarryDisplay]:
+def transfer_display(verb: str) -> Iterator[TransferDisplay]:
     with _bar(verb) as (progress, task):
-        yield CarryDisplay(verb, progress, task)
+        yield TransferDisplay(verb, progress, task)
 
 
 @contextmanager

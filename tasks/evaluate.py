@@ -9,21 +9,21 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest, EvaluationReport
 from gpt.config.schema import RunConfig
-from gpt.evaluation.report import evaluation_of
-from gpt.evaluation.report_store import REPORT, keep_report, kept_report
-from gpt.files import sha256_of, write_text
+from gpt.evaluation.report import evaluate_model
+from gpt.evaluation.report_store import REPORT_FILE, load_report, save_report
+from gpt.files import compute_sha256, write_text
 from gpt.hardware.device import pick_device
-from gpt.model.io import load_saved
+from gpt.model.io import load_model
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import (
     PROGRESS_FILE,
+    checkpoint_step,
     complete_checkpoints,
     read_progress,
-    step_of,
 )
-from tasks.display import evaluate_display, tell
-from tasks.tracking.journal import ModelEntry
-from tasks.tracking.runs import RunRef, attach, recording
+from tasks.display import evaluate_display, log_info
+from tasks.tracking.journal import PendingModel
+from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
 SAMPLES = "samples.md"
 MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
@@ -34,17 +34,17 @@ def evaluate(
     config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointRef, run: RunRef
 ) -> EvaluationReport:
     """Evaluate the checkpoint, unless the run folder has that report already."""
-    with recording(run) as recorder:
-        report = kept_report(run.folder, config, checkpoint.step)
+    with open_recorder(run) as recorder:
+        report = load_report(run.folder, config, checkpoint.step)
         if report is None:
-            tell(f"evaluating step {checkpoint.step}")
+            log_info(f"evaluating step {checkpoint.step}")
             report = evaluated(checkpoint.folder, config, dataset, checkpoint.step)
             # The samples first: a report that is there is whole.
-            write_text(run.folder / SAMPLES, samples_page(report))
-            keep_report(run.folder, config, report)
+            write_text(run.folder / SAMPLES, render_samples(report))
+            save_report(run.folder, config, report)
         recorder.report(report)
-        files = {name: run.folder / name for name in (REPORT, SAMPLES)}
-        attach(run, files, models_of(run.folder.resolve(), checkpoint.step))
+        files = {name: run.folder / name for name in (REPORT_FILE, SAMPLES)}
+        attach_artifacts(run, files, collect_models(run.folder.resolve(), checkpoint.step))
     return report
 
 
@@ -52,32 +52,32 @@ def evaluated(
     model: Path, config: RunConfig, dataset: DatasetManifest, step: int
 ) -> EvaluationReport:
     """The report on the model in a folder, its progress shown."""
-    network = load_saved(model, pick_device(config.hardware.device))
+    network = load_model(model, pick_device(config.hardware.device))
     with evaluate_display() as display:
-        return display.following(evaluation_of(network, config, dataset, step))
+        return display.run_with_progress(evaluate_model(network, config, dataset, step))
 
 
-def models_of(folder: Path, evaluated: int) -> tuple[ModelEntry, ...]:
+def collect_models(folder: Path, evaluated: int) -> tuple[PendingModel, ...]:
     """The run's checkpoints; the evaluated one with its files and its report."""
     return tuple(
-        _model(path, folder / REPORT if step_of(path) == evaluated else None)
+        _model(path, folder / REPORT_FILE if checkpoint_step(path) == evaluated else None)
         for path in reversed(complete_checkpoints(folder))
     )
 
 
-def _model(checkpoint: Path, report: Path | None) -> ModelEntry:
+def _model(checkpoint: Path, report: Path | None) -> PendingModel:
     progress = read_progress(checkpoint)
-    return ModelEntry(
+    return PendingModel(
         name=f"step-{progress.step}",
         step=progress.step,
         tokens_seen=progress.tokens_seen,
         folder=checkpoint,
         files=(*(checkpoint / name for name in MODEL_FILES), report) if report else (),
-        report_sha256=sha256_of(report) if report else "",
+        report_sha256=compute_sha256(report) if report else "",
     )
 
 
-def samples_page(report: EvaluationReport) -> str:
+def render_samples(report: EvaluationReport) -> str:
     """What the model writes, as Markdown: each prompt in bold, its continuation quoted."""
     parts = [f"# What the model writes after step {report.step}"]
     for sample in report.samples:

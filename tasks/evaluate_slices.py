@@ -11,36 +11,36 @@ from prefect.cache_policies import NO_CACHE
 from gpt.artifacts import Artifact, CheckpointRef, DatasetManifest, EvaluationReport
 from gpt.config.schema import RunConfig
 from gpt.evaluation.report_store import (
-    REPORT,
-    RIVAL_REPORT,
-    asked_of_model,
-    keep_for,
-    kept_for,
-    kept_report,
+    CHAMPION_REPORT_FILE,
+    REPORT_FILE,
+    load_report,
+    load_report_for,
+    model_report_key,
+    save_report_for,
 )
-from gpt.model.section import read_section
-from tasks.display import tell
+from gpt.model.section import load_model_section
+from tasks.display import log_info
 from tasks.evaluate import evaluated
 from tasks.tracking.champion import Champion
-from tasks.tracking.runs import RunRef, attach, recording
+from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
 
-class Pair(Artifact):
+class ReportPair(Artifact):
     """Two reports on one slice."""
 
     challenger: EvaluationReport
     champion: EvaluationReport
 
 
-class Slices(Artifact):
+class SliceReports(Artifact):
     """Losses on text that neither was trained on."""
 
-    current: Pair
+    current: ReportPair
     """The slice of the current data set, by which they are judged."""
-    old: Pair | None = None
+    old: ReportPair | None = None
     """The slice of the champion's data set, where that is still there: whether something was
     forgotten."""
-    new: Pair | None = None
+    new: ReportPair | None = None
     """The validation text of the files that are new to the champion, where some of its own are in
     the data set too: whether something was learned."""
 
@@ -54,7 +54,7 @@ def evaluate_slices(
     run: RunRef,
     champion: Champion,
     model: Path,
-) -> Slices:
+) -> SliceReports:
     """Evaluate the champion, which lies in `model`, on the slice that the challenger was evaluated
     on; then both on the champion's own, and on that of `new`. A report that the run folder has is
     not made again."""
@@ -67,28 +67,30 @@ def evaluate_slices(
     )
     ours = _Model(checkpoint.folder, f"step-{checkpoint.step}", checkpoint.step, "the challenger")
     theirs = _Model(model, champion.location, champion.step, str(champion))
-    longest = max(config.model.block_size, read_section(model).block_size)
+    longest = max(config.model.block_size, load_model_section(model).block_size)
 
-    def pair(name: str, on: DatasetManifest | None) -> Pair | None:
+    def pair(name: str, on: DatasetManifest | None) -> ReportPair | None:
         if on is None or on.validation.tokens <= longest:
             return None
-        return Pair(
-            challenger=_report(run, f"{name}_{REPORT}", on_text, on, ours, f"{name} text"),
-            champion=_report(run, f"{name}_{RIVAL_REPORT}", on_text, on, theirs, f"{name} text"),
+        return ReportPair(
+            challenger=_report(run, f"{name}_{REPORT_FILE}", on_text, on, ours, f"{name} text"),
+            champion=_report(
+                run, f"{name}_{CHAMPION_REPORT_FILE}", on_text, on, theirs, f"{name} text"
+            ),
         )
 
-    challenger = kept_report(run.folder, config, checkpoint.step)
+    challenger = load_report(run.folder, config, checkpoint.step)
     assert challenger, "the evaluate task keeps it"
-    with recording(run) as recorder:
-        rival = _report(run, RIVAL_REPORT, config, dataset, theirs, "the current slice")
-        slices = Slices(
-            current=Pair(challenger=challenger, champion=rival),
-            old=pair("old", champion.dataset if champion.dataset_is_here else None),
+    with open_recorder(run) as recorder:
+        rival = _report(run, CHAMPION_REPORT_FILE, config, dataset, theirs, "the current slice")
+        slices = SliceReports(
+            current=ReportPair(challenger=challenger, champion=rival),
+            old=pair("old", champion.dataset if champion.dataset_is_local else None),
             new=pair("new", new),
         )
         recorder.against(checkpoint.step, rival, _losses(slices))
-        files = sorted(run.folder.glob(f"*{REPORT}"))
-        attach(run, {path.name: path for path in files})
+        files = sorted(run.folder.glob(f"*{REPORT_FILE}"))
+        attach_artifacts(run, {path.name: path for path in files})
     return slices
 
 
@@ -105,16 +107,16 @@ def _report(
     run: RunRef, name: str, config: RunConfig, dataset: DatasetManifest, model: _Model, told: str
 ) -> EvaluationReport:
     """The report of that name in the run folder, if it is on this model and data, else made."""
-    asked = asked_of_model(model.identity, dataset.fingerprint, config)
-    report = kept_for(run.folder / name, asked)
+    asked = model_report_key(model.identity, dataset.fingerprint, config)
+    report = load_report_for(run.folder / name, asked)
     if report is None:
-        tell(f"evaluating {model.told} on {told}")
+        log_info(f"evaluating {model.told} on {told}")
         report = evaluated(model.folder, config, dataset, model.step)
-        keep_for(run.folder / name, asked, report)
+        save_report_for(run.folder / name, asked, report)
     return report
 
 
-def _losses(slices: Slices) -> dict[str, float]:
+def _losses(slices: SliceReports) -> dict[str, float]:
     """By MLflow's key; the challenger's on the current slice is told already."""
     found = {}
     for name, pair in (("old", slices.old), ("new", slices.new)):

@@ -11,26 +11,32 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import Artifact
-from gpt.config.loading import build_config, merged
+from gpt.config.loading import build_config, merge_overrides
 from gpt.config.schema import RunConfig, fingerprint
-from gpt.data.filters import Selection
+from gpt.data.filters import RowFilter
 from gpt.data.parquet import inspect
-from gpt.data.source_changes import Changes, find_changes
+from gpt.data.source_changes import SourceChanges, find_source_changes
 from gpt.data.sources import find_sources
 from gpt.errors import ConfigError, CorpusError, Problem
-from gpt.preflight.named_files import model_to_begin_with
-from gpt.training.identity import shaping_values
-from tasks.display import tell, warn
-from tasks.tracking.champion import Champion, Trial, champion_folder, find_champion, find_trial
+from gpt.preflight.named_files import check_init_from
+from gpt.training.identity import identity_values
+from tasks.display import log_info, log_warning
+from tasks.tracking.champion import (
+    Champion,
+    EarlierTrial,
+    fetch_champion,
+    find_champion,
+    find_earlier_trial,
+)
 from tasks.tracking.metadata import tracking_uri
 
 MOST_LISTED = 5
 """Files that a line names."""
-Start = Literal["scratch", "champion"]
+StartFrom = Literal["scratch", "champion"]
 """With which weights a challenger begins."""
 
 
-class Look(Artifact):
+class RetrainPlan(Artifact):
     """What a retraining goes on from."""
 
     config: RunConfig
@@ -40,14 +46,14 @@ class Look(Artifact):
     """None: there is none yet."""
     model: Path | None = None
     """The champion's folder, where it will be needed."""
-    changes: Changes
+    changes: SourceChanges
     trial: str
     """Names what is to be tried: data, settings and where it begins."""
-    tried: Trial | None = None
+    tried: EarlierTrial | None = None
     """What came of trying it before."""
 
     @property
-    def ends(self) -> bool:
+    def is_up_to_date(self) -> bool:
         """Whether there is nothing to do."""
         return self.tried is not None or (self.champion is not None and not self.changes.any)
 
@@ -57,8 +63,8 @@ class Look(Artifact):
         if self.champion is None:
             return "there is no champion yet: the first one is trained"
         if not self.changes.any:
-            gone = len(self.changes.gone)
-            since = f"; {gone} of its files are gone, which is nothing new" if gone else ""
+            removed = len(self.changes.removed)
+            since = f"; {removed} of its files are gone, which is nothing new" if removed else ""
             return f"unchanged: {self.champion} was trained on every file of the source{since}"
         if self.tried:
             became = "became" if self.tried.alias == "champion" else "stayed"
@@ -68,22 +74,22 @@ class Look(Artifact):
             )
         if not self.champion.dataset:
             return f"changed: what {self.champion} was trained on is not known any more: all is new"
-        named = listed(self.changes.new)
+        named = format_names(self.changes.new)
         new = [f"new to {self.champion}: {named}"] if named else []
         return f"changed: {'; '.join([*new, *self.changes.settings])}"
 
 
 @task(name="find-changes", task_run_name="find-changes", cache_policy=NO_CACHE)
-def find_changes_since(config: RunConfig, path: str | None, start: Start) -> Look:
-    """`look`, told."""
-    found = look(config, path, start)
-    tell(found.reason)
+def find_changes(config: RunConfig, path: str | None, start: StartFrom) -> RetrainPlan:
+    """`plan_retraining`, told."""
+    found = plan_retraining(config, path, start)
+    log_info(found.reason)
     for note in notes(found):
-        warn(note)
+        log_warning(note)
     return found
 
 
-def look(config: RunConfig, path: str | None, start: Start) -> Look:
+def plan_retraining(config: RunConfig, path: str | None, start: StartFrom) -> RetrainPlan:
     """Hold the source, and the file `path` beside it, against the champion's data set. Writes
     nothing but the hashes of files.
 
@@ -96,39 +102,39 @@ def look(config: RunConfig, path: str | None, start: Start) -> Look:
         raise ConfigError(
             Problem("tracking.registered_model", "", rule, "name a registered model, as gpt")
         )
-    asked = with_file(config, path) if path else config
+    asked = add_source_file(config, path) if path else config
     uri, root = tracking_uri(asked), asked.run.root
     champion = find_champion(name, uri, root)
     if champion:
         _refuse_smaller_validation(asked, champion)
-    changes = find_changes(asked, champion.dataset if champion else None)
+    changes = find_source_changes(asked, champion.dataset if champion else None)
     if champion and not changes.any:
-        return Look(config=asked, champion=champion, changes=changes, trial="")
+        return RetrainPlan(config=asked, champion=champion, changes=changes, trial="")
     begins = champion if start == "champion" else None
-    values = shaping_values(asked, changes.fingerprint) | {
+    values = identity_values(asked, changes.fingerprint) | {
         "max_steps": asked.training.max_steps,
         "begins_with": begins.location if begins else "",
     }
     trial = fingerprint(values)
-    tried = find_trial(name, uri, trial)
-    model = champion_folder(champion, uri, root) if champion and not tried else None
+    tried = find_earlier_trial(name, uri, trial)
+    model = fetch_champion(champion, uri, root) if champion and not tried else None
     if begins and model:
         asked = _beginning_with(asked, model)
-    return Look(
+    return RetrainPlan(
         config=asked, champion=champion, model=model, changes=changes, trial=trial, tried=tried
     )
 
 
-def notes(found: Look) -> list[str]:
+def notes(found: RetrainPlan) -> list[str]:
     """What a person should know of a comparison that will not be quite fair or whole."""
     champion, config = found.champion, found.config
-    if champion is None or found.ends:
+    if champion is None or found.is_up_to_date:
         return []
     said = []
-    if champion.dataset and found.changes.gone:
-        gone = listed(found.changes.gone)
-        said.append(f"the source does not have any more what {champion} was trained on: {gone}")
-    if champion.dataset and not champion.dataset_is_here:
+    if champion.dataset and found.changes.removed:
+        removed = format_names(found.changes.removed)
+        said.append(f"the source does not have any more what {champion} was trained on: {removed}")
+    if champion.dataset and not champion.dataset_is_local:
         said.append(f"the data set of {champion} is gone: nothing is told of its old slice")
     before = champion.validation_fraction
     if before is not None and config.data.validation_fraction > before:
@@ -139,7 +145,7 @@ def notes(found: Look) -> list[str]:
     return said
 
 
-def with_file(config: RunConfig, path: str) -> RunConfig:
+def add_source_file(config: RunConfig, path: str) -> RunConfig:
     """The config with the file at `path` among its sources, where they do not have it already.
     Raises `CorpusError` for one that is not there or is no Parquet with the text column."""
     given = path if "://" in path else str(Path(path).expanduser().absolute())
@@ -147,30 +153,30 @@ def with_file(config: RunConfig, path: str) -> RunConfig:
     try:
         files = find_sources((given,))
         for file in files:
-            inspect(file, Selection(data.text_column))
+            inspect(file, RowFilter(data.text_column))
     except CorpusError as error:
         of_path = [replace(p, key="path") if p.key == "data.source" else p for p in error.problems]
         raise CorpusError(*of_path) from error
     covered = {file.key for file in find_sources(data.source)}
     if all(file.key in covered for file in files):
         return config
-    return changed(config, {"data": {"source": [*data.source, given]}})
+    return override_config(config, {"data": {"source": [*data.source, given]}})
 
 
-def listed(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """The first of them, and how many more there are."""
     more = len(names) - MOST_LISTED
     return ", ".join(names[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def changed(config: RunConfig, values: dict[str, dict[str, object]]) -> RunConfig:
+def override_config(config: RunConfig, values: dict[str, dict[str, object]]) -> RunConfig:
     """The config with other values. Raises `ConfigError`."""
-    return build_config(merged(config.model_dump(mode="json"), values))
+    return build_config(merge_overrides(config.model_dump(mode="json"), values))
 
 
 def _beginning_with(config: RunConfig, model: Path) -> RunConfig:
-    begun = changed(config, {"training": {"init_from": str(model)}})
-    if problem := model_to_begin_with(begun):
+    begun = override_config(config, {"training": {"init_from": str(model)}})
+    if problem := check_init_from(begun):
         rule = f"the champion cannot be gone on from: it {problem.rule}"
         remedy = f'give {problem.remedy}, or start from "scratch"'
         raise ConfigError(Problem("start", "champion", rule, remedy))

@@ -6,19 +6,19 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.config.schema import RunConfig
-from tasks.display import tell
-from tasks.tracking.journal import Registered
+from tasks.display import log_info
+from tasks.tracking.journal import RegisteredVersion
 from tasks.tracking.runs import RunRef, register
 
 
 @task(name="register-model", task_run_name="register-model", cache_policy=NO_CACHE)
-def register_model(config: RunConfig, run: RunRef) -> Registered | None:
+def register_model(config: RunConfig, run: RunRef) -> RegisteredVersion | None:
     """Register the run's model, once, and say whether it is the champion, and why. None where the
     config names no registered model, or where MLflow has not answered."""
     name = config.tracking.registered_model
     registered = register(run, name)
     if registered:
-        tell(f"registered as {registered}")
+        log_info(f"registered as {registered}")
     elif name:
-        tell(f"not registered as {name} yet: MLflow at {run.uri} has not taken it")
+        log_info(f"not registered as {name} yet: MLflow at {run.uri} has not taken it")
     return registered

@@ -7,41 +7,50 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.store import fetch_dataset, put_dataset
-from gpt.data.summary import page, write_summary
+from gpt.data.store import download_dataset, upload_dataset
+from gpt.data.summary import render_summary, write_summary
 from gpt.data.tokenize.pipeline import find_dataset, tokenize_corpus
 from gpt.data.tokenize.requests import Cluster
-from tasks.cluster.runner import cluster_of
-from tasks.display import TokenizeDisplay, carry_display, following, tell, tokenize_display, warn
-from tasks.runtime.prefect_api import show_page
+from tasks.cluster.runner import resolve_cluster
+from tasks.display import (
+    TokenizeDisplay,
+    log_info,
+    log_warning,
+    run_with_progress,
+    tokenize_display,
+    transfer_display,
+)
+from tasks.runtime.prefect_api import publish_markdown
 
 
 @task(name="tokenize-parquet", task_run_name="tokenize-parquet", cache_policy=NO_CACHE)
 def tokenize_parquet(config: RunConfig) -> DatasetManifest:
     """Raises `CorpusError` for a source that cannot be read or holds too little."""
-    dataset = tokenized(config)
+    dataset = find_or_tokenize(config)
     tokens = f"{dataset.train.tokens:,} tokens to train on"
-    show_page(f"dataset-{dataset.fingerprint[:16]}", page(dataset), tokens)
+    publish_markdown(f"dataset-{dataset.fingerprint[:16]}", render_summary(dataset), tokens)
     return dataset
 
 
-def tokenized(config: RunConfig) -> DatasetManifest:
+def find_or_tokenize(config: RunConfig) -> DatasetManifest:
     """The data set of a config, made or found, with a bar and lines; needs no Prefect run."""
     dataset, verb = find_dataset(config), "already tokenised in"
     if dataset is None and config.data.store:
         dataset, verb = _fetched(config), "fetched into"
     if dataset is None:
-        cluster = cluster_of(config.data)
-        tell(f"tokenising {', '.join(config.data.source)}")
+        cluster = resolve_cluster(config.data)
+        log_info(f"tokenising {', '.join(config.data.source)}")
         with tokenize_display() as display:
             dataset, verb = _made(config, cluster, display), "tokenised into"
     else:
         for note in dataset.notes:
-            warn(note)
+            log_warning(note)
     if dataset.skipped_files:
-        warn(f"{len(dataset.skipped_files)} files were left out; the data set's page names them")
+        log_warning(
+            f"{len(dataset.skipped_files)} files were left out; the data set's page names them"
+        )
     write_summary(dataset)
-    tell(
+    log_info(
         f"{verb} {dataset.folder}: {dataset.train.tokens:,} tokens to train on, "
         f"{dataset.validation.tokens:,} to validate"
     )
@@ -51,15 +60,15 @@ def tokenized(config: RunConfig) -> DatasetManifest:
 
 
 def _fetched(config: RunConfig) -> DatasetManifest | None:
-    with carry_display(f"fetching from {config.data.store}") as display:
-        return display.following(fetch_dataset(config))
+    with transfer_display(f"fetching from {config.data.store}") as display:
+        return display.run_with_progress(download_dataset(config))
 
 
 def _put(dataset: DatasetManifest, store: str) -> None:
-    with carry_display(f"putting into {store}") as display:
-        if display.following(put_dataset(dataset, store)):
-            tell(f"put into {store}, for other machines")
+    with transfer_display(f"putting into {store}") as display:
+        if display.run_with_progress(upload_dataset(dataset, store)):
+            log_info(f"put into {store}, for other machines")
 
 
 def _made(config: RunConfig, cluster: Cluster | None, display: TokenizeDisplay) -> DatasetManifest:
-    return following(tokenize_corpus(config, cluster), display.show)
+    return run_with_progress(tokenize_corpus(config, cluster), display.show)

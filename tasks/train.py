@@ -7,11 +7,11 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.training.checkpoint.retention import latest_checkpoint, sound_checkpoint
-from gpt.training.distributed.launch import train_on_all
-from tasks.display import tell, train_display
+from gpt.training.checkpoint.retention import latest_checkpoint, latest_valid_checkpoint
+from gpt.training.distributed.launch import launch_training
+from tasks.display import log_info, train_display
 from tasks.runtime.signals import stopping
-from tasks.tracking.runs import RunRef, recording
+from tasks.tracking.runs import RunRef, open_recorder
 
 
 @task(name="train", task_run_name="train", cache_policy=NO_CACHE)
@@ -20,19 +20,19 @@ def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> Checkpoin
 
     Raises `StopRequested` after a checkpoint when a signal asks for it.
     """
-    checkpoint = sound_checkpoint(run.folder)
+    checkpoint = latest_valid_checkpoint(run.folder)
     if checkpoint and checkpoint.finished:
-        tell(
+        log_info(
             f"already finished at step {checkpoint.step} in {run.folder}; "
             "start anew with --fresh or another run.name"
         )
         return checkpoint
     if checkpoint:
-        tell(f"going on after step {checkpoint.step} in {run.folder}")
+        log_info(f"going on after step {checkpoint.step} in {run.folder}")
     else:
-        tell(f"training in {run.folder}")
-    with recording(run) as recorder, train_display(config) as display, stopping.gracefully():
-        for record in train_on_all(config, dataset, run.folder, stopping.requested):
+        log_info(f"training in {run.folder}")
+    with open_recorder(run) as recorder, train_display(config) as display, stopping.graceful_stop():
+        for record in launch_training(config, dataset, run.folder, stopping.requested):
             recorder.step(record)
             display.show(record)
     checkpoint = latest_checkpoint(run.folder)

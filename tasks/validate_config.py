@@ -10,10 +10,10 @@ from prefect.cache_policies import NO_CACHE
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError
 from gpt.evaluation.report import check_benchmarks
-from gpt.preflight.render import markdown_page, verdict
-from gpt.preflight.report import examine
-from tasks.display import warn
-from tasks.runtime.prefect_api import show_page
+from gpt.preflight.render import render_markdown, summarize_report
+from gpt.preflight.report import run_preflight
+from tasks.display import log_warning
+from tasks.runtime.prefect_api import publish_markdown
 
 
 @task(name="validate-config", task_run_name="validate-config", cache_policy=NO_CACHE)
@@ -23,12 +23,12 @@ def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
     Raises `ConfigError` with every problem found, and `BenchmarkError` for a benchmark that cannot
     be scored; the data have not been read by then.
     """
-    report = examine(path, overrides, starting=True)
+    report = run_preflight(path, overrides, starting=True)
     name = report.figures.config.run.name if report.figures else report.path
-    show_page(f"preflight-{name}", markdown_page(report), verdict(report))
+    publish_markdown(f"preflight-{name}", render_markdown(report), summarize_report(report))
     for warning in report.warnings:
         found = f"{warning.key} = {warning.value}" if warning.value else warning.key
-        warn(f"{found}: {warning.rule}; {warning.remedy}")
+        log_warning(f"{found}: {warning.rule}; {warning.remedy}")
     if report.figures is None or report.problems:
         raise ConfigError(*report.problems)
     check_benchmarks(report.figures.config)

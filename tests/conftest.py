@@ -23,7 +23,7 @@ import pytest
 from browser import browser
 from filelock import FileLock
 
-from gpt.gc_tuning import spare_imports
+from gpt.gc_tuning import tune_gc
 
 __all__ = ["browser"]  # for every test that asks for it
 
@@ -38,7 +38,7 @@ PREFECT_SETTINGS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
-spare_imports()
+tune_gc()
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[_name]
 os.environ |= PREFECT_SETTINGS
@@ -130,10 +130,10 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mlflow_database(shared_folder: Path) -> Path:
     """MLflow's store as a first run makes it, to be copied: making one takes some seconds."""
-    from tasks.tracking.runs import make_store
+    from tasks.tracking.runs import create_sqlite_store
 
     database = shared_folder / "mlflow.db"
-    make_store(database)
+    create_sqlite_store(database)
     return database
 
 

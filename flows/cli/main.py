@@ -14,17 +14,25 @@ import typer
 
 from flows.cli import model as model_commands
 from flows.cli import retrain, service
-from flows.cli.options import ConfigPath, Devices, Gpu, Network, Nodes, Overrides, asked_of
+from flows.cli.options import (
+    ConfigPath,
+    Devices,
+    Gpu,
+    Network,
+    Nodes,
+    Overrides,
+    hardware_overrides,
+)
 from flows.runtime.process_exit import leaving
-from gpt.config.loading import load_config, merged, read_toml
+from gpt.config.loading import load_config, merge_overrides, read_toml
 from gpt.errors import ConfigError, GPTError
-from gpt.gc_tuning import spare_imports
-from gpt.hardware.interconnect import NETWORK_GBIT
+from gpt.gc_tuning import tune_gc
+from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
 
 if TYPE_CHECKING:
-    from flows.compare import Compared
+    from flows.compare import ComparisonResult
     from flows.runtime.outcome import Outcome
-    from flows.runtime.variants import Entrant
+    from flows.runtime.variants import Variant
     from gpt.preflight.report import Report
 
 CANNOT = 2
@@ -48,7 +56,7 @@ app.add_typer(service.app)
 
 def main() -> None:
     """Entry of the console script. A message alone on standard error for what the user can mend."""
-    spare_imports()
+    tune_gc()
     try:
         app()
     except GPTError as error:
@@ -84,7 +92,7 @@ def run(
     ] = False,
 ) -> None:
     """Validate, tokenise, train and evaluate; the same command again goes on where it stopped."""
-    laid_over = merged({}, overrides or [])
+    laid_over = merge_overrides({}, overrides or [])
     try:
         if not _took_part(config, laid_over):
             print_outcome(_pretrained(config, laid_over, fresh))
@@ -96,22 +104,22 @@ def run(
 def _took_part(config: str, laid_over: Mapping[str, Any]) -> bool:
     """Whether another machine leads the run, and this one has lent it its devices until its end.
     The machine that leads has Prefect and MLflow."""
-    from gpt.training.distributed.rendezvous import leads
+    from gpt.training.distributed.rendezvous import is_main_machine
 
     try:
         checked = load_config(config, laid_over)
     except ConfigError:  # which is told where the run is started
         return False
-    if leads(checked.hardware.rendezvous):
+    if is_main_machine(checked.hardware.rendezvous):
         return False
     from flows.runtime import environment
 
     environment.prepare(checked.run.root)
-    from gpt.training.distributed.launch import take_part
+    from gpt.training.distributed.launch import join_training
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print(f"taking part in the run that {checked.hardware.rendezvous} leads", flush=True)
-    take_part(checked)
+    join_training(checked)
     print("the run has ended")
     return True
 
@@ -119,9 +127,9 @@ def _took_part(config: str, laid_over: Mapping[str, Any]) -> bool:
 def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outcome:
     """Run the flow, unless the run is finished already. A config that cannot work is told at once,
     then recorded as a Failed run."""
-    from gpt.preflight.report import examine
+    from gpt.preflight.report import run_preflight
 
-    problems = examine(config, laid_over, starting=True).problems
+    problems = run_preflight(config, laid_over, starting=True).problems
     if problems:  # told now; Prefect takes seconds to start
         print(ConfigError(*problems), file=sys.stderr, flush=True)
     elif not fresh and (finished := _finished(config, laid_over)):
@@ -141,9 +149,9 @@ def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outco
 
 
 def _finished(config: str, laid_over: Mapping[str, Any]) -> Outcome | None:
-    from flows.runtime.outcome import finished_outcome
+    from flows.runtime.outcome import find_finished_outcome
 
-    outcome = finished_outcome(config, laid_over)
+    outcome = find_finished_outcome(config, laid_over)
     if outcome:
         print(
             f"already finished at step {outcome.report.step} in {_short(outcome.folder)}; "
@@ -155,7 +163,7 @@ def _finished(config: str, laid_over: Mapping[str, Any]) -> Outcome | None:
 def _root(config: str, overrides: Mapping[str, Any]) -> Path:
     """`run.root` as far as it can be known, to record a config that cannot work as well."""
     try:
-        raw = merged(read_toml(Path(config)), overrides)
+        raw = merge_overrides(read_toml(Path(config)), overrides)
         return Path(raw["run"]["root"])
     except (ConfigError, KeyError, TypeError):
         return Path("runs")
@@ -169,8 +177,8 @@ def print_outcome(outcome: Outcome) -> None:
   run    {_short(outcome.folder)}
   model  {_short(outcome.model)}{_as_registered(outcome)}
 look at it in Prefect, then in MLflow:
-  {outcome.look_prefect}
-  {outcome.look_mlflow}"""
+  {outcome.prefect_ui}
+  {outcome.mlflow_ui}"""
     )
 
 
@@ -195,15 +203,15 @@ def compare(
     name: Annotated[str, typer.Option(help="Of the comparison; else the configs' names.")] = "",
 ) -> None:
     """Train several configs on the same data and say which is best; again, it goes on."""
-    from flows.runtime.variants import entrants_of
+    from flows.runtime.variants import expand_variants
 
-    laid_over = merged({}, overrides or [])
-    entrants = entrants_of(configs, laid_over, tokens, seeds)
-    if _all_have_problems(entrants):
+    laid_over = merge_overrides({}, overrides or [])
+    variants = expand_variants(configs, laid_over, tokens, seeds)
+    if _all_have_problems(variants):
         raise typer.Exit(CANNOT)
     from flows.runtime import environment
 
-    environment.prepare(next(entrant.config.run.root for entrant in entrants if entrant.config))
+    environment.prepare(next(variant.config.run.root for variant in variants if variant.config))
     from flows.runtime.session import run_compare
 
     try:
@@ -216,27 +224,27 @@ def compare(
         raise typer.Exit(FAILED)
 
 
-def _all_have_problems(entrants: Sequence[Entrant]) -> bool:
+def _all_have_problems(variants: Sequence[Variant]) -> bool:
     """What the preflight finds is told before anything is started."""
-    from gpt.preflight.report import examine
+    from gpt.preflight.report import run_preflight
 
     blocked = 0
-    for entrant in entrants:
-        problems = examine(entrant.path, entrant.overrides, starting=True).problems
+    for variant in variants:
+        problems = run_preflight(variant.path, variant.overrides, starting=True).problems
         if problems:
-            print(f"{entrant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
+            print(f"{variant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
             blocked += 1
-    return blocked == len(entrants)
+    return blocked == len(variants)
 
 
-def _print_compared(compared: Compared) -> None:
+def _print_compared(compared: ComparisonResult) -> None:
     print(
         f"""
 {compared.markdown}
 page   {_short(compared.page)}
 look at it in Prefect, then in MLflow, where + unfolds the comparison's runs:
-  {compared.look_prefect}
-  {compared.look_mlflow}"""
+  {compared.prefect_ui}
+  {compared.mlflow_ui}"""
     )
 
 
@@ -247,14 +255,14 @@ def validate(
     gpu: Gpu = "auto",
     devices: Devices = None,
     nodes: Nodes = None,
-    network_gbit: Network = NETWORK_GBIT,
+    network_gbit: Network = DEFAULT_NETWORK_GBIT,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say what configs come to and whether they can work; reads no data and starts nothing."""
-    from gpt.preflight.report import examine
+    from gpt.preflight.report import run_preflight
 
-    laid_over = asked_of(merged({}, overrides or []), devices, nodes)
-    reports = [examine(path, laid_over, gpu, network_gbit=network_gbit) for path in configs]
+    laid_over = hardware_overrides(merge_overrides({}, overrides or []), devices, nodes)
+    reports = [run_preflight(path, laid_over, gpu, network_gbit=network_gbit) for path in configs]
     if as_json:
         values = [report.as_json() for report in reports]
         print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
@@ -268,10 +276,10 @@ def _print_reports(reports: Sequence[Report]) -> None:
     """One in full, several side by side. A blocked one goes to standard error."""
     from rich.console import Console
 
-    from gpt.preflight.render import print_comparison, print_report
+    from gpt.preflight.render import print_report, print_reports
 
     if len(reports) > 1:
-        print_comparison(reports, Console(highlight=False, width=_width()))
+        print_reports(reports, Console(highlight=False, width=_width()))
     else:
         console = Console(stderr=reports[0].blocked, highlight=False, width=_width())
         print_report(reports[0], console)
@@ -293,14 +301,14 @@ def import_nanogpt(
     """Print a nanoGPT config as ours, without executing it; then check it, on standard error."""
     from rich.console import Console
 
-    from gpt.exchange.nanogpt import read_nanogpt
+    from gpt.exchange.nanogpt import convert_nanogpt
     from gpt.preflight.render import print_report
-    from gpt.preflight.report import examine_values
-    from gpt.preflight.target import find_target
+    from gpt.preflight.report import run_preflight_on_values
+    from gpt.preflight.target import find_target_gpu
 
-    imported = read_nanogpt(path, data)
+    imported = convert_nanogpt(path, data)
     print(imported.toml(), end="")
-    report = examine_values(str(path), imported.values, find_target(gpu))
+    report = run_preflight_on_values(str(path), imported.values, find_target_gpu(gpu))
     sys.stdout.flush()
     print_report(report, Console(stderr=True, highlight=False))
     if report.blocked:
@@ -312,12 +320,12 @@ def tokenize(config: ConfigPath, overrides: Overrides = None) -> None:
     """Make the data set of a config, or find the one made before, and nothing else."""
     from flows.runtime import environment
 
-    checked = load_config(config, merged({}, overrides or []))
+    checked = load_config(config, merge_overrides({}, overrides or []))
     environment.prepare(checked.run.root)
-    from tasks.tokenize_parquet import tokenized
+    from tasks.tokenize_parquet import find_or_tokenize
 
     try:
-        tokenized(checked)
+        find_or_tokenize(checked)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -333,9 +341,9 @@ def sync(
 ) -> None:
     """Send MLflow what it has missed of a run: metrics, files, status. Again, it sends nothing."""
     from flows.runtime import environment
-    from gpt.training.run_dir import named_run_folder
+    from gpt.training.run_dir import find_run_dir_by_name
 
-    folder = named_run_folder(run, root)
+    folder = find_run_dir_by_name(run, root)
     environment.prepare(root)
     from gpt.training.run_lock import run_lock
     from tasks.tracking.runs import sync_run
@@ -351,14 +359,14 @@ def inspect(
     count: Annotated[int, typer.Option("--samples", help="Documents to show of each side.")] = 2,
 ) -> None:
     """Check a data set's shards, say what is in it, and show how some documents begin."""
-    from gpt.data.shards import check, read_manifest
-    from gpt.data.summary import describe, samples
+    from gpt.data.shards import read_manifest, verify_if_changed
+    from gpt.data.summary import format_summary, read_samples
 
     manifest = read_manifest(dataset.parent if dataset.is_file() else dataset)
-    check(manifest)
-    print(describe(manifest))
+    verify_if_changed(manifest)
+    print(format_summary(manifest))
     for name, split in (("training", manifest.train), ("validation", manifest.validation)):
-        for text in samples(manifest, split, count):
+        for text in read_samples(manifest, split, count):
             print(f"\n--- {name}\n{text}")
 
 

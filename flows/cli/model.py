@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import Overrides
-from gpt.config.loading import merged
+from gpt.config.loading import merge_overrides
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -36,11 +36,11 @@ def generate(
     """Let a model go on from a prompt; the text appears as it is written."""
     from flows.cli.model_choice import find_model
     from gpt.hardware.device import pick_device
-    from gpt.model.generate import Sampling, stream_text
-    from gpt.model.io import load_saved
+    from gpt.model.generate import SamplingParams, stream_text
+    from gpt.model.io import load_model
 
-    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    network = load_saved(find_model(model, root), pick_device(device))
+    sampling = SamplingParams(max_tokens, temperature, top_k, top_p, seed)
+    network = load_model(find_model(model, root), pick_device(device))
     print(prompt, end="", flush=True)
     for piece in stream_text(network, prompt, sampling):
         print(piece, end="", flush=True)
@@ -64,25 +64,25 @@ def evaluate(
     from flows.runtime import environment
 
     environment.prepare(root)
-    from flows.cli.model_choice import asked_of, facts_of, find_model
+    from flows.cli.model_choice import evaluation_config, find_model, read_model_facts
     from gpt.evaluation.report import check_benchmarks
-    from gpt.exchange.model_card import evaluation_section
-    from tasks.display import quietly
-    from tasks.evaluate import evaluated, samples_page
-    from tasks.tokenize_parquet import tokenized
+    from gpt.exchange.model_card import render_evaluation
+    from tasks.display import print_to_stderr
+    from tasks.evaluate import evaluated, render_samples
+    from tasks.tokenize_parquet import find_or_tokenize
 
     folder = find_model(model, root)
-    facts = facts_of(folder)
-    asked = asked_of(folder, facts, config, merged({}, overrides or []))
+    facts = read_model_facts(folder)
+    asked = evaluation_config(folder, facts, config, merge_overrides({}, overrides or []))
     check_benchmarks(asked)
-    with quietly(as_json):
+    with print_to_stderr(as_json):
         same_data = facts.config and facts.config.data == asked.data
-        dataset = (facts.dataset if same_data else None) or tokenized(asked)
+        dataset = (facts.dataset if same_data else None) or find_or_tokenize(asked)
         report = evaluated(folder, asked, dataset, facts.step or 0)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
-        print(f"\n{evaluation_section(report)}\n\n{samples_page(report)}", end="")
+        print(f"\n{render_evaluation(report)}\n\n{render_samples(report)}", end="")
 
 
 @app.command()
@@ -92,11 +92,11 @@ def export(
     root: Root = Path("runs"),
 ) -> None:
     """Write a model as a directory that Hugging Face's transformers loads, with a model card."""
-    from flows.cli.model_choice import facts_of, find_model
+    from flows.cli.model_choice import find_model, read_model_facts
     from gpt.exchange.huggingface import export_huggingface
 
     folder = find_model(model, root)
-    export_huggingface(folder, directory, facts_of(folder))
+    export_huggingface(folder, directory, read_model_facts(folder))
     print(f"{directory}: written; the licence in its README.md is yours to fill in")
 
 

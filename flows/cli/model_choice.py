@@ -9,18 +9,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.runtime.environment import use_service
+from flows.runtime.environment import use_running_service
 from gpt.artifacts import DatasetManifest, EvaluationReport
-from gpt.config.loading import build_config, merged, read_toml
+from gpt.config.loading import build_config, merge_overrides, read_toml
 from gpt.config.schema import RunConfig
-from gpt.data.continued import DERIVED
+from gpt.data.continued import DERIVED_DATASETS
 from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import CheckpointError, ConfigError, DatasetError, Problem
-from gpt.evaluation.report_store import REPORT, read_report
-from gpt.exchange.model_card import Facts
-from gpt.model.section import CONFIG_FILE, MODEL_FILE, read_section
+from gpt.evaluation.report_store import REPORT_FILE, read_report_file
+from gpt.exchange.model_card import ModelCardData
+from gpt.model.section import CONFIG_FILE, MODEL_FILE, load_model_section
 from gpt.training.checkpoint.retention import latest_checkpoint, read_progress
-from gpt.training.run_dir import named_run_folder
+from gpt.training.run_dir import find_run_dir_by_name
 
 
 def find_model(name: str, root: Path) -> Path:
@@ -29,14 +29,14 @@ def find_model(name: str, root: Path) -> Path:
     `name` is the folder or, below `root`, the name of. Raises `RegistryError`, `ConfigError` where
     there is no such run, `CheckpointError` where it has no checkpoint yet."""
     if name.startswith("models:"):
-        use_service(root)
-        from tasks.tracking.metadata import store_uri
+        use_running_service(root)
+        from tasks.tracking.metadata import default_tracking_uri
         from tasks.tracking.model_lookup import fetch_model
 
-        return fetch_model(name, store_uri(root), root)
+        return fetch_model(name, default_tracking_uri(root), root)
     if (Path(name) / MODEL_FILE).is_file():
         return Path(name)
-    run = named_run_folder(name, root)
+    run = find_run_dir_by_name(name, root)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         rule, remedy = "the run has no complete checkpoint yet", "let it train for longer"
@@ -44,16 +44,16 @@ def find_model(name: str, root: Path) -> Path:
     return checkpoint.folder
 
 
-def facts_of(model: Path) -> Facts:
+def read_model_facts(model: Path) -> ModelCardData:
     """What lies beside a model: config and progress of a checkpoint, and its report, which a
     registered model has too, and data set, where they are still there."""
     try:
         config = RunConfig.model_validate_json((model / CONFIG_FILE).read_bytes())
         progress = read_progress(model)
     except (OSError, ValidationError, CheckpointError):
-        return Facts(name=model.resolve().name)  # a model without a run, as an imported one
+        return ModelCardData(name=model.resolve().name)  # a model without a run, as an imported one
     run = model.resolve().parent.parent
-    return Facts(
+    return ModelCardData(
         name=config.run.name,
         config=config,
         dataset=_dataset((run.parent.parent, config.run.root), progress.dataset_fingerprint),
@@ -63,8 +63,8 @@ def facts_of(model: Path) -> Facts:
     )
 
 
-def asked_of(
-    model: Path, facts: Facts, config: str | None, overrides: Mapping[str, Any]
+def evaluation_config(
+    model: Path, facts: ModelCardData, config: str | None, overrides: Mapping[str, Any]
 ) -> RunConfig:
     """How a model is to be evaluated: as `config` says, else as its own run was to be, with the
     overrides laid over it; the network is the model's own. Raises `ConfigError` for a model
@@ -77,12 +77,12 @@ def asked_of(
         rule = "has no run beside it that would say on which data to evaluate it"
         remedy = "give --config CONFIG, whose [data] and [evaluation] are then used"
         raise ConfigError(Problem("MODEL", str(model), rule, remedy))
-    section = {"model": read_section(model).model_dump(mode="json")}
-    return build_config(merged(merged(raw, overrides), section))
+    section = {"model": load_model_section(model).model_dump(mode="json")}
+    return build_config(merge_overrides(merge_overrides(raw, overrides), section))
 
 
 def _dataset(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
-    kinds = ("datasets", DERIVED)
+    kinds = ("datasets", DERIVED_DATASETS)
     for path in (p for root in roots for kind in kinds for p in root.glob(f"{kind}/*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValidationError, DatasetError):
             manifest = read_manifest(path.parent)
@@ -93,7 +93,7 @@ def _dataset(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
 
 def _report(folders: Iterable[Path], step: int) -> EvaluationReport | None:
     for folder in folders:
-        report = read_report(folder / REPORT)
+        report = read_report_file(folder / REPORT_FILE)
         if report and report.step == step:
             return report
     return None

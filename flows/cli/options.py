@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gpt.config.loading import merged
+from gpt.config.loading import merge_overrides
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML config.")]
 Overrides = Annotated[
@@ -30,7 +30,7 @@ SOMEWHERE = "asked-about:29400"
 """Stands for the rendezvous of machines that are only asked about."""
 
 
-def asked_of(
+def hardware_overrides(
     laid_over: Mapping[str, Any], devices: int | None, nodes: int | None
 ) -> dict[str, Any]:
     """Overrides with the devices and machines that are asked about; None: as the config says."""
@@ -39,4 +39,4 @@ def asked_of(
         hardware["devices"] = devices
     if nodes is not None:
         hardware |= {"nodes": nodes, "rendezvous": SOMEWHERE}
-    return merged(laid_over, {"hardware": hardware} if hardware else {})
+    return merge_overrides(laid_over, {"hardware": hardware} if hardware else {})

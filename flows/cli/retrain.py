@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import ConfigPath, Overrides
-from gpt.config.loading import load_config, merged
+from gpt.config.loading import load_config, merge_overrides
 from gpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flows.runtime.retrain_report import Retrained
+    from flows.runtime.retrain_report import RetrainResult
 
 INTERRUPTED = 130
 
@@ -40,10 +40,10 @@ def retrain(
 ) -> None:
     """Train a challenger where the source holds what the champion does not know; else say so."""
     from flows.runtime import environment
-    from gpt.preflight.report import examine
+    from gpt.preflight.report import run_preflight
 
-    laid_over = merged({}, overrides or [])
-    if problems := examine(config, laid_over, starting=True).problems:
+    laid_over = merge_overrides({}, overrides or [])
+    if problems := run_preflight(config, laid_over, starting=True).problems:
         raise ConfigError(*problems)
     environment.prepare(load_config(config, laid_over).run.root)
     from flows.runtime.session import run_retrain
@@ -84,9 +84,9 @@ def watch(
         print("\nno longer watching; started again, it goes on from here", file=sys.stderr)
 
 
-def _print(done: Retrained) -> None:
+def _print(done: RetrainResult) -> None:
     width = max(len(name) for name, _ in done.lines)
     print(f"\n{done.name}: " + ("nothing to do" if done.outcome is None else "retrained"))
     for name, text in done.lines:
         print(f"  {name:<{width}}  {text}")
-    print(f"look at it in Prefect, then in MLflow:\n  {done.look_prefect}\n  {done.look_mlflow}")
+    print(f"look at it in Prefect, then in MLflow:\n  {done.prefect_ui}\n  {done.mlflow_ui}")

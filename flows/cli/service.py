@@ -29,10 +29,10 @@ def up(
 
     A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is used, and none started for it.
     """
-    from flows.service.supervisor import Settings, refuse_without_project
+    from flows.service.supervisor import ServiceSettings, check_project
 
-    refuse_without_project()
-    settings = Settings(root, host, prefect_port, mlflow_port, *_named_servers())
+    check_project()
+    settings = ServiceSettings(root, host, prefect_port, mlflow_port, *_named_servers())
     os.environ |= settings.environment  # before Prefect reads it
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from flows.service.up import up as start
@@ -50,12 +50,12 @@ def doctor(
 
     environment.prepare(root)
     serves = "PREFECT_API_URL" in os.environ
-    from flows.service.doctor import FAULT, examine_machine
-    from flows.service.supervisor import Settings
+    from flows.service.doctor import FAULT, check_machine
+    from flows.service.supervisor import ServiceSettings
 
-    settings = Settings(root, "127.0.0.1", 4200, 5000, *_named_servers())
+    settings = ServiceSettings(root, "127.0.0.1", 4200, 5000, *_named_servers())
     findings = []
-    for finding in examine_machine(settings, serves):
+    for finding in check_machine(settings, serves):
         findings.append(finding)
         if not as_json:
             print(f"{finding.level:5}  {finding.what}: {finding.found}", flush=True)

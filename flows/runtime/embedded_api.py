@@ -12,13 +12,13 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows.runtime.environment import EMBEDDED_API
-from flows.runtime.process_exit import ending_with_me
+from flows.runtime.process_exit import die_with_parent
 
 ANSWER_SECONDS = 5.0
 """Waited for the first answer of a server that is set, each time that it is tried."""
 
 
-def environment_of_the_api() -> dict[str, str]:
+def api_environment() -> dict[str, str]:
     """With which a process uses the API that this one uses; empty where none answers."""
     if served := PREFECT_API_URL.value():
         return {"PREFECT_API_URL": str(served)}
@@ -40,7 +40,7 @@ def start_api() -> Exception | None:
     """
     patience = {"timeout": ANSWER_SECONDS} if PREFECT_API_URL.value() else None
     apart = partial(
-        subprocess.Popen, start_new_session=True, preexec_fn=ending_with_me(signal.SIGKILL)
+        subprocess.Popen, start_new_session=True, preexec_fn=die_with_parent(signal.SIGKILL)
     )
     try:
         with patch.object(subprocess, "Popen", apart):  # Prefect has no setting for this

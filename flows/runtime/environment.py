@@ -47,9 +47,9 @@ COMPUTE = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
-LOCK = ".service.lock"
+SERVICE_LOCK = ".service.lock"
 """Below a root: held by the `overnight up` that runs there."""
-RECORD = "service.json"
+SERVICE_RECORD = "service.json"
 """Below a root: where that one's servers are."""
 
 
@@ -58,7 +58,7 @@ def prepare(root: Path) -> None:
     Prefect at `root`/prefect, and tell torch how to wait and to allocate. Too late once Prefect or
     torch has been imported: asserts that."""
     assert not {"prefect", "torch"} & sys.modules.keys(), "settings have been read already"
-    use_service(root)
+    use_running_service(root)
     home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
     home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder alone
     for name, value in (EMBEDDED | COMPUTE).items():
@@ -70,7 +70,7 @@ def prefect_home(root: Path) -> Path:
     return root.resolve() / "prefect"
 
 
-def use_service(root: Path) -> None:
+def use_running_service(root: Path) -> None:
     """Take the servers of an `overnight up` that runs on this root, unless others are named."""
     for name, value in service_environment(root).items():
         os.environ.setdefault(name, value)
@@ -79,10 +79,10 @@ def use_service(root: Path) -> None:
 def service_environment(root: Path) -> dict[str, str]:
     """Where the servers are of the `overnight up` that runs on this root; empty where none does.
     What one that was killed has left is removed."""
-    record = root / RECORD
+    record = root / SERVICE_RECORD
     if not record.exists():
         return {}
-    lock = FileLock(root.resolve() / LOCK)
+    lock = FileLock(root.resolve() / SERVICE_LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -90,13 +90,13 @@ def service_environment(root: Path) -> dict[str, str]:
             return dict(json.loads(record.read_text(encoding="utf-8"))["environment"])
         return {}
     with lock:
-        withdraw(root)
+        remove_service_record(root)
     return {}
 
 
-def withdraw(root: Path) -> None:
+def remove_service_record(root: Path) -> None:
     """Remove what leads to the servers of this root."""
-    record = root / RECORD
+    record = root / SERVICE_RECORD
     with contextlib.suppress(OSError, ValueError, KeyError):
         written = json.loads(record.read_text(encoding="utf-8"))
         if path := written.get("prefect_toml"):

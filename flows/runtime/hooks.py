@@ -1,6 +1,6 @@
 """How a flow run ended, told: a page on the run, and a message where `run.notify` names blocks.
 
-The first line says what to do. Prefect calls `tell_of_end` as a hook: in the run's own process, and
+The first line says what to do. Prefect calls `notify_end` as a hook: in the run's own process, and
 in the worker's for a run whose process was killed.
 """
 
@@ -25,14 +25,14 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled
 
 from flows.runtime.notify import notify
-from gpt.config.loading import load_config, merged, read_toml
+from gpt.config.loading import load_config, merge_overrides, read_toml
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.errors import GPTError, Problem
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.run_dir import find_run_folder
-from tasks.display import warn
+from gpt.training.run_dir import find_run_dir
+from tasks.display import log_warning
 from tasks.runtime.prefect_api import artifact_key
-from tasks.tracking.journal import METRICS, read_lines
+from tasks.tracking.journal import METRICS_FILE, read_metrics
 
 LOSSES = ("final/loss", "val/loss", "train/loss")
 """The first of these that a run has is what it reached."""
@@ -40,7 +40,7 @@ OPTIONS = ("path", "start", "tokens", "seeds", "name")
 """Parameters of a flow that its command has as options of the same name."""
 
 
-def tell_of_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
+def notify_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """The artifact `end-<name>` of the flow run, and a message through the config's blocks. Never
     raises: what cannot be told must not change how the run ended."""
     flow_run = _named(flow_run)
@@ -51,7 +51,7 @@ def tell_of_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
         _keep(page, subject, flow_run)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warn(f"how this run ended could not be told: {reason}")
+        log_warning(f"how this run ended could not be told: {reason}")
 
 
 def _keep(page: str, subject: str, flow_run: FlowRun) -> None:
@@ -74,7 +74,7 @@ def _named(flow_run: FlowRun) -> FlowRun:
     return flow_run
 
 
-def tell_of_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
+def notify_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """For a run that Prefect cancelled; most have told of it themselves, before they ended."""
     flow_run = _named(flow_run)
     wanted = ArtifactFilter(
@@ -84,7 +84,7 @@ def tell_of_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
     with get_client(sync_client=True) as client:
         if client.read_artifacts(artifact_filter=wanted):
             return
-    tell_of_end(flow, flow_run, Cancelled(message="cancelled before it could begin"))
+    notify_end(flow, flow_run, Cancelled(message="cancelled before it could begin"))
 
 
 def _key(flow_run: FlowRun) -> str:
@@ -105,18 +105,18 @@ def ending_page(flow: Flow, run: FlowRun, state: State) -> str:
     table = "\n".join(f"| {name} | {value.replace('|', ' ')} |" for name, value in rows.items())
     reason = str(error or state.message or "").strip()
     why = f"\n\n## Why\n\n```\n{reason}\n```" if reason and not state.is_completed() else ""
-    return f"{first_line(state, error, again)}\n\n| | |\n|---|---|\n{table}{why}\n"
+    return f"{headline(state, error, again)}\n\n| | |\n|---|---|\n{table}{why}\n"
 
 
-def first_line(state: State, error: object, again: str) -> str:
+def headline(state: State, error: object, again: str) -> str:
     if state.is_completed():
         return "It is done, there is nothing to do."
     if isinstance(error, GPTError):
-        return f"{to_do(error.problems)}; then `{again}`"
+        return f"{describe_remedies(error.problems)}; then `{again}`"
     return f"Start it again, it goes on from its last checkpoint: `{again}`"
 
 
-def to_do(problems: tuple[Problem, ...]) -> str:
+def describe_remedies(problems: tuple[Problem, ...]) -> str:
     """What the user can mend, in one line."""
     remedies = [f"{p.key}: {p.remedy}" for p in problems]
     return "To do: " + "; ".join(dict.fromkeys(remedies))
@@ -170,13 +170,13 @@ def _reached(parameters: Mapping[str, Any], state: State) -> Iterator[str]:
         with suppress(GPTError, OSError):
             config = load_config(path, parameters.get("overrides") or {})
             dataset = find_dataset(config)
-            folder = dataset and find_run_folder(config, dataset)
+            folder = dataset and find_run_dir(config, dataset)
             if folder:
                 yield from _standing(folder)
 
 
 def _standing(folder: Path) -> Iterator[str]:
-    lines, _ = read_lines(folder / METRICS)
+    lines, _ = read_metrics(folder / METRICS_FILE)
     for key in LOSSES:
         steps = {line.step: line.metrics[key] for line in lines if key in line.metrics}
         if steps:
@@ -191,6 +191,6 @@ def _blocks(parameters: Mapping[str, Any]) -> list[str]:
     names: list[str] = []
     for path in _configs(parameters):
         with suppress(GPTError, KeyError, TypeError):
-            raw = merged(read_toml(Path(path)), parameters.get("overrides") or {})
+            raw = merge_overrides(read_toml(Path(path)), parameters.get("overrides") or {})
             names += [name for name in raw["run"].get("notify", ()) if "/" in str(name)]
     return list(dict.fromkeys(names))

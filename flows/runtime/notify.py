@@ -10,7 +10,7 @@ from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.utilities.asyncutils import run_coro_as_sync
 
-from tasks.display import warn
+from tasks.display import log_warning
 
 
 def notify(blocks: Sequence[str], subject: str, body: str) -> None:
@@ -26,4 +26,4 @@ def notify(blocks: Sequence[str], subject: str, body: str) -> None:
                     run_coro_as_sync(sending)
         except Exception as error:  # each service fails in ways of its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warn(f"run.notify = {name}: could not be told how the run ended: {reason}")
+            log_warning(f"run.notify = {name}: could not be told how the run ended: {reason}")

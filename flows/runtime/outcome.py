@@ -17,10 +17,16 @@ from gpt.artifacts import Artifact, CheckpointRef, EvaluationReport
 from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
 from gpt.data.tokenize.pipeline import find_dataset
-from gpt.evaluation.report_store import kept_report
+from gpt.evaluation.report_store import load_report
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.run_dir import find_run_folder
-from tasks.tracking.journal import Receipt, Registered, read_receipt, registration, unsent_lines
+from gpt.training.run_dir import find_run_dir
+from tasks.tracking.journal import (
+    RegisteredVersion,
+    SyncState,
+    count_unsent_lines,
+    find_registered_version,
+    read_sync_state,
+)
 
 
 class Outcome(Artifact):
@@ -31,11 +37,11 @@ class Outcome(Artifact):
     model: Path
     mlflow_uri: str
     mlflow_run_id: str | None
-    registered: Registered | None = None
+    registered: RegisteredVersion | None = None
     """None where no registered model is named, or where MLflow has not answered."""
-    look_prefect: str
+    prefect_ui: str
     """Shows Prefect's pages on this run: a command, or an address where a server runs."""
-    look_mlflow: str
+    mlflow_ui: str
     """The same for MLflow."""
 
     def __str__(self) -> str:
@@ -46,14 +52,14 @@ class Outcome(Artifact):
         )
 
 
-def outcome_of(
+def build_outcome(
     config: RunConfig,
     folder: Path,
     checkpoint: CheckpointRef,
     report: EvaluationReport,
     mlflow_uri: str,
     mlflow_run_id: str | None,
-    registered: Registered | None,
+    registered: RegisteredVersion | None,
 ) -> Outcome:
     return Outcome(
         name=config.run.name,
@@ -64,37 +70,39 @@ def outcome_of(
         mlflow_uri=mlflow_uri,
         mlflow_run_id=mlflow_run_id,
         registered=registered,
-        look_prefect=look_prefect(config),
-        look_mlflow=look_mlflow(mlflow_uri, folder),
+        prefect_ui=prefect_ui(config),
+        mlflow_ui=mlflow_ui(mlflow_uri, folder),
     )
 
 
-def finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | None:
+def find_finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | None:
     """Of a run that is finished, evaluated and told to MLflow; None where something is left to do.
 
     Raises `ConfigError` for a config that cannot work, and what `find_dataset` raises.
     """
     config = load_config(path, overrides)
     dataset = find_dataset(config)
-    folder = dataset and find_run_folder(config, dataset)
+    folder = dataset and find_run_dir(config, dataset)
     checkpoint = folder and latest_checkpoint(folder)
     if not (folder and checkpoint and checkpoint.finished):
         return None
-    report, receipt = kept_report(folder, config, checkpoint.step), read_receipt(folder)
+    report, receipt = load_report(folder, config, checkpoint.step), read_sync_state(folder)
     if report is None or receipt is None or not _all_is_told(folder, receipt):
         return None
     name = config.tracking.registered_model
-    registered = registration(receipt, name, checkpoint.step)
+    registered = find_registered_version(receipt, name, checkpoint.step)
     if name and not registered:
         return None
-    return outcome_of(config, folder, checkpoint, report, receipt.uri, receipt.run_id, registered)
+    return build_outcome(
+        config, folder, checkpoint, report, receipt.uri, receipt.run_id, registered
+    )
 
 
-def _all_is_told(folder: Path, receipt: Receipt) -> bool:
-    return receipt.status == "FINISHED" and not unsent_lines(folder, receipt)
+def _all_is_told(folder: Path, receipt: SyncState) -> bool:
+    return receipt.status == "FINISHED" and not count_unsent_lines(folder, receipt)
 
 
-def result_page(outcome: Outcome) -> str:
+def render_outcome(outcome: Outcome) -> str:
     """The run's result as Markdown."""
     report = outcome.report
     rows = {
@@ -114,12 +122,12 @@ def result_page(outcome: Outcome) -> str:
     )
     return (
         f"# {outcome.name}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## Look at it\n\n```sh\n{outcome.look_prefect}\n{outcome.look_mlflow}\n```\n\n"
+        f"## Look at it\n\n```sh\n{outcome.prefect_ui}\n{outcome.mlflow_ui}\n```\n\n"
         f"## What it writes\n\n{samples}\n"
     )
 
 
-def look_prefect(config: RunConfig) -> str:
+def prefect_ui(config: RunConfig) -> str:
     api = os.environ.get("PREFECT_API_URL", "")
     if api and EMBEDDED_API not in os.environ:
         return api.removesuffix("/api")
@@ -128,9 +136,9 @@ def look_prefect(config: RunConfig) -> str:
     return f"{settings} {_program('prefect')} server start"
 
 
-def look_mlflow(uri: str, folder: Path) -> str:
+def mlflow_ui(uri: str, folder: Path) -> str:
     """The page with the curves of the experiment that the run of `folder` is in."""
-    receipt = read_receipt(folder)
+    receipt = read_sync_state(folder)
     page = _CURVES.format(receipt.experiment_id) if receipt and receipt.experiment_id else ""
     if uri.startswith("http"):
         return f"{uri}{page}"

@@ -28,7 +28,7 @@ class Leaving:
 leaving = Leaving()
 
 
-def ending_with_me(number: signal.Signals) -> Callable[[], None]:
+def die_with_parent(number: signal.Signals) -> Callable[[], None]:
     """For `subprocess.Popen(preexec_fn=...)`: the child gets the signal when this process ends,
     however it ends. On Linux alone."""
     return partial(_end_with, os.getpid(), number)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from flows.runtime.outcome import Outcome
 from gpt.artifacts import Artifact, EvaluationReport
-from tasks.evaluate_slices import Pair, Slices
+from tasks.evaluate_slices import ReportPair, SliceReports
 
 
-class Text(Artifact):
+class TokenCounts(Artifact):
     """Tokens of a data set, by where they come from."""
 
     tokenised: int
@@ -16,7 +16,7 @@ class Text(Artifact):
     """Of units that other data sets had."""
 
 
-class Retrained(Artifact):
+class RetrainResult(Artifact):
     """`outcome` is None where there was nothing to do."""
 
     name: str
@@ -24,13 +24,13 @@ class Retrained(Artifact):
     """Why there was something to do, or nothing."""
     notes: tuple[str, ...] = ()
     start: str = ""
-    text: Text | None = None
+    text: TokenCounts | None = None
     champion: str = ""
     """The one that was held against; empty: there was none."""
     outcome: Outcome | None = None
-    slices: Slices | None = None
-    look_prefect: str
-    look_mlflow: str
+    slices: SliceReports | None = None
+    prefect_ui: str
+    mlflow_ui: str
 
     def __str__(self) -> str:
         return "; ".join(f"{name}: {text}" for name, text in self.lines)
@@ -54,7 +54,7 @@ class Retrained(Artifact):
 
 
 def _on_slices(
-    report: EvaluationReport, slices: Slices | None, champion: str
+    report: EvaluationReport, slices: SliceReports | None, champion: str
 ) -> list[tuple[str, str]]:
     over = f"loss over {report.tokens:,} tokens"
     if slices is None:
@@ -75,11 +75,11 @@ def _on_slices(
     return told
 
 
-def _losses(pair: Pair, champion: str) -> str:
+def _losses(pair: ReportPair, champion: str) -> str:
     return f"challenger {pair.challenger.loss:.4f}, {champion} {pair.champion.loss:.4f}"
 
 
-def _told(pair: Pair, better: str, worse: str) -> str:
+def _told(pair: ReportPair, better: str, worse: str) -> str:
     from gpt.evaluation.significance import difference
 
     if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
@@ -88,15 +88,15 @@ def _told(pair: Pair, better: str, worse: str) -> str:
     if found.low is None or found.high is None:
         return found.basis
     interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.basis}"
-    if not found.is_real:
+    if not found.is_significant:
         return f"no difference beyond chance ({interval})"
-    return f"{better if found.is_better else worse} ({interval})"
+    return f"{better if found.is_significantly_better else worse} ({interval})"
 
 
-def page(done: Retrained) -> str:
+def page(done: RetrainResult) -> str:
     """As Markdown."""
     rows = "\n".join(f"| {name} | {_cell(text)} |" for name, text in done.lines)
-    look = f"```sh\n{done.look_prefect}\n{done.look_mlflow}\n```"
+    look = f"```sh\n{done.prefect_ui}\n{done.mlflow_ui}\n```"
     return f"# Retraining of {done.name}\n\n| | |\n|---|---|\n{rows}\n\n## Look at it\n\n{look}\n"
 
 

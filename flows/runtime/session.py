@@ -17,14 +17,14 @@ from flows.runtime.outcome import Outcome
 from flows.runtime.process_exit import leaving
 from gpt.config.loading import load_config
 from gpt.errors import ConfigError
-from tasks.display import warn
-from tasks.runtime.prefect_api import is_away
+from tasks.display import log_warning
+from tasks.runtime.prefect_api import is_api_unreachable
 from tasks.runtime.signals import stopping
 
 if TYPE_CHECKING:
-    from flows.compare import Compared
-    from flows.runtime.retrain_report import Retrained
-    from tasks.find_changes import Start
+    from flows.compare import ComparisonResult
+    from flows.runtime.retrain_report import RetrainResult
+    from tasks.find_changes import StartFrom
 
 SIGNALLED = 128
 """Added to a signal's number this is the exit code of what it ended."""
@@ -49,25 +49,29 @@ def run_pretrain(
 
 def run_compare(
     configs: list[str], overrides: dict[str, Any], tokens: int | None, seeds: int, name: str
-) -> Compared:
+) -> ComparisonResult:
     """The flow `compare`."""
     from flows.compare import compare, compare_without_prefect
 
     asked = (configs, overrides, tokens, seeds, name)
-    return cast("Compared", _run(lambda: compare(*asked), lambda: compare_without_prefect(*asked)))
+    return cast(
+        "ComparisonResult", _run(lambda: compare(*asked), lambda: compare_without_prefect(*asked))
+    )
 
 
 def run_retrain(
-    config: str, overrides: dict[str, Any], path: str | None, start: Start
-) -> Retrained:
+    config: str, overrides: dict[str, Any], path: str | None, start: StartFrom
+) -> RetrainResult:
     """The flow `retrain`; where the source holds nothing new, its result without Prefect, whose API
     takes longer to start than that takes to find out."""
-    from flows.retrain import nothing_to_do, retrain, retrain_without_prefect
+    from flows.retrain import check_up_to_date, retrain, retrain_without_prefect
 
     asked = (config, overrides, path, start)
-    if ended := nothing_to_do(*asked):
+    if ended := check_up_to_date(*asked):
         return ended
-    return cast("Retrained", _run(lambda: retrain(*asked), lambda: retrain_without_prefect(*asked)))
+    return cast(
+        "RetrainResult", _run(lambda: retrain(*asked), lambda: retrain_without_prefect(*asked))
+    )
 
 
 def _run(under_prefect: Callable[[], Any], without: Callable[[], Any]) -> Any:
@@ -85,7 +89,7 @@ def _run(under_prefect: Callable[[], Any], without: Callable[[], Any]) -> Any:
         try:
             return _result(under_prefect())
         except Exception as error:
-            if not is_away(error):
+            if not is_api_unreachable(error):
                 raise
             _warn_of(error)
             leaving.at_once = True
@@ -104,7 +108,7 @@ def _run_folders(config: str, overrides: dict[str, Any]) -> set[Path]:
 
 def _warn_of(fault: Exception) -> None:
     reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-    warn(f"Prefect's API is away ({reason}); the run goes on without it")
+    log_warning(f"Prefect's API is away ({reason}); the run goes on without it")
 
 
 def _result(returned: Any) -> Any:

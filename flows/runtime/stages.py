@@ -9,21 +9,21 @@ from prefect import State, Task
 from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Failed
 
-from flows.runtime.hooks import tell_of_cancellation, tell_of_end, to_do
+from flows.runtime.hooks import describe_remedies, notify_cancellation, notify_end
 from gpt.errors import GPTError
-from gpt.gc_tuning import spare_imports
+from gpt.gc_tuning import tune_gc
 from tasks.runtime.signals import StopRequested, stopping
 
 Result = TypeVar("Result")
 Call = Callable[[Task], Callable[..., Any]]
 """How a stage is called."""
-TOLD: dict[str, Any] = {
-    "on_completion": [tell_of_end],
-    "on_failure": [tell_of_end],
-    "on_crashed": [tell_of_end],
-    "on_cancellation": [tell_of_cancellation],
+STATE_HOOKS: dict[str, Any] = {
+    "on_completion": [notify_end],
+    "on_failure": [notify_end],
+    "on_crashed": [notify_end],
+    "on_cancellation": [notify_cancellation],
 }
-"""For `@flow`: every end but the one by a signal, which `told` tells of."""
+"""For `@flow`: every end but the one by a signal, which `run_flow` tells of."""
 
 
 def as_task(stage: Task) -> Callable[..., Any]:
@@ -34,22 +34,22 @@ def as_function(stage: Task) -> Callable[..., Any]:
     return stage.fn
 
 
-def told(run: Callable[[], Result]) -> Result | State:
+def run_flow(run: Callable[[], Result]) -> Result | State:
     """What `run` returns, for a flow whose end is told (`flows.runtime.hooks`): Cancelled where a
     signal stopped it, Failed with what to do first where the user can mend it."""
-    spare_imports()  # where Prefect has started this process
+    tune_gc()  # where Prefect has started this process
     try:
-        returned = stopped_or(run)
+        returned = cancelled_on_signal(run)
     except GPTError as error:
-        return Failed(message=f"{to_do(error.problems)}\n\n{error}", data=error)
+        return Failed(message=f"{describe_remedies(error.problems)}\n\n{error}", data=error)
     context = FlowRunContext.get()
     if isinstance(returned, State) and context and context.flow and context.flow_run:
         # Prefect has hooks for what it cancels itself alone, and calls them in another process.
-        tell_of_end(context.flow, context.flow_run, returned)
+        notify_end(context.flow, context.flow_run, returned)
     return returned
 
 
-def stopped_or(run: Callable[[], Result]) -> Result | State:
+def cancelled_on_signal(run: Callable[[], Result]) -> Result | State:
     """What `run` returns; Cancelled where a signal stopped it."""
     with stopping:
         try:

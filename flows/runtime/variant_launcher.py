@@ -14,40 +14,40 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from flows.runtime.process_exit import ending_with_me
-from flows.runtime.variants import Entrant
+from flows.runtime.process_exit import die_with_parent
+from flows.runtime.variants import Variant
 from gpt.errors import ComparisonError, Problem
 
 STOP_SECONDS = 24.0
 """For a child that was asked to stop; Prefect kills its parent 29 s after asking."""
 
 
-def trained_apart(entrant: Entrant, parent: Path, environment: Mapping[str, str]) -> Path:
+def train_in_subprocess(variant: Variant, parent: Path, environment: Mapping[str, str]) -> Path:
     """The folder of the entrant's finished run. What stops this process stops that one first.
 
     Raises `ComparisonError` with the reason where the run came to no end.
     """
-    assert entrant.config
-    result = parent / f"{entrant.config.run.name}.json"
+    assert variant.config
+    result = parent / f"{variant.config.run.name}.json"
     result.unlink(missing_ok=True)
     asked = {
-        "path": entrant.path,
-        "overrides": entrant.overrides,
-        "root": str(entrant.config.run.root),
+        "path": variant.path,
+        "overrides": variant.overrides,
+        "root": str(variant.config.run.root),
         "parent": str(parent.resolve()),
         "result": str(result.resolve()),
     }
     command = [sys.executable, "-m", "flows.runtime.variant_process", json.dumps(asked)]
     # One that lived on would hold the run that the next comparison goes on with.
     child = subprocess.Popen(
-        command, env={**os.environ, **environment}, preexec_fn=ending_with_me(signal.SIGKILL)
+        command, env={**os.environ, **environment}, preexec_fn=die_with_parent(signal.SIGKILL)
     )
     try:
         code = child.wait()
     except BaseException:
         _stop(child)
         raise
-    return _folder_told(entrant, result, code)
+    return _folder_told(variant, result, code)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -58,7 +58,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _folder_told(entrant: Entrant, result: Path, code: int) -> Path:
+def _folder_told(variant: Variant, result: Path, code: int) -> Path:
     try:
         told: dict[str, str] = json.loads(result.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,5 +68,5 @@ def _folder_told(entrant: Entrant, result: Path, code: int) -> Path:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     reason = told.get("failure") or f"its process ended with {how}"
     raise ComparisonError(
-        Problem(entrant.name, "", reason, "mend that; the same comparison goes on from there")
+        Problem(variant.name, "", reason, "mend that; the same comparison goes on from there")
     )

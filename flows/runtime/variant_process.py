@@ -14,11 +14,11 @@ from typing import Any
 from flows.runtime import environment
 from gpt.errors import GPTError
 from gpt.files import write_text
-from gpt.gc_tuning import spare_imports
+from gpt.gc_tuning import tune_gc
 
 
 def main() -> None:
-    spare_imports()
+    tune_gc()
     asked = json.loads(sys.argv[1])
     code, told = _run(asked)
     write_text(Path(asked["result"]), json.dumps(told))
@@ -28,7 +28,7 @@ def main() -> None:
 def _run(asked: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     environment.prepare(Path(asked["root"]))
     from flows.runtime.session import run_pretrain
-    from tasks.display import tell
+    from tasks.display import log_info
 
     try:
         outcome = run_pretrain(asked["path"], asked["overrides"], False, Path(asked["parent"]))
@@ -38,7 +38,7 @@ def _run(asked: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     except Exception as error:
         traceback.print_exc()
         return 1, {"failure": f"{type(error).__name__}: {error}"}
-    tell(f"{outcome.name}: validation loss {outcome.report.loss:.4f}")
+    log_info(f"{outcome.name}: validation loss {outcome.report.loss:.4f}")
     return 0, {"folder": str(outcome.folder)}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.config.loading import load_config, merged
+from gpt.config.loading import load_config, merge_overrides
 from gpt.config.schema import DataSection, RunConfig, fingerprint
 from gpt.errors import ConfigError, Problem
 from gpt.training.identity import run_identity
@@ -28,7 +28,7 @@ SHARED = (
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Variant:
     """One config with one seed."""
 
     name: str
@@ -45,9 +45,9 @@ class Entrant:
         return self.config.training.seed if self.config else 0
 
 
-def entrants_of(
+def expand_variants(
     paths: Sequence[str], overrides: Mapping[str, Any], tokens: int | None, seeds: int
-) -> list[Entrant]:
+) -> list[Variant]:
     """Every config with every seed, the first seeds of all configs first, so that a comparison
     that is broken off has seen each config.
 
@@ -83,10 +83,10 @@ def entrants_of(
 
 def _refuse_unlike(configs: Mapping[str, RunConfig]) -> None:
     first, *others = configs.items()
-    ours = first[1].flat()
+    ours = first[1].flatten()
     problems = []
     for path, config in others:
-        theirs = config.flat()
+        theirs = config.flatten()
         problems += [
             Problem(
                 key,
@@ -130,18 +130,20 @@ def _entrant(
     found: RunConfig | ConfigError,
     tokens: int | None,
     number: int,
-) -> Entrant:
+) -> Variant:
     if isinstance(found, ConfigError):
-        return Entrant(name, path, dict(overrides), None, str(found))
+        return Variant(name, path, dict(overrides), None, str(found))
     own: dict[str, Any] = {"run": {"name": name}}
     if number:  # the first has the name and the seed of the config alone, as a run by itself
         seed = found.training.seed + number
         own = {"run": {"name": f"{name}-seed{seed}"}, "training": {"seed": seed}}
-    laid_over = merged(merged(overrides, own), _length(found, tokens) if tokens else {})
+    laid_over = merge_overrides(
+        merge_overrides(overrides, own), _length(found, tokens) if tokens else {}
+    )
     try:
-        return Entrant(name, path, laid_over, load_config(path, laid_over))
+        return Variant(name, path, laid_over, load_config(path, laid_over))
     except ConfigError as error:  # as a schedule that such a length has no room for
-        return Entrant(name, path, laid_over, None, str(error))
+        return Variant(name, path, laid_over, None, str(error))
 
 
 def _length(config: RunConfig, tokens: int) -> dict[str, Any]:
@@ -153,14 +155,14 @@ def _length(config: RunConfig, tokens: int) -> dict[str, Any]:
     return {"training": {"max_steps": steps}, **shorter}
 
 
-def contest_folder(root: Path, entrants: Sequence[Entrant], name: str) -> Path:
+def comparison_folder(root: Path, variants: Sequence[Variant], name: str) -> Path:
     """`<root>/compare/<name>-<8 hex>`: the same entrants come back to the same folder."""
     values = {
         f"{number}": run_identity(each.config, "") + str(each.config.training.max_steps)
-        for number, each in enumerate(entrants)
+        for number, each in enumerate(variants)
         if each.config
     }
-    names = dict.fromkeys(entrant.name for entrant in entrants)
+    names = dict.fromkeys(variant.name for variant in variants)
     folder = root / "compare" / f"{name or '-vs-'.join(names)[:80]}-{fingerprint(values)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

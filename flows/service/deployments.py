@@ -103,7 +103,7 @@ def _on_pool() -> WorkPoolFilter:
     return WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
 
 
-def workers_online(client: SyncPrefectClient) -> list[str]:
+def read_online_workers(client: SyncPrefectClient) -> list[str]:
     """Names of those that take runs from the pool."""
     workers = client.read_workers_for_work_pool(POOL)
     return [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE]
@@ -120,7 +120,7 @@ def running(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
     return [run for run in runs if run.labels.get(WORKER_LABEL, worker) == worker]
 
 
-def process_of(run: FlowRun) -> int | None:
+def find_process(run: FlowRun) -> int | None:
     """The pid of a run's process on this machine; None where that has ended."""
     try:
         pid = int(run.infrastructure_pid or "")
@@ -130,11 +130,11 @@ def process_of(run: FlowRun) -> int | None:
     return pid if any("prefect" in word for word in words) else None
 
 
-def start_lost_runs_again(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
+def reschedule_lost_runs(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
     """Runs that Prefect holds for running and whose process is gone, as after a power cut: nobody
     else would end them, and each would hold the GPU's slot for good. They are scheduled again, and
     go on from their last checkpoint; one that was being cancelled is Cancelled. Those runs."""
-    lost = [run for run in running(client, worker) if process_of(run) is None]
+    lost = [run for run in running(client, worker) if find_process(run) is None]
     for run in lost:
         if run.state and run.state.is_cancelling():
             state: State = Cancelled(message="its process was lost while it was being cancelled")

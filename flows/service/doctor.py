@@ -29,8 +29,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 
 from flows.service import deployments
-from flows.service.supervisor import POOL, PROJECT, Settings, without_password
-from tasks.tracking.metadata import store_uri
+from flows.service.supervisor import POOL, PROJECT, ServiceSettings, redact_password
+from tasks.tracking.metadata import default_tracking_uri
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
 FREE_DISK_BYTES = 10 * 2**30
@@ -61,7 +61,7 @@ def fault(what: str, found: str, remedy: str) -> Finding:
     return Finding(what, FAULT, found, remedy)
 
 
-def examine_machine(settings: Settings, serves: bool) -> Iterator[Finding]:
+def check_machine(settings: ServiceSettings, serves: bool) -> Iterator[Finding]:
     """All findings, one by one. `serves`: there is a server to ask, of `overnight up` or of one
     that PREFECT_API_URL names."""
     yield python_version()
@@ -70,7 +70,7 @@ def examine_machine(settings: Settings, serves: bool) -> Iterator[Finding]:
     yield memory(psutil.virtual_memory().available)
     yield disk(settings.root)
     yield writable(settings.root)
-    yield tracking_store(store_uri(settings.root))
+    yield tracking_store(default_tracking_uri(settings.root))
     yield clock_of_files(settings.root)
     if not serves:
         yield Finding(
@@ -116,13 +116,13 @@ def _install(wanted: Requirement) -> str:
 def graphics_card() -> Finding:
     import torch
 
-    from gpt.hardware.gpus import find_card
+    from gpt.hardware.gpus import find_gpu
 
     name, driver = _driver()
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        known = "" if find_card(name) else "; not among the known cards, so no MFU and no hours"
+        known = "" if find_gpu(name) else "; not among the known cards, so no MFU and no hours"
         sizes = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         if free < total / 2:
             remedy = "nvidia-smi shows what holds it; end that before the night"
@@ -197,7 +197,7 @@ def clock_of_files(root: Path) -> Finding:
 
 def tracking_store(uri: str) -> Finding:
     """MLflow's server answers, or its database can be read."""
-    shown = without_password(uri)
+    shown = redact_password(uri)
     try:
         if uri.startswith("http"):
             httpx.get(f"{uri}/health", timeout=PATIENCE_SECONDS).raise_for_status()
@@ -231,7 +231,7 @@ def _ask_database(uri: str) -> None:
 # --- Prefect -------------------------------------------------------------------------------------
 
 
-def prefect_server(settings: Settings) -> Iterator[Finding]:
+def prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
     """The server, and where it answers what is deployed to it."""
     what, url = "Prefect's server", settings.api_url
     if not url.rstrip("/").endswith("/api"):
@@ -256,7 +256,7 @@ def prefect_server(settings: Settings) -> Iterator[Finding]:
     with deployments.api() as client:
         for check in (work_pool, worker, lost_runs):
             yield check(client, settings)
-        yield from what_is_deployed(client, PROJECT)
+        yield from check_deployments(client, PROJECT)
 
 
 def clock_of_server(date: str) -> Finding:
@@ -270,7 +270,7 @@ def clock_of_server(date: str) -> Finding:
     return fault("clock", found, "set both: timedatectl set-ntp true")
 
 
-def work_pool(client: SyncPrefectClient, settings: Settings) -> Finding:
+def work_pool(client: SyncPrefectClient, settings: ServiceSettings) -> Finding:
     remedy = "overnight up"
     try:
         pool = client.read_work_pool(POOL)
@@ -285,9 +285,9 @@ def work_pool(client: SyncPrefectClient, settings: Settings) -> Finding:
     return good("work pool", f"{POOL}, one run at a time")
 
 
-def worker(client: SyncPrefectClient, settings: Settings) -> Finding:
+def worker(client: SyncPrefectClient, settings: ServiceSettings) -> Finding:
     try:
-        online = deployments.workers_online(client)
+        online = deployments.read_online_workers(client)
     except ObjectNotFound:
         online = []
     if online:
@@ -295,9 +295,9 @@ def worker(client: SyncPrefectClient, settings: Settings) -> Finding:
     return fault("worker", f"none takes runs from {POOL}, so whatever is due waits", "overnight up")
 
 
-def lost_runs(client: SyncPrefectClient, settings: Settings) -> Finding:
+def lost_runs(client: SyncPrefectClient, settings: ServiceSettings) -> Finding:
     held = deployments.running(client, settings.worker)
-    lost = [run for run in held if deployments.process_of(run) is None]
+    lost = [run for run in held if deployments.find_process(run) is None]
     if not lost:
         told = ", ".join(run.name for run in held) or "none"
         return good("runs", f"going on now: {told}")
@@ -305,7 +305,7 @@ def lost_runs(client: SyncPrefectClient, settings: Settings) -> Finding:
     return fault("runs", found, "stop `overnight up` and start it again: they go on")
 
 
-def what_is_deployed(client: SyncPrefectClient, project: Path) -> Iterator[Finding]:
+def check_deployments(client: SyncPrefectClient, project: Path) -> Iterator[Finding]:
     """Deployments and schedules of prefect.yaml, as the server has them."""
     if not project.exists():
         yield fault("deployments", f"no {project} in this folder", "change into the checkout")

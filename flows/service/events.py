@@ -17,7 +17,7 @@ SOURCE = "overnight.source"
 """`prefect.resource.id` of every such event: what an automation matches."""
 
 
-def refuse_without_server() -> str:
+def require_prefect_server() -> str:
     """The address of Prefect's API. Raises `WatchError` where none is set: an API that lives as
     long as this process has no automations."""
     url = PREFECT_API_URL.value()
@@ -28,7 +28,7 @@ def refuse_without_server() -> str:
     raise WatchError(Problem("PREFECT_API_URL", "", rule, remedy))
 
 
-def send_arrival(path: Path, event_id: UUID) -> None:
+def send_file_event(path: Path, event_id: UUID) -> None:
     """Returns when the server has the event. Sent twice under one id, it is one event. Raises
     `httpx.HTTPError` where the server is away or refuses."""
     event = Event(
@@ -51,5 +51,5 @@ def send_arrival(path: Path, event_id: UUID) -> None:
         answer.raise_for_status()
 
 
-AWAY = (httpx.HTTPError, RuntimeError, OSError)
-"""What `send_arrival` raises where the server cannot be reached."""
+SERVER_UNREACHABLE = (httpx.HTTPError, RuntimeError, OSError)
+"""What `send_file_event` raises where the server cannot be reached."""

@@ -21,8 +21,13 @@ from typing import Any, NoReturn
 import psutil
 from filelock import FileLock, Timeout
 
-from flows.runtime.environment import LOCK, RECORD, prefect_home, withdraw
-from flows.runtime.process_exit import ending_with_me
+from flows.runtime.environment import (
+    SERVICE_LOCK,
+    SERVICE_RECORD,
+    prefect_home,
+    remove_service_record,
+)
+from flows.runtime.process_exit import die_with_parent
 from gpt.errors import Problem, ServiceError
 from gpt.files import write_text
 from tasks.tracking import mlflow_settings
@@ -40,23 +45,23 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServiceSettings:
     root: Path
     host: str
     prefect_port: int
     mlflow_port: int
-    prefect_named: str = ""
+    external_prefect: str = ""
     """PREFECT_API_URL as it was found: that server is used, and none of ours started."""
-    mlflow_named: str = ""
+    external_mlflow: str = ""
     """The same of MLFLOW_TRACKING_URI."""
 
     @property
     def api_url(self) -> str:
-        return self.prefect_named or f"{self._address(self.prefect_port)}/api"
+        return self.external_prefect or f"{self._address(self.prefect_port)}/api"
 
     @property
     def mlflow_uri(self) -> str:
-        return self.mlflow_named or self._address(self.mlflow_port)
+        return self.external_mlflow or self._address(self.mlflow_port)
 
     def _address(self, port: int) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
@@ -78,13 +83,16 @@ class Settings:
         }
 
     @property
-    def own_environment(self) -> dict[str, str]:
+    def local_environment(self) -> dict[str, str]:
         """The same without what was named to us, which may hold a password."""
-        named = {"PREFECT_API_URL": self.prefect_named, "MLFLOW_TRACKING_URI": self.mlflow_named}
+        named = {
+            "PREFECT_API_URL": self.external_prefect,
+            "MLFLOW_TRACKING_URI": self.external_mlflow,
+        }
         return {key: value for key, value in self.environment.items() if not named.get(key)}
 
 
-def without_password(uri: str) -> str:
+def redact_password(uri: str) -> str:
     if "@" not in uri:
         return uri
     import sqlalchemy
@@ -93,7 +101,7 @@ def without_password(uri: str) -> str:
 
 
 @dataclass
-class Part:
+class ManagedProcess:
     """One process that is kept running, its output in a file."""
 
     name: str
@@ -115,7 +123,7 @@ class Part:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=ending_with_me(signal.SIGTERM),
+                preexec_fn=die_with_parent(signal.SIGTERM),
             )
 
     def ended(self) -> bool:
@@ -132,26 +140,28 @@ class Part:
         return True
 
 
-def parts(settings: Settings) -> tuple[list[Part], Part]:
+def build_processes(settings: ServiceSettings) -> tuple[list[ManagedProcess], ManagedProcess]:
     """The servers that are ours to start, and the worker."""
     logs, common = settings.root / "logs", settings.environment
     servers = []
-    if not settings.prefect_named:
+    if not settings.external_prefect:
         listening = ("--host", settings.host, "--port", str(settings.prefect_port))
         command = ("prefect", "server", "start", *listening)
-        servers.append(Part("Prefect's server", command, logs / "prefect.log", common))
-    if not settings.mlflow_named:
+        servers.append(ManagedProcess("Prefect's server", command, logs / "prefect.log", common))
+    if not settings.external_mlflow:
         # Its runners of background jobs serve prompts and traces, of which there are none here.
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | mlflow_settings.SETTINGS
         without = {key: value for key, value in common.items() if key != "MLFLOW_TRACKING_URI"}
         servers.append(
-            Part("MLflow's server", _mlflow(settings), logs / "mlflow.log", without | quiet)
+            ManagedProcess(
+                "MLflow's server", _mlflow(settings), logs / "mlflow.log", without | quiet
+            )
         )
     command = ("prefect", "worker", "start", "--pool", POOL, "--name", settings.worker)
-    return servers, Part("the worker", command, logs / "worker.log", common)
+    return servers, ManagedProcess("the worker", command, logs / "worker.log", common)
 
 
-def _mlflow(settings: Settings) -> Sequence[str]:
+def _mlflow(settings: ServiceSettings) -> Sequence[str]:
     """Stores that the environment names (as PostgreSQL, an S3 bucket) are MLflow's to read."""
     store = settings.root.resolve() / "mlflow"
     words = ["mlflow", "server", "--workers", "1", "--host", settings.host]
@@ -167,46 +177,46 @@ def _mlflow(settings: Settings) -> Sequence[str]:
 
 
 @contextmanager
-def only_service(settings: Settings) -> Iterator[None]:
+def hold_service_lock(settings: ServiceSettings) -> Iterator[None]:
     """Hold the root's service, and let the commands of this project find it for that long.
 
     Raises `ServiceError` with the addresses where it is held already, and for a port in use.
     """
     settings.root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.root.resolve() / LOCK)
+    lock = FileLock(settings.root.resolve() / SERVICE_LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise ServiceError(_running(settings.root)) from None
     try:
-        refuse_ports_in_use(settings)
+        check_ports_free(settings)
         yield
     finally:
         lock.release()
 
 
 @contextmanager
-def published(settings: Settings) -> Iterator[None]:
+def publish_service(settings: ServiceSettings) -> Iterator[None]:
     """Let the commands of this project find the service: ours by a record below the root
     (`flows.runtime.environment`), Prefect's own by the `prefect.toml` that it looks for in the
     folder where it is called, unless there is one."""
     toml = Path("prefect.toml").absolute()
-    record: dict[str, Any] = {"pid": os.getpid(), "environment": settings.own_environment}
-    if not toml.exists() and not settings.prefect_named:
+    record: dict[str, Any] = {"pid": os.getpid(), "environment": settings.local_environment}
+    if not toml.exists() and not settings.external_prefect:
         record["prefect_toml"] = str(toml)
-        write_text(settings.root / RECORD, json.dumps(record, indent=2))
+        write_text(settings.root / SERVICE_RECORD, json.dumps(record, indent=2))
         note = f"# Written by `overnight up`, process {os.getpid()}, which removes it as it ends.\n"
         write_text(toml, f'{note}[api]\nurl = "{settings.api_url}"\n')
-    write_text(settings.root / RECORD, json.dumps(record, indent=2))
+    write_text(settings.root / SERVICE_RECORD, json.dumps(record, indent=2))
     try:
         yield
     finally:
-        withdraw(settings.root)
+        remove_service_record(settings.root)
 
 
 def _running(root: Path) -> Problem:
     try:
-        record = json.loads((root / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((root / SERVICE_RECORD).read_text(encoding="utf-8"))
         environment = record["environment"]
         named = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
         told = [f"{name}={environment[name]}" for name in named if name in environment]
@@ -217,7 +227,7 @@ def _running(root: Path) -> Problem:
     return Problem("overnight up", str(root), rule, "use that one, or stop it with Ctrl-C there")
 
 
-def refuse_without_project() -> None:
+def check_project() -> None:
     """Raises `ServiceError` in a folder that has nothing to deploy."""
     if not PROJECT.exists():
         rule = "is not in this folder, so there is nothing to deploy"
@@ -225,11 +235,11 @@ def refuse_without_project() -> None:
         raise ServiceError(Problem(str(PROJECT), str(Path.cwd()), rule, remedy))
 
 
-def refuse_ports_in_use(settings: Settings) -> None:
+def check_ports_free(settings: ServiceSettings) -> None:
     ours = []
-    if not settings.prefect_named:
+    if not settings.external_prefect:
         ours.append(("--prefect-port", "PREFECT_API_URL", settings.prefect_port))
-    if not settings.mlflow_named:
+    if not settings.external_mlflow:
         ours.append(("--mlflow-port", "MLFLOW_TRACKING_URI", settings.mlflow_port))
     problems = []
     for option, variable, port in ours:
@@ -249,7 +259,7 @@ def refuse_ports_in_use(settings: Settings) -> None:
 # --- started, kept running, stopped --------------------------------------------------------------
 
 
-def wait_until_healthy(url: str, part: Part | None) -> None:
+def wait_until_healthy(url: str, part: ManagedProcess | None) -> None:
     """Until `url`/health answers. Raises `ServiceError` where its process ends, or after
     `START_SECONDS`."""
     end = time.monotonic() + START_SECONDS
@@ -264,7 +274,9 @@ def wait_until_healthy(url: str, part: Part | None) -> None:
     raise ServiceError(Problem(name, url, "does not answer", where))
 
 
-def keep_running(kept: Sequence[Part], may_start: Callable[[Part], bool]) -> NoReturn:
+def supervise(
+    kept: Sequence[ManagedProcess], may_start: Callable[[ManagedProcess], bool]
+) -> NoReturn:
     """What ends is started again as soon as it `may_start`, which is asked again, later each
     time."""
     while True:
@@ -274,7 +286,7 @@ def keep_running(kept: Sequence[Part], may_start: Callable[[Part], bool]) -> NoR
         time.sleep(POLL_SECONDS)
 
 
-def end_all(runs: Sequence[int], kept: Sequence[Part]) -> None:
+def stop_processes(runs: Sequence[int], kept: Sequence[ManagedProcess]) -> None:
     """End the runs, by a signal that lets them write a checkpoint, then the processes, the last
     first, and whatever they have started. Nothing is left after `STOP_SECONDS` for each."""
     _end([psutil.Process(pid) for pid in runs if psutil.pid_exists(pid)])

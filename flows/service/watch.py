@@ -12,14 +12,14 @@ from uuid import UUID, uuid4
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.service.events import AWAY, refuse_without_server, send_arrival
-from gpt.data.new_files import Arrivals
+from flows.service.events import SERVER_UNREACHABLE, require_prefect_server, send_file_event
+from gpt.data.new_files import NewFileScanner
 from gpt.errors import Problem, WatchError
 from gpt.files import write_text
-from tasks.display import tell, warn
+from tasks.display import log_info, log_warning
 
 
-class Unsent(BaseModel):
+class PendingEvent(BaseModel):
     """An event that the server does not have yet, under the id that it keeps."""
 
     model_config = ConfigDict(frozen=True)
@@ -32,7 +32,7 @@ class State(BaseModel):
     """What a watcher remembers over its restarts."""
 
     known: dict[str, str] = Field(default_factory=dict)
-    unsent: list[Unsent] = Field(default_factory=list)
+    unsent: list[PendingEvent] = Field(default_factory=list)
 
 
 class Watcher:
@@ -46,11 +46,11 @@ class Watcher:
         self._memory = memory
         first = not memory.exists()
         state = State() if first else _read(memory)
-        self._arrivals = Arrivals(folder, pattern, state.known)
+        self._arrivals = NewFileScanner(folder, pattern, state.known)
         self._unsent = state.unsent
         self._away = self._gone = False
         if first and not existing:
-            self._arrivals.take_as_known()
+            self._arrivals.mark_existing_as_seen()
         self._remember()
 
     @property
@@ -64,40 +64,40 @@ class Watcher:
 
     def _look(self) -> None:
         try:
-            whole, broken = self._arrivals.look()
+            whole, broken = self._arrivals.scan()
         except OSError as error:
             if not self._gone:
                 folder = self._arrivals.folder
-                warn(f"{folder} cannot be read ({error.strerror}): waiting for it")
+                log_warning(f"{folder} cannot be read ({error.strerror}): waiting for it")
             self._gone = True
             return
         self._gone = False
         for path, reason in broken.items():
-            warn(
+            log_warning(
                 f"{path} stands still and is no whole Parquet file ({reason}); it is looked at "
                 "again when it changes"
             )
         if whole:
-            self._unsent += [Unsent(id=uuid4(), path=path) for path in whole]
+            self._unsent += [PendingEvent(id=uuid4(), path=path) for path in whole]
             self._remember()
 
     def _send(self) -> None:
         while self._unsent:
             event = self._unsent[0]
             try:
-                send_arrival(event.path, event.id)
-            except AWAY as error:
+                send_file_event(event.path, event.id)
+            except SERVER_UNREACHABLE as error:
                 self._warn_of(error)
                 return
             self._unsent.pop(0)
             self._remember()
             self._away = False
-            tell(f"{event.path} has come: told Prefect")
+            log_info(f"{event.path} has come: told Prefect")
 
     def _warn_of(self, error: Exception) -> None:
         if not self._away:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            warn(
+            log_warning(
                 f"Prefect's server cannot be told of {self._unsent[0].path} ({reason}): it is told "
                 "when the server is back. `overnight up` starts one"
             )
@@ -117,7 +117,7 @@ def _read(memory: Path) -> State:
         raise WatchError(Problem(str(memory), "", rule, remedy)) from error
 
 
-def memory_of(folder: Path, pattern: str, root: Path) -> Path:
+def state_path(folder: Path, pattern: str, root: Path) -> Path:
     """Below `root`/watch, because the folder may be one that nobody can write to."""
     place = hashlib.sha256(json.dumps([str(folder), pattern]).encode()).hexdigest()[:8]
     return root / "watch" / f"{folder.name}-{place}.json"
@@ -141,8 +141,8 @@ def watch(
     if not folder.is_dir():
         rule = "is no directory" if folder.exists() else "there is no such directory"
         raise WatchError(Problem("DIR", str(folder), rule, "name the one that files come into"))
-    url = refuse_without_server()
-    memory = memory_of(folder, pattern, root)
+    url = require_prefect_server()
+    memory = state_path(folder, pattern, root)
     memory.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(memory.with_suffix(".lock"))
     try:
@@ -153,7 +153,7 @@ def watch(
         raise WatchError(Problem("DIR", str(folder), rule, remedy)) from None
     with lock:
         watcher = Watcher(folder, pattern, memory, existing)
-        tell(
+        log_info(
             f"watching {folder} for {pattern} every {interval_seconds:g} s, {watcher.known} files "
             f"known; events go to {url}"
         )

@@ -24,7 +24,7 @@ def load_config(path: Path | str, overrides: Mapping[str, Any] | Sequence[str] =
     `overrides` is a nested mapping, or strings `section.key=value` with a TOML value (a bare word
     is taken as a string). Raises `ConfigError` with every problem found.
     """
-    return build_config(merged(read_toml(Path(path)), overrides))
+    return build_config(merge_overrides(read_toml(Path(path)), overrides))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -44,7 +44,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     raise ConfigError(Problem(str(path), "", rule, remedy))
 
 
-def merged(raw: Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+def merge_overrides(
+    raw: Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]
+) -> dict[str, Any]:
     """`raw` with the overrides laid over it, key by key, at any depth."""
     if isinstance(overrides, Mapping):
         return _merge(raw, overrides)
@@ -92,7 +94,7 @@ def build_config(raw: Mapping[str, Any]) -> RunConfig:
         # JSON, because strict pydantic takes no list for a tuple and no string for a path else.
         config = RunConfig.model_validate_json(json.dumps(raw, default=str))
         problems: list[Problem] = []
-        values = config.flat()
+        values = config.flatten()
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
         problems = [_problem(detail) for detail in details]

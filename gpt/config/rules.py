@@ -36,10 +36,10 @@ def rule(*keys: str) -> Callable[[Callable[..., Problem | None]], Rule]:
 
 
 @rule("model.n_embd", "model.n_head", "model.architecture")
-def heads_divide_the_width(n_embd: int, n_head: int, architecture: str) -> Problem | None:
+def check_head_split(n_embd: int, n_head: int, architecture: str) -> Problem | None:
     if n_embd % n_head == 0:
         return None
-    pairs = head_choices(n_embd, n_head, even=architecture == "nanochat")
+    pairs = valid_head_splits(n_embd, n_head, even=architecture == "nanochat")
     choices = ", ".join(f"{width}/{heads}" for width, heads in pairs)
     return Problem(
         "model.n_embd",
@@ -51,10 +51,10 @@ def heads_divide_the_width(n_embd: int, n_head: int, architecture: str) -> Probl
 
 
 @rule("model.n_embd", "model.n_head", "model.architecture")
-def rotary_heads_are_even(n_embd: int, n_head: int, architecture: str) -> Problem | None:
+def check_rotary_head_size(n_embd: int, n_head: int, architecture: str) -> Problem | None:
     if architecture != "nanochat" or n_embd % n_head or n_embd // n_head % 2 == 0:
         return None
-    pairs = head_choices(n_embd, n_head, even=True)
+    pairs = valid_head_splits(n_embd, n_head, even=True)
     choices = ", ".join(f"{width}/{heads}" for width, heads in pairs)
     return Problem(
         "model.n_head",
@@ -138,7 +138,7 @@ def nodes_have_a_meeting_place(nodes: int, rendezvous: str) -> Problem | None:
     )
 
 
-def head_choices(n_embd: int, n_head: int, even: bool = False) -> list[tuple[int, int]]:
+def valid_head_splits(n_embd: int, n_head: int, even: bool = False) -> list[tuple[int, int]]:
     """Pairs (n_embd, n_head) that divide, near one that does not: for this head count the widths
     next below and above, then for this width the head counts next below and above.
 

@@ -255,7 +255,7 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.model.block_size
 
-    def flat(self) -> dict[str, Any]:
+    def flatten(self) -> dict[str, Any]:
         """Every value by its dotted key, as it would stand in JSON."""
         return dict(_flatten(self.model_dump(mode="json")))
 

@@ -25,17 +25,17 @@ from gpt.data.shards import (
     MANIFEST,
     REMEDY,
     ShardWriter,
-    check,
     read_manifest,
-    remember_checked,
+    record_verified,
+    verify_if_changed,
     write_manifest,
 )
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt.data.tokenize.units import JOURNAL, Side, Stored, stored_units
+from gpt.data.tokenize.units import UNIT_JOURNAL, SplitCounts, StoredUnit, read_stored_units
 from gpt.errors import DatasetError, Problem
-from gpt.files import PARTIAL, new_folder
+from gpt.files import PARTIAL, atomic_folder
 
-DERIVED = "derived"
+DERIVED_DATASETS = "derived"
 """The folder, beside `datasets`, of data sets that are cut out of others: none is what its sources
 make."""
 REPLAY_FRACTION = 0.05
@@ -94,7 +94,7 @@ def continuation(
     return _made(dataset, known, {"what": "continuation", **asked}, parent, write)
 
 
-def new_validation_text(
+def build_new_validation_set(
     dataset: DatasetManifest, known: Collection[str], parent: Path
 ) -> DatasetManifest | None:
     """Of `dataset`, the validation documents of the files that are not among the SHA-256 `known`,
@@ -123,17 +123,17 @@ def new_validation_text(
     return _made(dataset, known, {"what": "new validation text"}, parent, write)
 
 
-def units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list[Stored]]]:
+def group_units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list[StoredUnit]]]:
     """Each source with its units, in order; with data.max_tokens the last may have fewer, or none.
     Raises `DatasetError` where the journal does not account for every token."""
-    stored = stored_units(dataset.folder)
+    stored = read_stored_units(dataset.folder)
     if _summed(stored, "train").tokens != dataset.train.tokens:
         rule = "does not account for the tokens of the manifest"
-        raise DatasetError(Problem(str(dataset.folder / JOURNAL), "", rule, REMEDY))
+        raise DatasetError(Problem(str(dataset.folder / UNIT_JOURNAL), "", rule, REMEDY))
     units = iter(stored)
     found = []
     for source in dataset.sources:
-        mine: list[Stored] = []
+        mine: list[StoredUnit] = []
         rows = 0
         while rows < source.rows and (unit := next(units, None)):
             mine.append(unit)
@@ -147,14 +147,14 @@ def units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list[Store
 
 def _new_and_old(
     dataset: DatasetManifest, known: Collection[str]
-) -> tuple[list[Stored], list[Stored]]:
-    by_file = units_by_file(dataset)
+) -> tuple[list[StoredUnit], list[StoredUnit]]:
+    by_file = group_units_by_file(dataset)
     new = [unit for file, units in by_file if file.sha256 not in known for unit in units]
     return new, [unit for file, units in by_file if file.sha256 in known for unit in units]
 
 
-def _summed(units: Iterable[Stored], split: str) -> Side:
-    total = Side()
+def _summed(units: Iterable[StoredUnit], split: str) -> SplitCounts:
+    total = SplitCounts()
     for unit in units:
         total.add(unit.entry.tally.sides[split])
     return total
@@ -180,7 +180,7 @@ def _made(
         if not (folder / MANIFEST).is_file():
             for leftover in parent.glob(f".{folder.name}.*{PARTIAL}"):  # of a killed process
                 shutil.rmtree(leftover)
-            with new_folder(folder) as partial:
+            with atomic_folder(folder) as partial:
                 made = write(name, partial).model_copy(
                     update={
                         "fingerprint": name,
@@ -189,9 +189,9 @@ def _made(
                     }
                 )
                 write_manifest(made)
-                remember_checked(made)
+                record_verified(made)
     found = read_manifest(folder)
-    check(found)
+    verify_if_changed(found)
     return found
 
 
@@ -205,7 +205,7 @@ def _write_split(
         return writer.close()
 
 
-def _split(shards: tuple[Shard, ...], total: Side) -> Split:
+def _split(shards: tuple[Shard, ...], total: SplitCounts) -> Split:
     return Split(
         shards=shards,
         documents=total.documents,
@@ -214,7 +214,7 @@ def _split(shards: tuple[Shard, ...], total: Side) -> Split:
     )
 
 
-class _Counted(Side):
+class _Counted(SplitCounts):
     """What goes by."""
 
     def counting(self, parts: Ids) -> Ids:
@@ -226,7 +226,7 @@ class _Counted(Side):
             yield ids
 
 
-def _drawn(units: Sequence[Stored], share: float, phase: float) -> Ids:
+def _drawn(units: Sequence[StoredUnit], share: float, phase: float) -> Ids:
     """A `share` of the documents, whole, in order, at even distances from `phase` in [0, 1) on:
     with a drawn phase each has the same chance."""
     passed = 0
@@ -239,7 +239,7 @@ def _drawn(units: Sequence[Stored], share: float, phase: float) -> Ids:
             yield block[np.repeat(np.diff(places) > 0, lengths)]
 
 
-def _whole_documents(unit: Stored) -> Ids:
+def _whole_documents(unit: StoredUnit) -> Ids:
     """The unit's training ids in pieces that begin and end with a document; a document begins with
     its end-of-text."""
     rest = np.empty(0, dtype=np.uint16)

@@ -36,7 +36,7 @@ _EXAMPLE = "as data.where = \"language_score > 0.9 AND language = 'en'\""
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowFilter:
     """The text column and the conditions on a row."""
 
     column: str
@@ -170,7 +170,7 @@ def _partition_value(text: str) -> str | None:
     return None if text == HIVE_NULL else unquote(text)
 
 
-def numbered_partitions(files: Iterable[CorpusFile]) -> frozenset[str]:
+def find_integer_partitions(files: Iterable[CorpusFile]) -> frozenset[str]:
     """The partition keys that hold whole numbers in all of the files."""
     values: dict[str, bool] = {}
     for file in files:
@@ -181,7 +181,7 @@ def numbered_partitions(files: Iterable[CorpusFile]) -> frozenset[str]:
     return frozenset(key for key, number in values.items() if number)
 
 
-def partition_values(file: CorpusFile, selection: Selection) -> Mapping[str, Any]:
+def collect_partition_values(file: CorpusFile, selection: RowFilter) -> Mapping[str, Any]:
     """What of a file's path decides which rows are kept."""
     return {
         name: [file.partitions[name], name in selection.numbered]
@@ -193,7 +193,7 @@ def partition_values(file: CorpusFile, selection: Selection) -> Mapping[str, Any
 HASH_BYTES = 16
 
 
-def hash_of(text: memoryview) -> bytes:
+def hash_text(text: memoryview) -> bytes:
     return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
@@ -212,10 +212,10 @@ class SeenTexts:
 
     def is_new(self, text: memoryview) -> bool:
         """Whether `text` was never asked about before."""
-        return self.is_new_hash(hash_of(text))
+        return self.is_new_hash(hash_text(text))
 
     def is_new_hash(self, digest: bytes) -> bool:
-        """The same of a text whose `hash_of` this is."""
+        """The same of a text whose `hash_text` this is."""
         done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return done.rowcount == 1
 

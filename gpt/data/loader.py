@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from gpt.artifacts import DatasetManifest, Split
-from gpt.data.shards import check, open_shard
-from gpt.data.shuffle import Order, epoch_order
+from gpt.data.shards import open_shard, verify_if_changed
+from gpt.data.shuffle import Permutation, shuffle_epoch
 from gpt.errors import DatasetError, Problem
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, each (sequences, block_size) int64; targets are one token ahead."""
 
 
-MOST_OPEN_SHARDS = 8_192
+MAX_OPEN_SHARDS = 8_192
 """Shards mapped at once: Linux gives a process 65,530 mappings (vm.max_map_count)."""
 
 
-class Home(NamedTuple):
+class SequenceLocation(NamedTuple):
     """Where a sequence lies."""
 
     shard: int
@@ -39,16 +39,16 @@ class Home(NamedTuple):
     """In that shard."""
 
 
-class Sequences:
+class SequenceDataset:
     """Random access to the sequences of one split, memory-mapped, 8 bytes of memory a shard and
     those that were read last open. Raises `DatasetError` for a shard that is missing, short or
     altered, and for a split without one whole sequence."""
 
     def __init__(self, dataset: DatasetManifest, split: Split, block_size: int) -> None:
-        check(dataset)
+        verify_if_changed(dataset)
         self.block_size = block_size
         self._folder, self._shards = dataset.folder, split.shards
-        self._opened = lru_cache(MOST_OPEN_SHARDS)(self._open)
+        self._opened = lru_cache(MAX_OPEN_SHARDS)(self._open)
         tokens = np.array([shard.tokens for shard in split.shards], dtype=np.int64)
         self._ends = np.cumsum(np.maximum(0, tokens - 1) // block_size)
         if not self._ends.size or not self._ends[-1]:
@@ -65,12 +65,12 @@ class Sequences:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def homes(self, indices: np.ndarray) -> list[Home]:
+    def homes(self, indices: np.ndarray) -> list[SequenceLocation]:
         """Where the sequences at `indices`, (n,) int64, lie."""
         shards = np.searchsorted(self._ends, indices, side="right")
         firsts = indices - np.where(shards, self._ends[shards - 1], 0)
         pairs = zip(shards.tolist(), (firsts * self.block_size).tolist(), strict=True)
-        return [Home(shard, first_token) for shard, first_token in pairs]
+        return [SequenceLocation(shard, first_token) for shard, first_token in pairs]
 
     def read(self, indices: np.ndarray) -> Batch:
         """The sequences at `indices`, in that order."""
@@ -85,31 +85,31 @@ class Sequences:
         return open_shard(self._folder / shard.name, shard)
 
 
-class TrainingBatches:
+class TrainingLoader:
     """Endless training batches from `position` (sequences taken or passed over) on."""
 
-    def __init__(self, sequences: Sequences, seed: int, position: int = 0) -> None:
+    def __init__(self, sequences: SequenceDataset, seed: int, position: int = 0) -> None:
         self.sequences = sequences
         self.seed = seed
         self.position = position
         self._passed_over: list[tuple[int, int]] = []
-        self._order: tuple[int, Order] | None = None
+        self._order: tuple[int, Permutation] | None = None
 
-    def take(self, count: int) -> Batch:
+    def next_batch(self, count: int) -> Batch:
         """The next `count` sequences; moves the position."""
         places = self._next_places(count)
         epochs, offsets = np.divmod(places, len(self.sequences))
         # Sorted already: a batch that crosses an epoch's end takes the rest of one order first.
         indices = [
-            self.epoch_order(int(epoch))(offsets[epochs == epoch]) for epoch in np.unique(epochs)
+            self.shuffle_epoch(int(epoch))(offsets[epochs == epoch]) for epoch in np.unique(epochs)
         ]
         return self.sequences.read(np.concatenate(indices))
 
     def skip(self, count: int) -> None:
-        """Leave the next `count` sequences to others; moves the position as `take` does."""
+        """Leave the next `count` sequences to others; moves the position as `next_batch` does."""
         self._next_places(count)
 
-    def pass_over(self, ranges: Iterable[tuple[int, int]]) -> None:
+    def exclude_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Positions, first and one after the last, that are never taken; replaces those before."""
         self._passed_over = sorted(ranges)
 
@@ -125,15 +125,17 @@ class TrainingBatches:
             self.position = max(self.position, end)
         return np.concatenate(places)
 
-    def epoch_order(self, epoch: int) -> Order:
+    def shuffle_epoch(self, epoch: int) -> Permutation:
         """The order of an epoch; the one asked for last is kept."""
         if self._order is None or self._order[0] != epoch:
             self._order = None  # two shuffles at once would take twice the memory
-            self._order = epoch, epoch_order(len(self.sequences), self.seed, epoch)
+            self._order = epoch, shuffle_epoch(len(self.sequences), self.seed, epoch)
         return self._order[1]
 
 
-def validation_batches(sequences: Sequences, tokens: int, batch_size: int) -> Iterator[Batch]:
+def iterate_validation_batches(
+    sequences: SequenceDataset, tokens: int, batch_size: int
+) -> Iterator[Batch]:
     """The first `tokens` tokens of the split in order, whole sequences, at most all there are.
 
     The last batch may be smaller.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 @dataclass
-class Arrivals:
+class NewFileScanner:
     """What of a folder is known. `known` is by path, to the stamp under which a file was taken
     for known: one that is written anew arrives again."""
 
@@ -25,12 +25,12 @@ class Arrivals:
     _broken: dict[str, str] = field(default_factory=dict)
     """Stamps under which a file was told to be broken."""
 
-    def take_as_known(self) -> int:
+    def mark_existing_as_seen(self) -> int:
         """All that is there now, whole or not; how many. One that changes after that arrives."""
         self.known |= self._stamps()
         return len(self.known)
 
-    def look(self) -> tuple[list[Path], dict[Path, str]]:
+    def scan(self) -> tuple[list[Path], dict[Path, str]]:
         """The files that have become whole since the last look, which are known from now on; and
         those that stand still and cannot be read, each told once, with the reason. Raises `OSError`
         where the folder cannot be read."""

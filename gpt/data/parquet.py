@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gpt.data.filters import Selection
+from gpt.data.filters import RowFilter
 from gpt.data.sources import GET_AGAIN, CorpusFile, unreadable
-from gpt.data.tokenize.units import Unit, cut_into_units
+from gpt.data.tokenize.units import Unit, split_into_units
 from gpt.errors import CorpusError, Problem
 
 BATCH_BYTES = 1_000_000
@@ -31,7 +31,7 @@ READ_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class ParquetSource:
     """A Parquet file that passed inspection."""
 
     file: CorpusFile
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def units(self) -> list[Unit]:
-        return list(cut_into_units(self.groups.tolist()))
+        return list(split_into_units(self.groups.tolist()))
 
     def batch_rows(self) -> int:
         rows, text_bytes = self.groups[self.groups[:, 0] > 0].T
@@ -72,7 +72,7 @@ class Rows:
 # --- can it be used ------------------------------------------------------------------------------
 
 
-def inspect(file: CorpusFile, selection: Selection) -> Source:
+def inspect(file: CorpusFile, selection: RowFilter) -> ParquetSource:
     """Read the footer, no data. Raises `CorpusError` for a file that is not Parquet, is cut short
     or damaged, has no rows, lacks a column, or has it in another type than text."""
     try:
@@ -93,7 +93,7 @@ def inspect(file: CorpusFile, selection: Selection) -> Source:
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     leaf = leaves[column]
     sizes = [(g.num_rows, g.column(leaf).total_uncompressed_size) for g in groups]
-    return Source(file, np.array(sizes, dtype=np.int64))
+    return ParquetSource(file, np.array(sizes, dtype=np.int64))
 
 
 def _open(file: CorpusFile) -> pq.ParquetFile:
@@ -156,15 +156,15 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_whole(source: Source, selection: Selection) -> None:
+def check_all_rows(source: ParquetSource, selection: RowFilter) -> None:
     """Read all of a file as tokenising will; raises the `CorpusError` that it would."""
     skipped: Counter[str] = Counter()
-    for rows in read(source, source.units, selection):
+    for rows in read_rows(source, source.units, selection):
         skipped.update(rows.skipped)
-    refuse_without_text(source, skipped)
+    check_has_text(source, skipped)
 
 
-def refuse_without_text(source: Source, skipped: Counter[str]) -> None:
+def check_has_text(source: ParquetSource, skipped: Counter[str]) -> None:
     """Raises `CorpusError` for a file that has no text in any row."""
     if skipped["null"] + skipped["empty"] < source.rows:
         return
@@ -176,7 +176,7 @@ def refuse_without_text(source: Source, skipped: Counter[str]) -> None:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def read(source: Source, units: Sequence[Unit], selection: Selection) -> Iterator[Rows]:
+def read_rows(source: ParquetSource, units: Sequence[Unit], selection: RowFilter) -> Iterator[Rows]:
     """The rows of some units of a file, in order, in one pass over their row groups.
 
     Raises `CorpusError` for pages that cannot be read and for text that is not UTF-8.
@@ -215,7 +215,7 @@ def read(source: Source, units: Sequence[Unit], selection: Selection) -> Iterato
         raise CorpusError(_damaged(source, row, error)) from error
 
 
-def _damaged(source: Source, row: int, error: Exception) -> Problem:
+def _damaged(source: ParquetSource, row: int, error: Exception) -> Problem:
     try:
         source.file.ends()
     except OSError as reason:
@@ -230,7 +230,7 @@ def _damaged(source: Source, row: int, error: Exception) -> Problem:
 
 
 def _selected(
-    file: CorpusFile, batch: pa.RecordBatch, first_row: int, unit: int, selection: Selection
+    file: CorpusFile, batch: pa.RecordBatch, first_row: int, unit: int, selection: RowFilter
 ) -> Rows:
     array = batch.column(batch.schema.get_field_index(selection.column))
     if isinstance(array, pa.ExtensionArray):

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, Shard
 from gpt.errors import DatasetError, Problem
-from gpt.files import PARTIAL, sha256_of, write_text
+from gpt.files import PARTIAL, compute_sha256, write_text
 
 MAGIC = 20240520
 VERSION = 1
@@ -110,14 +110,14 @@ class ShardWriter:
             path.unlink()
         for file in files[:whole]:
             path = file.rename(self._folder / self._name)
-            shard = Shard(name=path.name, tokens=self._capacity, sha256=sha256_of(path))
+            shard = Shard(name=path.name, tokens=self._capacity, sha256=compute_sha256(path))
             self._done.append(shard)
         if not rest:
             return
         partial = files[whole].rename(self._folder / (self._name + PARTIAL))
         self._file = partial.open("r+b")
         self._file.truncate(HEADER_BYTES + TOKEN_BYTES * rest)
-        self._file.write(header(self._capacity))
+        self._file.write(build_header(self._capacity))
         self._file.seek(0)
         while block := self._file.read(1 << 20):
             self._hash.update(block)
@@ -132,7 +132,7 @@ class ShardWriter:
             self._file = (self._folder / (self._name + PARTIAL)).open("wb")
             self._hash = hashlib.sha256()
             self._count = 0
-            self._put(header(self._capacity))
+            self._put(build_header(self._capacity))
         self._put(np.ascontiguousarray(tokens).data.cast("B"))
         self._count += tokens.size
 
@@ -146,12 +146,12 @@ class ShardWriter:
         partial = self._folder / (self._name + PARTIAL)
         if short := self._count < self._capacity:
             self._file.seek(0)
-            self._file.write(header(self._count))
+            self._file.write(build_header(self._count))
         self._file.flush()
         with ThreadPoolExecutor(1) as beside:
             on_disk = beside.submit(os.fsync, self._file.fileno())
             # The header stands first and holds the count: only a short file is hashed anew.
-            digest = sha256_of(partial) if short else self._hash.hexdigest()
+            digest = compute_sha256(partial) if short else self._hash.hexdigest()
             on_disk.result()
         self._file.close()
         partial.replace(self._folder / self._name)
@@ -177,7 +177,7 @@ def stream_files(folder: Path, split: str) -> list[Path]:
             return files
 
 
-def header(tokens: int) -> bytes:
+def build_header(tokens: int) -> bytes:
     """The 1,024 bytes before the ids."""
     values = np.zeros(256, dtype="<i4")
     values[:3] = MAGIC, VERSION, tokens
@@ -235,7 +235,7 @@ def read_manifest(folder: Path) -> DatasetManifest:
     """The manifest of a complete data set, its folder being where it lies now.
 
     Raises `DatasetError` when there is none or it cannot be read, and names every shard that is
-    missing or has the wrong length. Contents are not hashed here: see `verify`.
+    missing or has the wrong length. Contents are not hashed here: see `verify_shards`.
     """
     path = folder / MANIFEST
     try:
@@ -257,7 +257,7 @@ def read_manifest(folder: Path) -> DatasetManifest:
     raise DatasetError(problem)
 
 
-def verify(manifest: DatasetManifest) -> None:
+def verify_shards(manifest: DatasetManifest) -> None:
     """Read every shard and compare its SHA-256; `DatasetError` names all that were altered."""
     problems = []
     for shard in _shards(manifest):
@@ -267,12 +267,12 @@ def verify(manifest: DatasetManifest) -> None:
             problems.append(found)
     if problems:
         raise DatasetError(*problems)
-    remember_checked(manifest)
+    record_verified(manifest)
 
 
-def check(manifest: DatasetManifest) -> None:
-    """`verify`, but only where a shard's size or times are not those under which it passed before:
-    milliseconds, unless something was written, moved between disks or copied."""
+def verify_if_changed(manifest: DatasetManifest) -> None:
+    """`verify_shards`, but only where a shard's size or times are not those under which it passed
+    before: milliseconds, unless something was written, moved between disks or copied."""
     try:
         known = json.loads((manifest.folder / CHECKED).read_bytes())
     except (OSError, ValueError):
@@ -282,11 +282,12 @@ def check(manifest: DatasetManifest) -> None:
             return
     except OSError:
         pass
-    verify(manifest)
+    verify_shards(manifest)
 
 
-def remember_checked(manifest: DatasetManifest) -> None:
-    """For `check`: all shards have the manifest's SHA-256 now. Not written where nothing can be."""
+def record_verified(manifest: DatasetManifest) -> None:
+    """For `verify_if_changed`: all shards have the manifest's SHA-256 now. Not written where
+    nothing can be."""
     with contextlib.suppress(OSError):
         write_text(manifest.folder / CHECKED, json.dumps(_checked(manifest), indent=1))
 
@@ -340,7 +341,7 @@ def _header_problem(path: Path, shard: Shard) -> Problem | None:
 
 
 def _hash_problem(path: Path, shard: Shard) -> Problem | None:
-    found = sha256_of(path)
+    found = compute_sha256(path)
     if found == shard.sha256:
         return None
     return Problem(str(path), found, f"must have the manifest's SHA-256 {shard.sha256}", REMEDY)

@@ -3,7 +3,7 @@ every machine, and any place in it known without the places before.
 
 Which of two orders it is, the number of sequences decides and nothing else:
 
-- up to `LARGEST_SHUFFLE` a whole shuffle, numpy's, which takes 8 bytes a sequence;
+- up to `MAX_FULL_SHUFFLE` a whole shuffle, numpy's, which takes 8 bytes a sequence;
 - beyond, a pseudo-random permutation that is computed place by place and takes no memory: a Feistel
   network (Luby and Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom
   functions") over the next power of two, walked again where it leaves the range (cycle walking:
@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_SHUFFLE = 2**27
+MAX_FULL_SHUFFLE = 2**27
 """Most sequences that are shuffled as a whole: 1 GiB for each process. Runs on up to so many go on
 in the order that they began with, so this number never changes."""
 ROUNDS = 8
@@ -28,19 +28,19 @@ ROUNDS = 8
 that unequal halves end where they began."""
 
 Places = NDArray[np.int64]
-Order = Callable[[Places], Places]
+Permutation = Callable[[Places], Places]
 """From places in the epoch, (n,) int64, to indices of sequences, (n,) int64."""
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Order:
+def shuffle_epoch(count: int, seed: int, epoch: int) -> Permutation:
     """The order of `count` sequences in an epoch; each place has another sequence."""
-    if count > LARGEST_SHUFFLE:
-        return Feistel(count, seed, epoch)
+    if count > MAX_FULL_SHUFFLE:
+        return FeistelPermutation(count, seed, epoch)
     shuffled = np.random.default_rng((seed, epoch)).permutation(count)
     return lambda places: shuffled[places]
 
 
-class Feistel:
+class FeistelPermutation:
     """A permutation of 0 to `count` - 1, computed for the places that are asked for."""
 
     def __init__(self, count: int, seed: int, epoch: int) -> None:

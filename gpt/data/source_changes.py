@@ -9,14 +9,14 @@ from gpt.data.tokenize.plan import make_plan
 SELECTING = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
 
 
-class Changes(Artifact):
+class SourceChanges(Artifact):
     """Files are told apart by the hash of their bytes: another name is no change."""
 
     fingerprint: str
     """Of the data set that the source makes now."""
     new: tuple[str, ...]
     """Names of files whose bytes the earlier data set does not have."""
-    gone: tuple[str, ...]
+    removed: tuple[str, ...]
     """Names, of then, of files whose bytes the source does not have any more."""
     settings: tuple[str, ...] = ()
     """Settings of [data] that select other documents than then, in words."""
@@ -29,7 +29,7 @@ class Changes(Artifact):
         return bool(self.new or self.settings)
 
 
-def find_changes(config: RunConfig, before: DatasetManifest | None) -> Changes:
+def find_source_changes(config: RunConfig, before: DatasetManifest | None) -> SourceChanges:
     """Of the config's source since the data set `before`; None: all is new.
 
     Hashes only what it does not know by size and times. Raises `CorpusError` for a source that
@@ -37,13 +37,13 @@ def find_changes(config: RunConfig, before: DatasetManifest | None) -> Changes:
     """
     plan = make_plan(config)
     plan.identities.save()
-    now = {identity.sha256: file.name for file, identity in plan.identities.of.items()}
+    now = {identity.sha256: file.name for file, identity in plan.identities.by_file.items()}
     then = {source.sha256: source.path for source in before.sources} if before else {}
     settings = changed_settings(config, before) if before else ()
-    return Changes(
+    return SourceChanges(
         fingerprint=plan.fingerprint,
         new=tuple(name for sha256, name in now.items() if sha256 not in then),
-        gone=tuple(name for sha256, name in then.items() if sha256 not in now),
+        removed=tuple(name for sha256, name in then.items() if sha256 not in now),
         settings=settings,
         known=() if settings else tuple(sha256 for sha256 in now if sha256 in then),
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import CorpusError, Problem
-from gpt.files import sha256_of, write_text
+from gpt.files import compute_sha256, write_text
 
 HASHES = "source-hashes.json"
 SETTLED_SECONDS = 0.05
@@ -190,38 +190,38 @@ def _nothing(pattern: str) -> Problem:
 
 
 @dataclass(frozen=True)
-class Identity:
+class FileIdentity:
     """A file's stamp and the hash of its bytes at that time."""
 
     stamp: str
     sha256: str
 
 
-class Identities:
+class FileIdentities:
     """The identity of each file that can be read, and what is wrong with the others.
 
     A hash is taken from `memory` where the stamp is the one it was made under.
     """
 
     def __init__(self, files: Iterable[CorpusFile], memory: Path) -> None:
-        self.of: dict[CorpusFile, Identity] = {}
+        self.by_file: dict[CorpusFile, FileIdentity] = {}
         self.problems: list[Problem] = []
         self._memory, self._known = memory, _read_hashes(memory)
         self._fresh: dict[str, dict[str, str]] = {}
         for file in files:
             try:
-                self.of[file] = self._identify(file)
+                self.by_file[file] = self._identify(file)
             except CorpusError as error:
                 self.problems += error.problems
 
-    def _identify(self, file: CorpusFile) -> Identity:
+    def _identify(self, file: CorpusFile) -> FileIdentity:
         began, stamp = time.time(), file.stamp()
         entry = self._known.get(file.key, {})
         if entry.get("stamp") != stamp:
             entry = {"stamp": stamp, "sha256": _sha256(file)}
             if _is_settled(file, began):
                 self._fresh[file.key] = entry
-        return Identity(stamp, entry["sha256"])
+        return FileIdentity(stamp, entry["sha256"])
 
     def save(self) -> None:
         """Remember the new ones for the next start."""
@@ -235,7 +235,7 @@ def _sha256(file: CorpusFile) -> str:
     if file.filesystem:
         return hashlib.sha256(f"{file.key} {file.stamp()}".encode()).hexdigest()
     try:
-        return sha256_of(Path(file.name))
+        return compute_sha256(Path(file.name))
     except OSError as error:
         raise CorpusError(unreadable(file, error)) from error
 

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from gpt.artifacts import DatasetManifest, Shard
 from gpt.config.schema import RunConfig
 from gpt.data.shards import CHECKED, MANIFEST, parse_manifest
-from gpt.data.tokenize.pipeline import alone, publish, room_on
-from gpt.data.tokenize.plan import Plan, make_plan
+from gpt.data.tokenize.pipeline import dataset_lock, explain_full_disk, publish_dataset
+from gpt.data.tokenize.plan import DatasetPlan, make_plan
 from gpt.errors import DatasetError, Problem
-from gpt.files import FULL_DISK, PARTIAL, sha256_of, sync
+from gpt.files import FULL_DISK, PARTIAL, compute_sha256, sync
 
 FETCHED = f".fetched{PARTIAL}"
 """Ending of the folder that is being filled; what is whole in it is kept for the next start."""
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Carried:
+class TransferProgress:
     """How much of a data set has been brought there or here."""
 
     bytes_done: int
     bytes_total: int
 
 
-class Store:
+class DatasetStore:
     """The folder or address of `data.store`. Raises `DatasetError` where fsspec cannot open it."""
 
     def __init__(self, address: str) -> None:
@@ -95,17 +95,19 @@ class Store:
 # --- fetched -------------------------------------------------------------------------------------
 
 
-def fetch_dataset(config: RunConfig) -> Generator[Carried, None, DatasetManifest | None]:
+def download_dataset(
+    config: RunConfig,
+) -> Generator[TransferProgress, None, DatasetManifest | None]:
     """The data set of `config` from `data.store`, below `run.root` then; None where it is not in
     the store, or where that cannot be reached, which is logged.
 
     Killed, it goes on with the file that it was at. Raises `DatasetError` for a copy in the store
     that is damaged, for a full disk, and where fsspec cannot open such a store.
     """
-    store, plan = Store(config.data.store), make_plan(config)
+    store, plan = DatasetStore(config.data.store), make_plan(config)
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
-    with room_on(plan.folder.parent), alone(plan.folder):
-        if found := plan.existing():
+    with explain_full_disk(plan.folder.parent), dataset_lock(plan.folder):
+        if found := plan.find_existing():
             return found
         try:
             manifest = _manifest_there(store, plan)
@@ -120,7 +122,7 @@ def fetch_dataset(config: RunConfig) -> Generator[Carried, None, DatasetManifest
             return None
 
 
-def _manifest_there(store: Store, plan: Plan) -> DatasetManifest | None:
+def _manifest_there(store: DatasetStore, plan: DatasetPlan) -> DatasetManifest | None:
     name = plan.folder.name
     if MANIFEST not in store.sizes(name):
         return None
@@ -136,8 +138,8 @@ def _manifest_there(store: Store, plan: Plan) -> DatasetManifest | None:
 
 
 def _fetched(
-    store: Store, plan: Plan, manifest: DatasetManifest
-) -> Generator[Carried, None, DatasetManifest]:
+    store: DatasetStore, plan: DatasetPlan, manifest: DatasetManifest
+) -> Generator[TransferProgress, None, DatasetManifest]:
     name = plan.folder.name
     folder = plan.folder.with_name(name + FETCHED)
     folder.mkdir(exist_ok=True)
@@ -150,23 +152,23 @@ def _fetched(
         if not file.endswith(PARTIAL):
             _fetch(store, name, file, shards.get(file), folder / file)
         done += size
-        yield Carried(done, total)
-    published = publish(folder, plan.folder, manifest)
+        yield TransferProgress(done, total)
+    published = publish_dataset(folder, plan.folder, manifest)
     plan.identities.save()
     return published
 
 
-def _fetch(store: Store, name: str, file: str, shard: Shard | None, path: Path) -> None:
-    if shard and path.exists() and sha256_of(path) == shard.sha256:
+def _fetch(store: DatasetStore, name: str, file: str, shard: Shard | None, path: Path) -> None:
+    if shard and path.exists() and compute_sha256(path) == shard.sha256:
         return
     store.get(name, file, path)
-    if shard and (found := sha256_of(path)) != shard.sha256:
+    if shard and (found := compute_sha256(path)) != shard.sha256:
         path.unlink()
         rule = f"must have the manifest's SHA-256 {shard.sha256}, not {found}"
         raise DatasetError(_damaged(store, name, file, rule))
 
 
-def _damaged(store: Store, name: str, file: str, rule: str) -> Problem:
+def _damaged(store: DatasetStore, name: str, file: str, rule: str) -> Problem:
     remedy = f"delete {store.place(name)}: the data set is made anew and put there"
     return Problem(store.place(f"{name}/{file}"), "", rule, remedy)
 
@@ -174,14 +176,16 @@ def _damaged(store: Store, name: str, file: str, rule: str) -> Problem:
 # --- put there -----------------------------------------------------------------------------------
 
 
-def put_dataset(manifest: DatasetManifest, address: str) -> Generator[Carried, None, bool]:
+def upload_dataset(
+    manifest: DatasetManifest, address: str
+) -> Generator[TransferProgress, None, bool]:
     """Bring a data set into the store; True where something of it was not there yet.
 
     Files that lie there whole are not sent again. A store that cannot be reached is logged: the
     data set is complete here, and the next run tries again. Raises `DatasetError` where fsspec
     cannot open such a store.
     """
-    store, name = Store(address), manifest.folder.name
+    store, name = DatasetStore(address), manifest.folder.name
     try:
         there = store.sizes(name)
         if MANIFEST in there:
@@ -197,7 +201,7 @@ def put_dataset(manifest: DatasetManifest, address: str) -> Generator[Carried, N
             if there.get(path.name) != size:
                 store.put(path, name, path.name)
             done += size
-            yield Carried(done, total)
+            yield TransferProgress(done, total)
         store.put_whole(manifest.folder / MANIFEST, name, MANIFEST)
     except Exception as error:  # every store has errors of its own
         told = f"{type(error).__name__}: {error}"

@@ -62,7 +62,7 @@ def lengths(manifest: DatasetManifest) -> list[tuple[str, int]]:
     return bins
 
 
-def page(manifest: DatasetManifest) -> str:
+def render_summary(manifest: DatasetManifest) -> str:
     """All of it as Markdown."""
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in figures(manifest).items())
     rows = "\n".join(f"| {tokens} | {count:,} |" for tokens, count in lengths(manifest))
@@ -84,7 +84,7 @@ def write_summary(manifest: DatasetManifest) -> dict[str, Path]:
     files = {name: manifest.folder / name for name in (PAGE, PICTURE)}
     try:
         if not files[PAGE].exists():
-            write_text(files[PAGE], page(manifest))
+            write_text(files[PAGE], render_summary(manifest))
         if not files[PICTURE].exists():
             _draw(manifest, files[PICTURE])
     except OSError:
@@ -112,7 +112,7 @@ def _draw(manifest: DatasetManifest, path: Path) -> None:
     partial.replace(path)
 
 
-def describe(manifest: DatasetManifest) -> str:
+def format_summary(manifest: DatasetManifest) -> str:
     """The figures and the document lengths as lines."""
     lines = [f"{name:<16} {value}" for name, value in figures(manifest).items()]
     bins = lengths(manifest)
@@ -123,7 +123,7 @@ def describe(manifest: DatasetManifest) -> str:
     return "\n".join(lines)
 
 
-def samples(manifest: DatasetManifest, split: Split, count: int) -> Iterator[str]:
+def read_samples(manifest: DatasetManifest, split: Split, count: int) -> Iterator[str]:
     """How the first documents of a split begin, decoded from the first shard."""
     shard = split.shards[0]
     ids = open_shard(manifest.folder / shard.name, shard)

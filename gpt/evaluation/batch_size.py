@@ -11,7 +11,7 @@ from gpt.errors import OutOfMemoryError, Problem
 logger = logging.getLogger(__name__)
 
 
-def smaller_batch(sequences: int) -> int:
+def halve_batch_size(sequences: int) -> int:
     """Half as many sequences, the device's unused memory given back first. Raises
     `OutOfMemoryError` where one is too many.
 

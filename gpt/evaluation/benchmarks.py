@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from gpt.artifacts import HellaSwagResult, LambadaResult
 from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.benchmark_files import ENDINGS, HellaSwagExample, read_hellaswag, read_lambada
-from gpt.evaluation.progress import Running
-from gpt.evaluation.scoring import Continuation, continuation, fingerprint, score
+from gpt.evaluation.progress import ProgressGenerator
+from gpt.evaluation.scoring import (
+    Continuation,
+    encode_continuation,
+    fingerprint,
+    score_continuations,
+)
 from gpt.model.transformer import GPT
 
 # --- HellaSwag -----------------------------------------------------------------------------------
@@ -22,7 +27,7 @@ from gpt.model.transformer import GPT
 
 def hellaswag(
     model: GPT, path: str, batch_size: int, dtype: str, limit: int | None = None
-) -> Running[HellaSwagResult]:
+) -> ProgressGenerator[HellaSwagResult]:
     """Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?",
     arXiv:1905.07830: which of four endings goes on from a context.
 
@@ -33,12 +38,12 @@ def hellaswag(
     """
     examples = list(read_hellaswag(path, limit))
     _refuse_nothing(path, examples)
-    requests = [request for example in examples for request in hellaswag_requests(example)]
-    scores = yield from score(model, requests, batch_size, dtype, "HellaSwag")
+    requests = [request for example in examples for request in build_hellaswag_requests(example)]
+    scores = yield from score_continuations(model, requests, batch_size, dtype, "HellaSwag")
     plain, normalized = [], []
     for number, example in enumerate(examples):
         four = [each.log_likelihood for each in scores[number * ENDINGS : (number + 1) * ENDINGS]]
-        sizes = [len(preprocessed(ending).encode()) or 1 for ending in example.endings]
+        sizes = [len(preprocess(ending).encode()) or 1 for ending in example.endings]
         plain.append(_place_of_largest(four) == example.label)
         each_byte = [likelihood / size for likelihood, size in zip(four, sizes, strict=True)]
         normalized.append(_place_of_largest(each_byte) == example.label)
@@ -52,13 +57,13 @@ def hellaswag(
     )
 
 
-def hellaswag_requests(example: HellaSwagExample) -> list[Continuation]:
+def build_hellaswag_requests(example: HellaSwagExample) -> list[Continuation]:
     """One for each ending."""
-    context = preprocessed(f"{example.activity}: {example.context}")
-    return [continuation(context, f" {preprocessed(ending)}") for ending in example.endings]
+    context = preprocess(f"{example.activity}: {example.context}")
+    return [encode_continuation(context, f" {preprocess(ending)}") for ending in example.endings]
 
 
-def preprocessed(text: str) -> str:
+def preprocess(text: str) -> str:
     """Without the marks that WikiHow's pages left ([header], [title], [step]), as in the harness;
     a file that has no marks any more stays as it is, but for its double spaces. The harness also
     begins the second half of a context with a capital: only possible where the file has the halves
@@ -72,7 +77,7 @@ def preprocessed(text: str) -> str:
 
 def lambada(
     model: GPT, path: str, batch_size: int, dtype: str, limit: int | None = None
-) -> Running[LambadaResult]:
+) -> ProgressGenerator[LambadaResult]:
     """Paperno et al. 2016, "The LAMBADA dataset", arXiv:1606.06031, in OpenAI's variant (Radford et
     al. 2019), where texts keep their case and quotes: the last word of a passage.
 
@@ -81,8 +86,8 @@ def lambada(
     """
     texts = list(read_lambada(path, limit))
     _refuse_nothing(path, texts)
-    requests = [lambada_request(text) for text in texts]
-    scores = yield from score(model, requests, batch_size, dtype, "LAMBADA")
+    requests = [build_lambada_request(text) for text in texts]
+    scores = yield from score_continuations(model, requests, batch_size, dtype, "LAMBADA")
     right = [each.is_greedy for each in scores]
     mean = -sum(each.log_likelihood for each in scores) / len(scores)
     return LambadaResult(
@@ -94,9 +99,9 @@ def lambada(
     )
 
 
-def lambada_request(text: str) -> Continuation:
+def build_lambada_request(text: str) -> Continuation:
     context, _, word = text.rpartition(" ")
-    return continuation(context, f" {word}")
+    return encode_continuation(context, f" {word}")
 
 
 # --- both ----------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from functools import cached_property
 from statistics import fmean
 
 from gpt.artifacts import EvaluationReport
-from gpt.evaluation.significance import Difference, difference, difference_of_seeds
+from gpt.evaluation.significance import Difference, compare_seeds, difference
 
 
 @dataclass(frozen=True)
-class Curve:
+class LossCurve:
     """Of a training run, one value a validation."""
 
     tokens: tuple[int, ...]
@@ -23,7 +23,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunResult:
     """What one run came to. None: not measured on this device."""
 
     seed: int
@@ -36,15 +36,15 @@ class Trained:
     """Of training alone."""
     peak_memory_bytes: int | None
     energy_joules: float | None
-    curve: Curve
+    curve: LossCurve
 
 
 @dataclass(frozen=True)
-class Entry:
+class ConfigResult:
     """A config with all its seeds."""
 
     name: str
-    runs: tuple[Trained, ...]
+    runs: tuple[RunResult, ...]
     failures: tuple[str, ...] = ()
     """Why a seed of it has no result, each in a line."""
 
@@ -58,21 +58,21 @@ class Entry:
         return fmean(self.losses)
 
 
-def by_loss(entries: Sequence[Entry]) -> list[Entry]:
+def sort_by_loss(entries: Sequence[ConfigResult]) -> list[ConfigResult]:
     """Those that have a result, the lowest loss first."""
     return sorted((entry for entry in entries if entry.runs), key=lambda entry: entry.loss)
 
 
-def difference_of(one: Entry, other: Entry) -> Difference:
+def difference_of(one: ConfigResult, other: ConfigResult) -> Difference:
     """Over the sequences of the slice where each has one seed, else over seeds."""
     if max(len(one.runs), len(other.runs)) > 1:
-        return difference_of_seeds(one.losses, other.losses)
+        return compare_seeds(one.losses, other.losses)
     return difference(one.runs[0].report, other.runs[0].report)
 
 
-def verdict(entries: Sequence[Entry]) -> str:
+def verdict(entries: Sequence[ConfigResult]) -> str:
     """Which config is the best, whether that is more than chance, and what to keep in mind."""
-    ranked = by_loss(entries)
+    ranked = sort_by_loss(entries)
     parts = [
         f"{entry.name} has no result: {entry.failures[0]}." for entry in entries if not entry.runs
     ]
@@ -82,7 +82,7 @@ def verdict(entries: Sequence[Entry]) -> str:
     if not others:
         return " ".join([f"Only {best.name} came to an end, at loss {best.loss:.4f}.", *parts])
     found = {other.name: difference_of(best, other) for other in others}
-    alike = [other for other in others if not found[other.name].is_real]
+    alike = [other for other in others if not found[other.name].is_significant]
     parts = [_first_sentence(best, others, alike, found), *parts]
     if alike:
         parts.append(_choice_among([best, *alike]))
@@ -91,7 +91,10 @@ def verdict(entries: Sequence[Entry]) -> str:
 
 
 def _first_sentence(
-    best: Entry, others: Sequence[Entry], alike: Sequence[Entry], found: dict[str, Difference]
+    best: ConfigResult,
+    others: Sequence[ConfigResult],
+    alike: Sequence[ConfigResult],
+    found: dict[str, Difference],
 ) -> str:
     if not alike:
         second = others[0]
@@ -115,13 +118,13 @@ def _interval(found: Difference) -> str:
     return f"{-found.mean:.4f} nats, 95% interval {-found.high:.4f} to {-found.low:.4f}"
 
 
-def _choice_among(alike: Sequence[Entry]) -> str:
+def _choice_among(alike: Sequence[ConfigResult]) -> str:
     smallest = min(alike, key=lambda entry: entry.runs[0].parameters)
     count = smallest.runs[0].parameters / 1e6
     return f"Of these {smallest.name} is the smallest, with {count:,.1f}M parameters."
 
 
-def _other_tokens(ranked: Sequence[Entry]) -> list[str]:
+def _other_tokens(ranked: Sequence[ConfigResult]) -> list[str]:
     seen = {entry.name: entry.runs[0].tokens for entry in ranked}
     if len(set(seen.values())) == 1:
         return []
@@ -132,7 +135,7 @@ def _other_tokens(ranked: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _what_chance_was(ranked: Sequence[Entry]) -> str:
+def _what_chance_was(ranked: Sequence[ConfigResult]) -> str:
     if any(len(entry.runs) > 1 for entry in ranked):
         single = [entry.name for entry in ranked if len(entry.runs) == 1]
         alone = f", of which {_listed(single)} {_has(single)} one result alone" if single else ""

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.loader import Batch, Sequences, validation_batches
-from gpt.data.tokenize.tokenizer import VOCABULARY, load_tokenizer
-from gpt.evaluation.batch_size import smaller_batch
-from gpt.evaluation.progress import Progress, Running, finish
+from gpt.data.loader import Batch, SequenceDataset, iterate_validation_batches
+from gpt.data.tokenize.tokenizer import VOCAB_SIZE, load_tokenizer
+from gpt.evaluation.batch_size import halve_batch_size
+from gpt.evaluation.progress import Progress, ProgressGenerator, run_to_completion
 from gpt.hardware.device import autocast, is_out_of_memory
 from gpt.model.loss import token_losses
 from gpt.model.transformer import GPT
@@ -52,14 +52,14 @@ class HeldoutLoss:
 def heldout_loss(
     model: GPT, config: RunConfig, dataset: DatasetManifest, tokens: int | None = None
 ) -> HeldoutLoss:
-    """The value of `heldout_running`, with no progress told."""
-    return finish(heldout_running(model, config, dataset, tokens))
+    """The value of `evaluate_heldout`, with no progress told."""
+    return run_to_completion(evaluate_heldout(model, config, dataset, tokens))
 
 
 @torch.no_grad()
-def heldout_running(
+def evaluate_heldout(
     model: GPT, config: RunConfig, dataset: DatasetManifest, tokens: int | None = None
-) -> Running[HeldoutLoss]:
+) -> ProgressGenerator[HeldoutLoss]:
     """Loss over the first `tokens` validation tokens (left out: `evaluation.tokens`), each seen
     once with the context of its own sequence. Leaves the model in the mode it was in.
 
@@ -70,24 +70,24 @@ def heldout_running(
     dtype = config.training.dtype
     was_training = model.training
     model.eval()
-    sequences = Sequences(dataset, dataset.validation, model.config.block_size)
+    sequences = SequenceDataset(dataset, dataset.validation, model.config.block_size)
     batch_size = config.evaluation.batch_size
     try:
         while True:
-            batches = validation_batches(sequences, tokens, batch_size)
+            batches = iterate_validation_batches(sequences, tokens, batch_size)
             try:
                 return (yield from _loss_over(model, dtype, dataset, batches, tokens))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            batch_size = smaller_batch(batch_size)
+            batch_size = halve_batch_size(batch_size)
     finally:
         model.train(was_training)
 
 
 def _loss_over(
     model: GPT, dtype: str, dataset: DatasetManifest, batches: Iterable[Batch], tokens: int
-) -> Running[HeldoutLoss]:
+) -> ProgressGenerator[HeldoutLoss]:
     device, block_size = model.head.device, model.config.block_size
     by_sequence = []
     by_position = torch.zeros(block_size, dtype=torch.float64, device=device)
@@ -131,7 +131,7 @@ def _in_buckets(by_position: NDArray[np.float64]) -> tuple[float, ...]:
 @cache
 def _bytes_per_token() -> np.ndarray:
     tokenizer = load_tokenizer()
-    lengths = np.zeros(VOCABULARY, dtype=np.int64)
+    lengths = np.zeros(VOCAB_SIZE, dtype=np.int64)
     for token in range(tokenizer.n_vocab):
         if token != tokenizer.eot_token:
             lengths[token] = len(tokenizer.decode_single_token_bytes(token))

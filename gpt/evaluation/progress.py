@@ -17,10 +17,10 @@ class Progress:
     total: int
 
 
-Running = Generator[Progress, None, Result]
+ProgressGenerator = Generator[Progress, None, Result]
 
 
-def finish(running: Running[Result]) -> Result:
+def run_to_completion(running: ProgressGenerator[Result]) -> Result:
     """The result, with no progress told."""
     while True:
         try:

@@ -7,27 +7,27 @@ from gpt.config.schema import RunConfig
 from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
 from gpt.evaluation.benchmarks import hellaswag, lambada
-from gpt.evaluation.heldout import heldout_running
-from gpt.evaluation.progress import Progress, Running
-from gpt.model.generate import Sampling, generate
+from gpt.evaluation.heldout import evaluate_heldout
+from gpt.evaluation.progress import Progress, ProgressGenerator
+from gpt.model.generate import SamplingParams, generate
 from gpt.model.transformer import GPT
 
 
-def evaluation_of(
+def evaluate_model(
     model: GPT, config: RunConfig, dataset: DatasetManifest, step: int
-) -> Running[EvaluationReport]:
+) -> ProgressGenerator[EvaluationReport]:
     """As `config.evaluation` asks, of a model in its evaluation mode after `step` steps.
 
     Validation slice and benchmarks are scored in `training.dtype`'s precision; yields after every
     batch. Raises `BenchmarkError` for a file that cannot be scored, `OutOfMemoryError`.
     """
     asked, dtype = config.evaluation, config.training.dtype
-    heldout = yield from heldout_running(model, config, dataset)
+    heldout = yield from evaluate_heldout(model, config, dataset)
     sizes = (asked.batch_size, dtype, asked.benchmark_examples)
     swag = (yield from hellaswag(model, asked.hellaswag, *sizes)) if asked.hellaswag else None
     last = (yield from lambada(model, asked.lambada, *sizes)) if asked.lambada else None
     samples = []
-    sampling = Sampling(asked.sample_tokens)  # one seed for every config
+    sampling = SamplingParams(asked.sample_tokens)  # one seed for every config
     for prompt in asked.prompts:
         samples.append(Sample(prompt=prompt, text=generate(model, prompt, sampling)))
         yield Progress("samples", len(samples), len(asked.prompts))

@@ -11,17 +11,17 @@ from gpt.artifacts import EvaluationReport
 from gpt.config.schema import RunConfig
 from gpt.files import write_text
 
-REPORT = "report.json"
-RIVAL_REPORT = "champion_report.json"
+REPORT_FILE = "report.json"
+CHAMPION_REPORT_FILE = "champion_report.json"
 """On the model that the run's own is held against, on the slice of the run."""
 
 
-def kept_report(folder: Path, config: RunConfig, step: int) -> EvaluationReport | None:
+def load_report(folder: Path, config: RunConfig, step: int) -> EvaluationReport | None:
     """The report on the checkpoint of `step`, made with the config's [evaluation]."""
-    return kept_for(folder / REPORT, _asked(config, step))
+    return load_report_for(folder / REPORT_FILE, _asked(config, step))
 
 
-def kept_for(path: Path, asked: dict[str, Any]) -> EvaluationReport | None:
+def load_report_for(path: Path, asked: dict[str, Any]) -> EvaluationReport | None:
     """The report in such a file, if it was made for what is asked."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -30,34 +30,34 @@ def kept_for(path: Path, asked: dict[str, Any]) -> EvaluationReport | None:
     return EvaluationReport(**kept["report"]) if kept["asked"] == asked else None
 
 
-def read_report(path: Path) -> EvaluationReport | None:
+def read_report_file(path: Path) -> EvaluationReport | None:
     """The report in such a file, whatever it was asked for; None where none can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return EvaluationReport(**json.loads(path.read_bytes())["report"])
     return None
 
 
-def keep_report(folder: Path, config: RunConfig, report: EvaluationReport) -> None:
-    keep_for(folder / REPORT, _asked(config, report.step), report)
+def save_report(folder: Path, config: RunConfig, report: EvaluationReport) -> None:
+    save_report_for(folder / REPORT_FILE, _asked(config, report.step), report)
 
 
-def keep_for(path: Path, asked: dict[str, Any], report: EvaluationReport) -> None:
+def save_report_for(path: Path, asked: dict[str, Any], report: EvaluationReport) -> None:
     values = {"asked": asked, "report": report.model_dump(mode="json")}
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def asked_of_model(model: str, dataset: str, config: RunConfig) -> dict[str, Any]:
+def model_report_key(model: str, dataset: str, config: RunConfig) -> dict[str, Any]:
     """For a report on a model, by what names it for good, on the data set of that fingerprint."""
     evaluation = config.evaluation.model_dump(mode="json")
     return {"model": model, "dataset": dataset, "evaluation": evaluation}
 
 
-def report_on_rival(folder: Path, model: str) -> EvaluationReport | None:
+def load_champion_report(folder: Path, model: str) -> EvaluationReport | None:
     """The report that a run's folder keeps on `model`, if it does."""
-    path = folder / RIVAL_REPORT
+    path = folder / CHAMPION_REPORT_FILE
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads(path.read_bytes())["asked"]["model"] == model:
-            return read_report(path)
+            return read_report_file(path)
     return None
 
 

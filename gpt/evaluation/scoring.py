@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, encode
 from gpt.errors import BenchmarkError, Problem
-from gpt.evaluation.batch_size import smaller_batch
-from gpt.evaluation.progress import Progress, Running
+from gpt.evaluation.batch_size import halve_batch_size
+from gpt.evaluation.progress import Progress, ProgressGenerator
 from gpt.hardware.device import autocast, is_out_of_memory
 from gpt.model.loss import token_scores
 from gpt.model.transformer import GPT
@@ -39,7 +39,7 @@ class Score:
     """Whether each of them is the likeliest token after those before it."""
 
 
-def continuation(context: str, text: str) -> Continuation:
+def encode_continuation(context: str, text: str) -> Continuation:
     """`text` after `context`, tokenised as one, because a word's tokens include the space before
     it. Spaces at the end of the context count as the text's. No end-of-text stands before it,
     unless there is no context at all."""
@@ -59,9 +59,9 @@ def fingerprint(continuations: Sequence[Continuation]) -> str:
     return digest.hexdigest()[:16]
 
 
-def score(
+def score_continuations(
     model: GPT, continuations: Sequence[Continuation], batch_size: int, dtype: str, what: str = ""
-) -> Running[list[Score]]:
+) -> ProgressGenerator[list[Score]]:
     """Their scores, in their order, as the generator's value; yields after every batch.
 
     A batch holds continuations of about one length, at most as many tokens as `batch_size`
@@ -84,7 +84,7 @@ def score(
             batch = waiting[: max(1, tokens_at_once // longest)]
             found = _scores_or_none(model, [continuations[i] for i in batch], dtype)
             if found is None:
-                tokens_at_once = smaller_batch(len(batch)) * longest
+                tokens_at_once = halve_batch_size(len(batch)) * longest
                 continue
             scores.update(zip(batch, found, strict=True))
             waiting = waiting[len(batch) :]

@@ -25,14 +25,14 @@ class Difference:
     """What chance was measured over, in words."""
 
     @property
-    def is_real(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
     @property
-    def is_better(self) -> bool:
+    def is_significantly_better(self) -> bool:
         """The first is better by more than chance."""
-        return self.is_real and self.mean < 0
+        return self.is_significant and self.mean < 0
 
 
 def difference(one: EvaluationReport, other: EvaluationReport) -> Difference:
@@ -41,7 +41,7 @@ def difference(one: EvaluationReport, other: EvaluationReport) -> Difference:
     block sizes have other sequences and are compared unpaired (Welch), which sees less.
 
     It says whether the slice tells these two networks apart, not whether other seeds of the same
-    configs would come out so: `difference_of_seeds` does.
+    configs would come out so: `compare_seeds` does.
     """
     assert one.slice_fingerprint == other.slice_fingerprint, "reports on different text"
     a, b = np.array(one.sequence_losses), np.array(other.sequence_losses)
@@ -59,7 +59,7 @@ def difference(one: EvaluationReport, other: EvaluationReport) -> Difference:
     return Difference(one.loss - other.loss, float(interval.low), float(interval.high), basis)
 
 
-def difference_of_seeds(one: Sequence[float], other: Sequence[float]) -> Difference:
+def compare_seeds(one: Sequence[float], other: Sequence[float]) -> Difference:
     """Of the mean losses of two configs, each trained with several seeds (Welch's t)."""
     mean = float(np.mean(one) - np.mean(other))
     if min(len(one), len(other)) < 2:
@@ -72,7 +72,7 @@ def difference_of_seeds(one: Sequence[float], other: Sequence[float]) -> Differe
 
 
 @dataclass(frozen=True)
-class Judgement:
+class PromotionDecision:
     """Whether a challenger takes the champion's place, and why, in a sentence."""
 
     promoted: bool
@@ -81,12 +81,14 @@ class Judgement:
     """False where there was nothing that the two could be held against each other by."""
 
 
-def judge(challenger: EvaluationReport, champion: EvaluationReport | None) -> Judgement:
+def compare_with_champion(
+    challenger: EvaluationReport, champion: EvaluationReport | None
+) -> PromotionDecision:
     """The challenger must be better on the same slice by more than chance."""
     if champion is None:
-        return Judgement(True, "the first model: there was no champion")
+        return PromotionDecision(True, "the first model: there was no champion")
     if challenger.slice_fingerprint != champion.slice_fingerprint:
-        return Judgement(
+        return PromotionDecision(
             False,
             "cannot be compared with the champion: it was evaluated on other text; evaluate both "
             "on one slice",
@@ -95,12 +97,12 @@ def judge(challenger: EvaluationReport, champion: EvaluationReport | None) -> Ju
     found = difference(challenger, champion)
     losses = f"loss {challenger.loss:.4f} against the champion's {champion.loss:.4f}"
     if found.low is None or found.high is None:
-        return Judgement(False, f"{losses}: {found.basis}")
+        return PromotionDecision(False, f"{losses}: {found.basis}")
     interval = (
         f"95% interval of the difference {found.low:+.4f} to {found.high:+.4f}, {found.basis}"
     )
-    if found.is_better:
-        return Judgement(True, f"better: {losses}; {interval}")
-    if found.is_real:
-        return Judgement(False, f"worse: {losses}; {interval}")
-    return Judgement(False, f"not different beyond chance: {losses}; {interval}")
+    if found.is_significantly_better:
+        return PromotionDecision(True, f"better: {losses}; {interval}")
+    if found.is_significant:
+        return PromotionDecision(False, f"worse: {losses}; {interval}")
+    return PromotionDecision(False, f"not different beyond chance: {losses}; {interval}")

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.config.schema import ModelSection
-from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCABULARY
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE
 from gpt.errors import ExchangeError, Problem
 from gpt.exchange.huggingface_config import read_gpt2_config
-from gpt.exchange.model_card import Facts, model_card
+from gpt.exchange.model_card import ModelCardData, model_card
 from gpt.exchange.tokenizer_files import write_tokenizer
-from gpt.files import new_folder
-from gpt.model.io import differing, read_tensors, shapes, write_saved
-from gpt.model.section import read_section
+from gpt.files import atomic_folder
+from gpt.model.io import find_shape_mismatch, load_tensors, save_model, tensor_shapes
+from gpt.model.section import load_model_section
 from gpt.model.transformer import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 
 WEIGHTS = "model.safetensors"
@@ -36,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 # --- out -----------------------------------------------------------------------------------------
 
 
-def export_huggingface(folder: Path, directory: Path, facts: Facts) -> None:
+def export_huggingface(folder: Path, directory: Path, facts: ModelCardData) -> None:
     """Write the model in `folder` (a checkpoint's, or another with `model.safetensors` and
     `config.json`) to a new `directory` that `AutoModelForCausalLM` and `AutoTokenizer` load, with
     a model card of what `facts` knows.
@@ -44,10 +44,10 @@ def export_huggingface(folder: Path, directory: Path, facts: Facts) -> None:
     Written under another name, then renamed. Raises `CheckpointError` for a folder that holds no
     model of ours, `ExchangeError` where the directory is there or cannot be written.
     """
-    section = read_section(folder)
-    tensors = read_tensors(folder, section)
+    section = load_model_section(folder)
+    tensors = load_tensors(folder, section)
     their_tensors = _OUT[section.architecture](section, tensors)
-    with _told(directory), new_folder(directory) as writing:
+    with _told(directory), atomic_folder(directory) as writing:
         save_file(their_tensors, writing / WEIGHTS, metadata={"format": "pt"})
         _write_json(writing / "config.json", _CONFIGS[section.architecture](section))
         _write_json(writing / "generation_config.json", _generation_config(section))
@@ -113,13 +113,13 @@ def _generation_config(section: ModelSection) -> dict[str, Any]:
         "eos_token_id": END_OF_TEXT,
         "pad_token_id": END_OF_TEXT,
     }
-    padding = list(range(VOCABULARY, section.vocab_size))
+    padding = list(range(VOCAB_SIZE, section.vocab_size))
     # Rows past the vocabulary stand for nothing: stock generation must not draw them either.
     return values | ({"suppress_tokens": padding} if padding else {})
 
 
 def _gpt2_out(section: ModelSection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    with_biases = shapes(section.model_copy(update={"bias": True}))
+    with_biases = tensor_shapes(section.model_copy(update={"bias": True}))
     return {
         f"transformer.{name}": _flipped(name, tensors[name])
         if name in tensors
@@ -157,8 +157,8 @@ def import_huggingface(directory: Path, folder: Path) -> ModelSection:
     """
     section = read_gpt2_config(directory)
     tensors = _gpt2_in(directory, section)
-    with _told(folder), new_folder(folder) as writing:
-        write_saved(writing, section, tensors)
+    with _told(folder), atomic_folder(folder) as writing:
+        save_model(writing, section, tensors)
     return section
 
 
@@ -171,7 +171,9 @@ def _gpt2_in(directory: Path, section: ModelSection) -> dict[str, Tensor]:
         for name, tensor in theirs.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
-    wrong = differing(shapes(section), {name: tensor.shape for name, tensor in tensors.items()})
+    wrong = find_shape_mismatch(
+        tensor_shapes(section), {name: tensor.shape for name, tensor in tensors.items()}
+    )
     if not wrong and head is not None and not torch.equal(head, theirs["wte.weight"]):
         wrong = "lm_head.weight: its own, not wte.weight"
     if wrong:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gpt.config.rules import heads_divide_the_width
+from gpt.config.rules import check_head_split
 from gpt.config.schema import ModelSection
 from gpt.errors import ExchangeError, Problem
 from gpt.exchange.tokenizer_files import vocabulary
@@ -87,7 +87,7 @@ def _section(values: Mapping[str, Any]) -> tuple[ModelSection | None, list[Probl
             for detail in error.errors(include_url=False, include_context=False)
         ]
     known = {f"model.{key}": value for key, value in section.model_dump().items()}
-    problem = heads_divide_the_width(known)
+    problem = check_head_split(known)
     return section, [problem] if problem else []
 
 

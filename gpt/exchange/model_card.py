@@ -8,13 +8,13 @@ from pathlib import PurePath
 
 from gpt.artifacts import DatasetManifest, EvaluationReport
 from gpt.config.schema import ModelSection, RunConfig
-from gpt.model.io import shapes
+from gpt.model.io import tensor_shapes
 
 SOURCES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelCardData:
     """What is known of a model beside its weights; each may be missing."""
 
     name: str = "gpt"
@@ -25,7 +25,7 @@ class Facts:
     report: EvaluationReport | None = None
 
 
-def model_card(section: ModelSection, facts: Facts) -> str:
+def model_card(section: ModelSection, facts: ModelCardData) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads; the licence is left to the
     user, because only they know what the data allow."""
     parts = [
@@ -35,7 +35,7 @@ def model_card(section: ModelSection, facts: Facts) -> str:
         _USE,
         _training(facts),
         _data(facts.dataset),
-        evaluation_section(facts.report) if facts.report else "",
+        render_evaluation(facts.report) if facts.report else "",
         _samples(facts.report),
         _LICENCE,
     ]
@@ -72,7 +72,7 @@ may be used, which the licences of the data have a say in."""
 
 def _model(section: ModelSection) -> str:
     network = {"gpt2": "GPT-2", "nanochat": "nanochat"}[section.architecture]
-    parameters = sum(shape.numel() for shape in shapes(section).values())
+    parameters = sum(shape.numel() for shape in tensor_shapes(section).values())
     rows = {
         "network": f"{network} (`{_CLASSES[section.architecture]}`)",
         "parameters": f"{parameters:,}",
@@ -88,7 +88,7 @@ def _model(section: ModelSection) -> str:
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: ModelCardData) -> str:
     rows: dict[str, object] = {}
     if facts.tokens_seen is not None:
         rows["tokens seen"] = f"{facts.tokens_seen:,}"
@@ -97,7 +97,7 @@ def _training(facts: Facts) -> str:
     if facts.config:
         rows["tokens a step"] = f"{facts.config.tokens_per_step:,}"
         shown = ("optimizer.", "schedule.", "training.dtype", "training.seed", "model.dropout")
-        for key, value in facts.config.flat().items():
+        for key, value in facts.config.flatten().items():
             if key.startswith(shown) and value is not None:
                 rows[f"`{key}`"] = value
     return f"## Training\n\n{_table(rows)}" if rows else ""
@@ -124,7 +124,7 @@ def _data(dataset: DatasetManifest | None) -> str:
     return f"## Data\n\n{_table(rows)}\n\nFrom these files:\n\n" + "\n".join(lines)
 
 
-def evaluation_section(report: EvaluationReport) -> str:
+def render_evaluation(report: EvaluationReport) -> str:
     """Every number of a report, as Markdown."""
     rows: dict[str, object] = {
         "validation loss, nats a token": _with_error(report.loss, report.standard_error),

@@ -114,7 +114,7 @@ class Imported:
         return "\n".join(lines) + "\n"
 
 
-def read_nanogpt(path: Path, data_source: str) -> Imported:
+def convert_nanogpt(path: Path, data_source: str) -> Imported:
     """Raises `ConfigError` for a file that is missing, unreadable or not Python.
 
     `data_source` stands for nanoGPT's data set, which has no counterpart.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiktoken_ext.openai_public import ENDOFTEXT  # type: ignore[import-untyped]
 
-from gpt.data.tokenize.tokenizer import END_OF_TEXT, checked_files, data_folder
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, ranks_folder, read_verified_files
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
@@ -19,7 +19,7 @@ def write_tokenizer(folder: Path, block_size: int) -> None:
 
     A literal `<|endoftext|>` in a text is one token there and seven plain ones in training here.
     """
-    files = checked_files(data_folder())
+    files = read_verified_files(ranks_folder())
     (folder / "vocab.json").write_bytes(files["encoder.json"])
     (folder / "merges.txt").write_bytes(files["vocab.bpe"])
     whole = _tokenizer(vocabulary(), files["vocab.bpe"].decode("utf-8"))
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path, block_size: int) -> None:
 
 def vocabulary() -> dict[str, int]:
     """Ids by token, bytes written as GPT-2's printable characters."""
-    ids: dict[str, int] = json.loads(checked_files(data_folder())["encoder.json"])
+    ids: dict[str, int] = json.loads(read_verified_files(ranks_folder())["encoder.json"])
     return ids
 
 

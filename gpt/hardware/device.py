@@ -68,7 +68,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return kibibytes if sys.platform == "darwin" else kibibytes * 1024
 
 
-def energy_counter_joules(device: torch.device) -> float | None:
+def read_energy_joules(device: torch.device) -> float | None:
     """What the card has used since its driver was loaded; None for a CPU, for a card older than
     Volta, and where nvidia-ml-py is not installed."""
     if device.type != "cuda":

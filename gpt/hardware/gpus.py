@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Card:
+class GPUSpec:
     key: str
     """What a user types, as rtx-4070."""
     name: str
@@ -52,7 +52,7 @@ class Card:
         return self.bf16_tflops if dtype == "bfloat16" and self.bf16_tflops else self.fp16_tflops
 
 
-def find_card(name: str, memory_bytes: int | None = None) -> Card | None:
+def find_gpu(name: str, memory_bytes: int | None = None) -> GPUSpec | None:
     """The card of that name: a key (`rtx-4070`, "RTX 4070 Ti Super") or what torch calls it.
 
     Laptop, Ti, Super, PCIe and SXM variants are cards of their own, and so is a part of a card
@@ -73,10 +73,10 @@ _SPELLINGS = {"mobile": "laptop", "sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "
 
 
 @cache
-def _by_words() -> dict[frozenset[str], tuple[Card, ...]]:
+def _by_words() -> dict[frozenset[str], tuple[GPUSpec, ...]]:
     """Cards by what is left of their names; those of several memory sizes in the table's order."""
-    found: dict[frozenset[str], tuple[Card, ...]] = {}
-    for card in CARDS:
+    found: dict[frozenset[str], tuple[GPUSpec, ...]] = {}
+    for card in GPUS:
         for words in {_words(name)[0] for name in (card.key, card.name, *card.aliases)}:
             found[words] = (*found.get(words, ()), card)
     return found
@@ -113,12 +113,12 @@ def _geforce(
     gb_per_second: float,
     capability: tuple[int, int],
     where: str,
-) -> Card:
+) -> GPUSpec:
     """A GeForce: half of its tensor cores' rate where they sum in float32."""
     turing = capability < (8, 0)
     tflops = round(tensor_cores * boost_mhz * (64 if turing else 128) / 1e6, 1)
     source = f"{tensor_cores} tensor cores x {boost_mhz:,} MHz x {64 if turing else 128}, {where}"
-    return Card(
+    return GPUSpec(
         key=_key(name),
         name=f"NVIDIA GeForce {name}",
         memory_bytes=memory_gib * GIB,
@@ -134,9 +134,9 @@ def _key(name: str) -> str:
     return name.lower().replace(" laptop gpu", " laptop").replace(" ", "-")
 
 
-def _sized(card: Card) -> Card:
+def _sized(card: GPUSpec) -> GPUSpec:
     """A second memory size of a card, told apart in its key alone."""
-    return Card(**{**card.__dict__, "key": f"{card.key}-{card.memory_bytes // GIB}gb"})
+    return GPUSpec(**{**card.__dict__, "key": f"{card.key}-{card.memory_bytes // GIB}gb"})
 
 
 def _professional(
@@ -148,10 +148,10 @@ def _professional(
     capability: tuple[int, int],
     figure: str,
     *aliases: str,
-) -> Card:
+) -> GPUSpec:
     """A workstation or server card, its peak as the data sheet has it: `figure`, or the half of
     what is said for sparse matrices (of 8-bit floats a quarter, of 4-bit floats an eighth)."""
-    return Card(
+    return GPUSpec(
         key=key,
         name=name,
         memory_bytes=memory_mib * MIB,
@@ -170,7 +170,7 @@ _TURING_PAPER = "NVIDIA Turing whitepaper"
 _BLACKWELL_PAPER = "NVIDIA RTX Blackwell whitepaper"
 
 # fmt: off
-CARDS: tuple[Card, ...] = (
+GPUS: tuple[GPUSpec, ...] = (
     # GeForce: name, GiB, tensor cores, boost MHz, GB/s
     _geforce("RTX 2060", 6, 240, 1680, 336, _TURING, _TURING_PAPER),
     _geforce("RTX 2060 Super", 8, 272, 1650, 448, _TURING, _TURING_PAPER),

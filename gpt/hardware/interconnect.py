@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 
 from gpt.errors import ConfigError, Problem
-from gpt.hardware.gpus import Card
+from gpt.hardware.gpus import GPUSpec
 
-NETWORK_GBIT = 25.0
+DEFAULT_NETWORK_GBIT = 25.0
 """What a machine's network is taken for unless told otherwise: 25 Gbit/s Ethernet (IEEE 802.3by),
 as AWS's p3.16xlarge with eight V100 has. One port of InfiniBand NDR has 400 (IBTA's roadmap)."""
 
@@ -51,7 +51,7 @@ _LANES = {
 }
 
 
-def link_inside(card: Card) -> Link | None:
+def intra_node_link(card: GPUSpec) -> Link | None:
     """Between the cards of a machine. None for a laptop's: it has no second one."""
     if "Laptop" in card.name:
         return None
@@ -65,20 +65,20 @@ def link_inside(card: Card) -> Link | None:
     return Link(f"PCI Express {generation} x{lanes}", speed, source)
 
 
-def _pcie_generation(card: Card) -> int:
+def _pcie_generation(card: GPUSpec) -> int:
     """Volta and Turing 3, Ampere and Ada 4, Hopper and Blackwell 5 (NVIDIA's whitepapers)."""
     if card.compute_capability < (8, 0):
         return 3
     return 4 if card.compute_capability < (9, 0) else 5
 
 
-def network(gbit: float) -> Link:
+def network_link(gbit: float) -> Link:
     """Between machines; `gbit` is what all adapters of one carry together in one direction, 10^9
     bits a second. Raises `ConfigError` for what is no speed."""
     if not (math.isfinite(gbit) and gbit > 0):
         rule, remedy = "must be more than 0 and finite", "give Gbit/s of a machine, as 25 or 400"
         raise ConfigError(Problem("--network-gbit", f"{gbit:g}", rule, remedy))
     source = "as --network-gbit says"
-    if gbit == NETWORK_GBIT:
+    if gbit == DEFAULT_NETWORK_GBIT:
         source = "assumed unless --network-gbit says otherwise"
     return Link(f"network of {gbit:g} Gbit/s a machine", gbit * 1e9 / 8, source)

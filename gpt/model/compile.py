@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable)
 
 
-def compiled(function: Function, device: torch.device) -> Function:
+def compile_if_supported(function: Function, device: torch.device) -> Function:
     """`function` through torch.compile for static shapes, or itself where there is no compiler."""
-    return function if compiler_fault(device.type) else _compiled(function)
+    return function if find_compiler_error(device.type) else _compiled(function)
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def _compiled(function: Function) -> Function:
 
 
 @functools.cache
-def compiler_fault(device_type: str) -> str | None:
+def find_compiler_error(device_type: str) -> str | None:
     """Why torch.compile does not work for this kind of device here; None where it does.
 
     Found by compiling something small, forward and backward, because the tools it needs (a C++

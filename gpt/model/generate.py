@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCABULARY, encode, load_tokenizer
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, load_tokenizer
 from gpt.errors import GenerationError, Problem
-from gpt.model.kv_cache import Cache
-from gpt.model.loss import capped_logits
+from gpt.model.kv_cache import KVCache
+from gpt.model.loss import compute_logits
 from gpt.model.transformer import GPT
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. Raises `GenerationError` with every value that cannot be.
 
     A token is drawn from the `top_k` likeliest (0: from all), of those from the fewest that have
@@ -66,12 +66,12 @@ def _is_allowed(name: str, value: object) -> bool:
     return 0 <= value < 2**63
 
 
-def generate(model: GPT, prompt: str, sampling: Sampling) -> str:
+def generate(model: GPT, prompt: str, sampling: SamplingParams) -> str:
     """The text that follows `prompt`, which is taken as the beginning of a document."""
     return "".join(stream_text(model, prompt, sampling))
 
 
-def stream_text(model: GPT, prompt: str, sampling: Sampling) -> Iterator[str]:
+def stream_text(model: GPT, prompt: str, sampling: SamplingParams) -> Iterator[str]:
     """`generate` piece by piece, a character never cut; bytes that are no UTF-8 become U+FFFD."""
     tokenizer = load_tokenizer()
     # A document begins with end-of-text.
@@ -86,7 +86,7 @@ def stream_text(model: GPT, prompt: str, sampling: Sampling) -> Iterator[str]:
 
 @torch.no_grad()
 def stream_tokens(
-    model: GPT, ids: Sequence[int], sampling: Sampling, cached: bool = True
+    model: GPT, ids: Sequence[int], sampling: SamplingParams, cached: bool = True
 ) -> Iterator[int]:
     """The ids that follow `ids` (one at least): at most `max_tokens`, ended by an end-of-text,
     which is not given. The model must be in its evaluation mode.
@@ -100,11 +100,11 @@ def stream_tokens(
     device = model.head.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     ids = list(ids)
-    start, cache = 0, Cache(model.config)
+    start, cache = 0, KVCache(model.config)
     for _ in range(sampling.max_tokens):
         before, start = start, _window_start(len(ids), model.config.block_size)
         if start != before or not cached:
-            cache = Cache(model.config)
+            cache = KVCache(model.config)
         new = torch.tensor([ids[start + cache.length :]], device=device)
         token = _choose(_next_logits(model, new, cache), sampling, generator)
         if token == END_OF_TEXT:
@@ -119,19 +119,19 @@ def _window_start(length: int, block_size: int) -> int:
     return max(0, math.ceil((length - block_size) / step)) * step
 
 
-def _next_logits(model: GPT, new: Tensor, cache: Cache) -> Tensor:
-    """(VOCABULARY,), float32; rows of the head past the vocabulary are padding that no text has."""
+def _next_logits(model: GPT, new: Tensor, cache: KVCache) -> Tensor:
+    """(VOCAB_SIZE,), float32; rows of the head past the vocabulary are padding that no text has."""
     last = model(new, cache)[:, -1]
-    head = model.head[:VOCABULARY].to(last.dtype)
-    return capped_logits(last, head, model.logit_softcap)[0][0]
+    head = model.head[:VOCAB_SIZE].to(last.dtype)
+    return compute_logits(last, head, model.logit_softcap)[0][0]
 
 
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def _choose(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
     if sampling.temperature == 0:
         return int(logits.argmax())
     # The largest as zero before the division: a tiny temperature would give infinities.
     scaled = (logits - logits.max()) / sampling.temperature
-    if 0 < sampling.top_k < VOCABULARY:
+    if 0 < sampling.top_k < VOCAB_SIZE:
         scaled[scaled < torch.topk(scaled, sampling.top_k).values[-1]] = -torch.inf
     probabilities = torch.softmax(scaled, dim=0)
     if sampling.top_p < 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 from gpt.config.schema import ModelSection
 
 
-class BlockCache:
+class LayerKVCache:
     """Of one block: room for `block_size` tokens, taken when the first ones come."""
 
     def __init__(self, block_size: int) -> None:
@@ -35,11 +35,11 @@ class BlockCache:
         return self._both[0, :, :, :end], self._both[1, :, :, :end]
 
 
-class Cache:
+class KVCache:
     """Of all blocks; one for each text that is being written."""
 
     def __init__(self, config: ModelSection) -> None:
-        self.blocks = [BlockCache(config.block_size) for _ in range(config.n_layer)]
+        self.blocks = [LayerKVCache(config.block_size) for _ in range(config.n_layer)]
 
     @property
     def length(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt.model.compile import compiled, compiler_fault
+from gpt.model.compile import compile_if_supported, find_compiler_error
 
 
 def default_chunk_rows(device: torch.device, compile_chunks: bool = False) -> int:
@@ -30,7 +30,7 @@ def default_chunk_rows(device: torch.device, compile_chunks: bool = False) -> in
     return 512 if compile_chunks else 128
 
 
-def summed_loss(
+def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
@@ -46,7 +46,7 @@ def summed_loss(
     what is between them.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    compile_chunks = compile_chunks and compiler_fault(rows.device.type) is None
+    compile_chunks = compile_chunks and find_compiler_error(rows.device.type) is None
     chunk_rows = chunk_rows or default_chunk_rows(rows.device, compile_chunks)
     return _SummedLoss.apply(rows, head, targets.reshape(-1), softcap, chunk_rows, compile_chunks)
 
@@ -90,10 +90,10 @@ def _logits_by_chunk(
     for chunk, wanted in zip(
         rows.split(chunk_rows), targets.reshape(-1).split(chunk_rows), strict=True
     ):
-        yield capped_logits(chunk, head, softcap)[0], wanted
+        yield compute_logits(chunk, head, softcap)[0], wanted
 
 
-def capped_logits(
+def compute_logits(
     rows: Tensor, head: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits (rows, vocab_size) in float32 at least, and tanh(z / softcap) where there is a cap."""
@@ -122,7 +122,7 @@ def _chunk(
     rows: Tensor, head: Tensor, targets: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Loss of one chunk (scalar) and its gradient by the uncapped logits (rows, vocab_size)."""
-    logits, squashed = capped_logits(rows, head, softcap)
+    logits, squashed = compute_logits(rows, head, softcap)
     total = torch.logsumexp(logits, dim=1, keepdim=True)
     loss = (total - logits.gather(1, targets[:, None])).sum()
     # d loss / d logits = softmax - one-hot; through the cap times 1 - tanh^2.
@@ -154,7 +154,7 @@ class _SummedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=rows.device)
         row_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        make_chunk = compiled(_chunk, rows.device) if compile_chunks else _chunk
+        make_chunk = compile_if_supported(_chunk, rows.device) if compile_chunks else _chunk
         for start in range(0, rows.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
             chunk_loss, slope = make_chunk(rows[part], weight, targets[part], softcap)

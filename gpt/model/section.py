@@ -17,7 +17,7 @@ CONFIG_FILE = "config.json"
 REMEDY = "give a checkpoint's folder, or another with model.safetensors and config.json of ours"
 
 
-def read_section(folder: Path) -> ModelSection:
+def load_model_section(folder: Path) -> ModelSection:
     """Raises `CheckpointError` where the file is missing or no config of ours."""
     path = folder / CONFIG_FILE
     try:

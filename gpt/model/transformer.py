@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gpt.config.schema import ModelSection
-from gpt.model.kv_cache import BlockCache, Cache
+from gpt.model.kv_cache import KVCache, LayerKVCache
 
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
@@ -33,11 +33,11 @@ class GPT(nn.Module):
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
+        self.activation_checkpointing = False
         """Whether training keeps only the input of each block and computes the rest again in
         backward (activation checkpointing)."""
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """(batch, time) int64 -> (batch, time, n_embd).
 
         With a `cache` the ids follow those that it holds, and theirs are added to it.
@@ -57,11 +57,11 @@ class GPT(nn.Module):
         """Draw all weights from torch's random state."""
         raise NotImplementedError
 
-    def _through_blocks(self, x: Tensor, *extra: Tensor, cache: Cache | None = None) -> Tensor:
+    def _through_blocks(self, x: Tensor, *extra: Tensor, cache: KVCache | None = None) -> Tensor:
         for index, block in enumerate(self.blocks):
             if cache is not None:
                 x = block(x, *extra, cache=cache.blocks[index])
-            elif self.checkpoint_blocks and self.training:
+            elif self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, *extra, use_reentrant=False)
             else:
                 x = block(x, *extra)
@@ -80,7 +80,7 @@ class GPT2Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: BlockCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
         q, k, v = (_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
         y = _attended(q, k, v, self.dropout if self.training else 0.0, cache)
         return F.dropout(self.c_proj(_joined(y)), self.dropout, self.training)
@@ -107,7 +107,7 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x: Tensor, cache: BlockCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -134,7 +134,7 @@ class GPT2(GPT):
     def blocks(self) -> nn.ModuleList:
         return self.h
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         first = cache.length if cache else 0
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)
         x = F.dropout(self.wte(ids) + self.wpe(positions), self.config.dropout, self.training)
@@ -170,7 +170,7 @@ class NanoChatAttention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: BlockCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerKVCache | None = None
     ) -> Tensor:
         q = _rms_norm(_rotated(_heads(self.q_proj(x), self.n_head), cos, sin))
         k = _rms_norm(_rotated(_heads(self.k_proj(x), self.n_head), cos, sin))
@@ -198,7 +198,7 @@ class NanoChatBlock(nn.Module):
         self.mlp = NanoChatMLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: BlockCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerKVCache | None = None
     ) -> Tensor:
         x = x + self.self_attn(_rms_norm(x), cos, sin, cache)
         return x + self.mlp(_rms_norm(x))
@@ -227,7 +227,7 @@ class NanoChat(GPT):
     def blocks(self) -> nn.ModuleList:
         return self.layers
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type):
             # The residual stream in the low type halves what its norms read and keep.
@@ -254,7 +254,9 @@ def _heads(x: Tensor, n_head: int) -> Tensor:
     return x.view(*x.shape[:2], n_head, -1).transpose(1, 2)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, dropout: float, cache: BlockCache | None) -> Tensor:
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, cache: LayerKVCache | None
+) -> Tensor:
     """Attention over the past, that in the cache too: (batch, n_head, time, head size) each."""
     if cache is not None:
         k, v = cache.extend(k, v)

@@ -1,7 +1,7 @@
 """Rules that need more than the values: the card, the data, the disk, the network. And warnings:
 what works but costs something.
 
-Each is a function of the `Facts` that gives a `Problem` or None; `PROBLEMS` stop a run,
+Each is a function of the `CheckContext` that gives a `Problem` or None; `PROBLEMS` stop a run,
 `WARNINGS` do not.
 """
 
@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 from gpt.config.schema import RunConfig
 from gpt.errors import Problem
 from gpt.hardware.gpus import GIB
-from gpt.preflight.data_estimate import DataFacts
+from gpt.preflight.data_estimate import DataEstimate
 from gpt.preflight.layout import devices_of
 from gpt.preflight.memory import Memory
-from gpt.preflight.named_files import missing_benchmark, model_to_begin_with
+from gpt.preflight.named_files import check_benchmark_files, check_init_from
 from gpt.preflight.sharding import misfit
-from gpt.preflight.target import Target
+from gpt.preflight.target import TargetGPU
 from gpt.preflight.time import disk_bytes, total_tokens
 from gpt.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
 
@@ -37,12 +37,12 @@ TOKENS_PER_STEP_FACTOR = 4
 
 
 @dataclass(frozen=True)
-class Facts:
+class CheckContext:
     """All that the checks look at."""
 
     config: RunConfig
-    target: Target
-    data: DataFacts
+    target: TargetGPU
+    data: DataEstimate
     memory: Memory
     starting: bool
     """Whether a run starts now, on this machine, and not a person asks beforehand."""
@@ -50,7 +50,7 @@ class Facts:
     """Settings with which a run that does not fit would, each as overrides."""
 
 
-Check = Callable[[Facts], Problem | None]
+Check = Callable[[CheckContext], Problem | None]
 
 
 def gb(count: float) -> str:
@@ -66,7 +66,7 @@ def gib(count: float) -> str:
 # --- what stops a run ----------------------------------------------------------------------------
 
 
-def device_exists(facts: Facts) -> Problem | None:
+def device_exists(facts: CheckContext) -> Problem | None:
     wanted, target = facts.config.hardware.device, facts.target
     if not wanted.startswith("cuda") or target.named:
         return None
@@ -82,7 +82,7 @@ def device_exists(facts: Facts) -> Problem | None:
     )
 
 
-def devices_are_here(facts: Facts) -> Problem | None:
+def devices_are_here(facts: CheckContext) -> Problem | None:
     hardware, target = facts.config.hardware, facts.target
     asked_about = target.named or not facts.starting or hardware.device == "cpu"
     if asked_about or not 0 < target.found < hardware.devices:
@@ -95,7 +95,7 @@ def devices_are_here(facts: Facts) -> Problem | None:
     )
 
 
-def fits_the_card(facts: Facts) -> Problem | None:
+def fits_the_card(facts: CheckContext) -> Problem | None:
     target, memory = facts.target, facts.memory
     if target.memory_bytes is None or facts.config.hardware.device == "cpu":
         return None
@@ -115,13 +115,13 @@ def fits_the_card(facts: Facts) -> Problem | None:
     )
 
 
-def data_is_there(facts: Facts) -> Problem | None:
+def data_is_there(facts: CheckContext) -> Problem | None:
     if not facts.data.missing or not facts.starting:
         return None
     return _missing(facts)
 
 
-def data_fills_a_batch(facts: Facts) -> Problem | None:
+def data_fills_a_batch(facts: CheckContext) -> Problem | None:
     tokens, training = facts.data.most_train_tokens, facts.config.training
     block = facts.config.model.block_size
     if tokens is None or tokens > training.batch_size * block:
@@ -138,15 +138,15 @@ def data_fills_a_batch(facts: Facts) -> Problem | None:
     )
 
 
-def begins_with_this_model(facts: Facts) -> Problem | None:
-    return model_to_begin_with(facts.config)
+def begins_with_this_model(facts: CheckContext) -> Problem | None:
+    return check_init_from(facts.config)
 
 
-def benchmarks_are_there(facts: Facts) -> Problem | None:
-    return missing_benchmark(facts.config) if facts.starting else None
+def benchmarks_are_there(facts: CheckContext) -> Problem | None:
+    return check_benchmark_files(facts.config) if facts.starting else None
 
 
-def output_is_writable(facts: Facts) -> Problem | None:
+def output_is_writable(facts: CheckContext) -> Problem | None:
     root = facts.config.run.root
     try:
         ancestor = _existing_ancestor(root)
@@ -162,7 +162,7 @@ def output_is_writable(facts: Facts) -> Problem | None:
     return Problem("run.root", str(root), fault, "name a folder that can be written to")
 
 
-def disk_suffices(facts: Facts) -> Problem | None:
+def disk_suffices(facts: CheckContext) -> Problem | None:
     needed, free = disk_needed(facts), free_disk_bytes(facts.config)
     if free is None or sum(needed.values()) <= free:
         return None
@@ -178,17 +178,17 @@ def disk_suffices(facts: Facts) -> Problem | None:
 # --- what does not -------------------------------------------------------------------------------
 
 
-def card_is_known(facts: Facts) -> Problem | None:
+def card_is_known(facts: CheckContext) -> Problem | None:
     return facts.target.warning
 
 
-def data_is_missing(facts: Facts) -> Problem | None:
+def data_is_missing(facts: CheckContext) -> Problem | None:
     if not facts.data.missing or facts.starting:
         return None
     return _missing(facts)
 
 
-def card_is_free(facts: Facts) -> Problem | None:
+def card_is_free(facts: CheckContext) -> Problem | None:
     target, needed = facts.target, facts.memory.needed_bytes
     total, free = target.memory_bytes, target.free_bytes
     if total is None or free is None or not free < needed <= total:
@@ -201,7 +201,7 @@ def card_is_free(facts: Facts) -> Problem | None:
     )
 
 
-def card_is_made_to_fit(facts: Facts) -> Problem | None:
+def card_is_made_to_fit(facts: CheckContext) -> Problem | None:
     target, needed = facts.target, facts.memory.needed_bytes
     if not (facts.starting and facts.smaller) or facts.config.hardware.device == "cpu":
         return None
@@ -218,7 +218,7 @@ def card_is_made_to_fit(facts: Facts) -> Problem | None:
     )
 
 
-def heads_are_aligned(facts: Facts) -> Problem | None:
+def heads_are_aligned(facts: CheckContext) -> Problem | None:
     model = facts.config.model
     size = model.n_embd // model.n_head
     if size % 8 == 0:
@@ -232,7 +232,7 @@ def heads_are_aligned(facts: Facts) -> Problem | None:
     )
 
 
-def vocabulary_is_aligned(facts: Facts) -> Problem | None:
+def vocabulary_is_aligned(facts: CheckContext) -> Problem | None:
     size = facts.config.model.vocab_size
     if size % 64 == 0:
         return None
@@ -244,7 +244,7 @@ def vocabulary_is_aligned(facts: Facts) -> Problem | None:
     )
 
 
-def dtype_is_the_cards(facts: Facts) -> Problem | None:
+def dtype_is_the_cards(facts: CheckContext) -> Problem | None:
     card, dtype = facts.target.card, facts.config.training.dtype
     if card is None or dtype != "bfloat16" or card.bf16_tflops is not None:
         return None
@@ -256,7 +256,7 @@ def dtype_is_the_cards(facts: Facts) -> Problem | None:
     )
 
 
-def learning_rate_suits_the_step(facts: Facts) -> Problem | None:
+def learning_rate_suits_the_step(facts: CheckContext) -> Problem | None:
     config, tokens = facts.config, facts.config.tokens_per_step
     low = REFERENCE_TOKENS_PER_STEP // TOKENS_PER_STEP_FACTOR
     high = REFERENCE_TOKENS_PER_STEP * TOKENS_PER_STEP_FACTOR
@@ -274,7 +274,7 @@ def learning_rate_suits_the_step(facts: Facts) -> Problem | None:
     )
 
 
-def learning_rates_are_in_order(facts: Facts) -> Problem | None:
+def learning_rates_are_in_order(facts: CheckContext) -> Problem | None:
     optimizer, rates = facts.config.optimizer, peak_learning_rates(facts.config)
     if optimizer.name == "adamw":
         given = [
@@ -301,14 +301,14 @@ def learning_rates_are_in_order(facts: Facts) -> Problem | None:
     )
 
 
-def biases_are_used(facts: Facts) -> Problem | None:
+def biases_are_used(facts: CheckContext) -> Problem | None:
     model = facts.config.model
     if model.architecture == "gpt2" or not model.bias:
         return None
     return Problem("model.bias", "true", "nanochat has no biases, so this does nothing", "leave it")
 
 
-def data_lasts(facts: Facts) -> Problem | None:
+def data_lasts(facts: CheckContext) -> Problem | None:
     tokens, asked = facts.data.train_tokens, total_tokens(facts.config)
     if not tokens or asked <= REPEATS_WORTH_IT * tokens:
         return None
@@ -323,7 +323,7 @@ def data_lasts(facts: Facts) -> Problem | None:
     )
 
 
-def step_is_no_epoch(facts: Facts) -> Problem | None:
+def step_is_no_epoch(facts: CheckContext) -> Problem | None:
     tokens, step = facts.data.train_tokens, facts.config.tokens_per_step
     if not tokens or tokens >= step:
         return None
@@ -336,7 +336,7 @@ def step_is_no_epoch(facts: Facts) -> Problem | None:
     )
 
 
-def validation_fills_the_slice(facts: Facts) -> Problem | None:
+def validation_fills_the_slice(facts: CheckContext) -> Problem | None:
     tokens, wanted = facts.data.validation_tokens, facts.config.evaluation.tokens
     if tokens is None or tokens >= wanted:
         return None
@@ -349,7 +349,7 @@ def validation_fills_the_slice(facts: Facts) -> Problem | None:
     )
 
 
-def tracking_answers(facts: Facts) -> Problem | None:
+def tracking_answers(facts: CheckContext) -> Problem | None:
     uri = facts.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith(("http://", "https://")) or _answers(uri):
         return None
@@ -393,7 +393,7 @@ WARNINGS: tuple[Check, ...] = (
 # --- what they share -----------------------------------------------------------------------------
 
 
-def disk_needed(facts: Facts) -> dict[str, int]:
+def disk_needed(facts: CheckContext) -> dict[str, int]:
     """Bytes by part; shards that are there already cost nothing again."""
     data = facts.data
     tokens = 0 if data.exact else (data.train_tokens or 0) + (data.validation_tokens or 0)
@@ -413,7 +413,7 @@ def _existing_ancestor(path: Path) -> Path:
     return next(p for p in (absolute, *absolute.parents) if p.exists())
 
 
-def _missing(facts: Facts) -> Problem:
+def _missing(facts: CheckContext) -> Problem:
     sources = ", ".join(facts.data.missing)
     rule = "there is no such file, or nothing matches"
     remedy = f"put Parquet there, or name another; paths start from {Path.cwd()}"

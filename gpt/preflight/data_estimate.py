@@ -20,7 +20,7 @@ MOST_TOKENS_PER_BYTE = 8
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DataEstimate:
     """Tokens of both sides. None: the sources are not here."""
 
     train_tokens: int | None
@@ -39,7 +39,7 @@ class DataFacts:
         return self.source_bytes * MOST_TOKENS_PER_BYTE
 
 
-def look_at_data(config: RunConfig) -> DataFacts:
+def estimate_data(config: RunConfig) -> DataEstimate:
     files: dict[Path, None] = {}
     missing, elsewhere = [], 0
     for source in config.data.source:
@@ -49,9 +49,9 @@ def look_at_data(config: RunConfig) -> DataFacts:
         if not found and "://" not in source:
             missing.append(source)
     if missing:
-        return DataFacts(None, None, "n/a: the sources are not here", False, tuple(missing))
+        return DataEstimate(None, None, "n/a: the sources are not here", False, tuple(missing))
     if elsewhere:
-        return DataFacts(None, None, "n/a: the sources are not on this machine", False)
+        return DataEstimate(None, None, "n/a: the sources are not on this machine", False)
     sizes = {path.name: path.stat().st_size for path in files}
     for manifest in newest_first(config.run.root / "datasets", "*/manifest.json"):
         facts = _from_manifest(manifest, config, sizes)
@@ -63,7 +63,7 @@ def look_at_data(config: RunConfig) -> DataFacts:
     basis = (
         f"estimated: {total:,} bytes of Parquet at {BYTES_PER_TOKEN:g} a token, give or take half"
     )
-    return DataFacts(tokens - validation, validation, basis, False, source_bytes=total)
+    return DataEstimate(tokens - validation, validation, basis, False, source_bytes=total)
 
 
 def newest_first(folder: Path, pattern: str) -> list[Path]:
@@ -87,7 +87,7 @@ def _files(source: str) -> list[Path]:
     return [file for match in matches if match != str(path) for file in _files(match)]
 
 
-def _from_manifest(path: Path, config: RunConfig, sizes: Mapping[str, int]) -> DataFacts | None:
+def _from_manifest(path: Path, config: RunConfig, sizes: Mapping[str, int]) -> DataEstimate | None:
     """The facts of a data set that was made from files of these names and sizes in this way."""
     try:
         manifest: Any = json.loads(path.read_bytes())
@@ -101,4 +101,4 @@ def _from_manifest(path: Path, config: RunConfig, sizes: Mapping[str, int]) -> D
     except (OSError, ValueError, KeyError, TypeError):
         return None
     basis = f"counted: {path.parent} was made from these files"
-    return DataFacts(train, validation, basis, True) if same else None
+    return DataEstimate(train, validation, basis, True) if same else None

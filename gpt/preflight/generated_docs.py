@@ -15,12 +15,12 @@ from pydantic_core import PydanticUndefined
 
 from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
-from gpt.hardware.gpus import find_card
+from gpt.hardware.gpus import find_gpu
 from gpt.preflight.checks import gib
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
 from gpt.preflight.render import markdown_table
-from gpt.preflight.time import estimate_pace, hours
+from gpt.preflight.time import estimate_throughput, hours
 
 BEGIN = "<!-- sizes: written by `python -m gpt.preflight.generated_docs` -->"
 END = "<!-- end of sizes -->"
@@ -36,15 +36,15 @@ SIZES = (
 """A shipped config, and the width and heads that are laid over it."""
 
 
-def sizes_table(configs: Path) -> str:
+def render_sizes_table(configs: Path) -> str:
     """What each size comes to on a card with 12 GB, as Markdown between its marks."""
-    card = find_card(CARD)
+    card = find_gpu(CARD)
     assert card is not None, f"{CARD} is not in the table"
     rows = []
     for name, split in SIZES:
         overrides = [f"model.n_embd={split[0]}", f"model.n_head={split[1]}"] if split else []
         config = load_config(configs / f"{name}.toml", overrides)
-        model, pace = config.model, estimate_pace(config, card)
+        model, pace = config.model, estimate_throughput(config, card)
         needed = estimate_memory(config).needed_bytes
         asked = " ".join(f"--set {override}" for override in overrides)
         rows.append(
@@ -65,7 +65,7 @@ def sizes_table(configs: Path) -> str:
     return "\n".join([BEGIN, *markdown_table(heads, rows), END])
 
 
-def with_sizes(text: str, table: str) -> str:
+def replace_sizes_table(text: str, table: str) -> str:
     """`text` with what stands between the marks replaced; unchanged where there are none."""
     if BEGIN not in text or END not in text:
         return text
@@ -73,7 +73,7 @@ def with_sizes(text: str, table: str) -> str:
     return before + table + rest.partition(END)[2]
 
 
-def settings_page() -> str:
+def render_settings_page() -> str:
     """Every setting with its meaning, default and limits, from the fields themselves."""
     lines = [
         "# Settings",
@@ -122,10 +122,12 @@ def _limits(info: FieldInfo) -> list[str]:
 
 
 def main(root: Path) -> None:
-    (root / "configs" / "README.md").write_text(settings_page(), encoding="utf-8")
+    (root / "configs" / "README.md").write_text(render_settings_page(), encoding="utf-8")
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(with_sizes(text, sizes_table(root / "configs")), encoding="utf-8")
+    readme.write_text(
+        replace_sizes_table(text, render_sizes_table(root / "configs")), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ from pydantic import ValidationError
 
 from gpt.config.schema import RunConfig
 from gpt.hardware.flops import flops_per_token
-from gpt.hardware.gpus import Card, find_card
+from gpt.hardware.gpus import GPUSpec, find_gpu
 from gpt.preflight.data_estimate import newest_first
-from gpt.preflight.time import Pace
+from gpt.preflight.time import Throughput
 
 MOST_RUNS = 20
 LAST_STEPS = 200
 """Steps whose median counts: the first ones compile and warm up."""
 
 
-def measured_pace(config: RunConfig, card: Card | None) -> Pace | None:
+def find_measured_throughput(config: RunConfig, card: GPUSpec | None) -> Throughput | None:
     """The pace of `config` on `card` from the newest run there of the same dtype, by operations a
     second: a model of another size is slower or faster as its operations are more or fewer."""
     if card is None:
@@ -37,7 +37,7 @@ def _newest_runs(parent: Path) -> list[Path]:
     return [path.parent for path in newest_first(parent, "*/metrics.jsonl")][:MOST_RUNS]
 
 
-def _measured(folder: Path, card: Card, config: RunConfig) -> Pace | None:
+def _measured(folder: Path, card: GPUSpec, config: RunConfig) -> Throughput | None:
     try:
         outbox = json.loads((folder / "tracking_outbox.json").read_bytes())
         record = json.loads((folder / "run.json").read_bytes())
@@ -46,12 +46,12 @@ def _measured(folder: Path, card: Card, config: RunConfig) -> Pace | None:
         paces = list(_paces(folder / "metrics.jsonl"))[-LAST_STEPS:]
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
-    ran_on = find_card(device)
+    ran_on = find_gpu(device)
     same = ran_on and ran_on.name == card.name and then.training.dtype == config.training.dtype
     if not same or not paces:
         return None
     pace = statistics.median(paces) * flops_per_token(then) / flops_per_token(config)
-    return Pace(pace, f"measured on this card before, by {folder.name}")
+    return Throughput(pace, f"measured on this card before, by {folder.name}")
 
 
 def _paces(journal: Path) -> Iterator[float]:

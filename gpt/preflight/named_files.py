@@ -6,12 +6,12 @@ from pathlib import Path
 
 from gpt.config.schema import RunConfig
 from gpt.errors import CheckpointError, Problem
-from gpt.model.section import MODEL_FILE, read_section
+from gpt.model.section import MODEL_FILE, load_model_section
 
 FREE_OF_THE_WEIGHTS = {"dropout"}
 
 
-def model_to_begin_with(config: RunConfig) -> Problem | None:
+def check_init_from(config: RunConfig) -> Problem | None:
     """What keeps the run from beginning with `training.init_from`."""
     named = config.training.init_from
     if not named:
@@ -21,7 +21,7 @@ def model_to_begin_with(config: RunConfig) -> Problem | None:
     if not (folder / MODEL_FILE).is_file():
         return Problem("training.init_from", named, f"there is no {MODEL_FILE} in it", remedy)
     try:
-        theirs = read_section(folder).model_dump()
+        theirs = load_model_section(folder).model_dump()
     except CheckpointError as error:
         return Problem("training.init_from", named, error.problems[0].rule, remedy)
     ours = config.model.model_dump()
@@ -35,7 +35,7 @@ def model_to_begin_with(config: RunConfig) -> Problem | None:
     return Problem("training.init_from", named, rule, settings)
 
 
-def missing_benchmark(config: RunConfig) -> Problem | None:
+def check_benchmark_files(config: RunConfig) -> Problem | None:
     """A benchmark's file that is not there; an address is not asked for."""
     for key in ("hellaswag", "lambada"):
         path = getattr(config.evaluation, key)

@@ -25,7 +25,7 @@ Rows = list[tuple[str, str]]
 NONE = "n/a"
 
 
-def verdict(report: Report) -> str:
+def summarize_report(report: Report) -> str:
     """One word and its reason."""
     if report.problems:
         count = len(report.problems)
@@ -171,7 +171,7 @@ def print_report(report: Report, console: Console) -> None:
 def _terminal_page(report: Report) -> RenderableType:
     style = "bold red" if report.blocked else "bold yellow" if report.warnings else "bold green"
     parts: list[RenderableType] = [
-        Text.assemble((f"{report.path}: ", "bold"), (verdict(report), style))
+        Text.assemble((f"{report.path}: ", "bold"), (summarize_report(report), style))
     ]
     for name, rows in sections(report):
         table = Table.grid(padding=(0, 2))
@@ -229,7 +229,7 @@ def comparison_row(report: Report) -> tuple[str, ...]:
     """One config in the comparison of several, by the heads of `COMPARISON`."""
     figures = report.figures
     if figures is None:
-        return (report.path, *[NONE] * (len(COMPARISON) - 2), verdict(report))
+        return (report.path, *[NONE] * (len(COMPARISON) - 2), summarize_report(report))
     config, pace = figures.config, figures.tokens_per_second
     model = config.model
     return (
@@ -242,11 +242,11 @@ def comparison_row(report: Report) -> tuple[str, ...]:
         f"{total_tokens(config) / 1e9:.2f}B",
         NONE if pace is None else f"{pace:,.0f}",
         _hours(figures.hours),
-        verdict(report),
+        summarize_report(report),
     )
 
 
-def print_comparison(reports: Sequence[Report], console: Console) -> None:
+def print_reports(reports: Sequence[Report], console: Console) -> None:
     """The table, then what is to be said of each config."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in COMPARISON:
@@ -274,9 +274,9 @@ def _gathered(reports: Sequence[Report]) -> dict[Problem, list[str]]:
 # --- as Markdown ---------------------------------------------------------------------------------
 
 
-def markdown_page(report: Report) -> str:
+def render_markdown(report: Report) -> str:
     """The same report, for the page of a Prefect run."""
-    lines = [f"# {report.path}: {verdict(report)}"]
+    lines = [f"# {report.path}: {summarize_report(report)}"]
     for kind, problems in (("Problems", report.problems), ("Warnings", report.warnings)):
         if problems:
             lines += ["", f"## {kind}", ""]

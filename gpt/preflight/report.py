@@ -11,22 +11,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt.config.loading import build_config, merged, read_toml
+from gpt.config.loading import build_config, merge_overrides, read_toml
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 from gpt.hardware.flops import flops_per_token
-from gpt.hardware.interconnect import NETWORK_GBIT
-from gpt.preflight.checks import PROBLEMS, WARNINGS, Facts, disk_needed, free_disk_bytes
-from gpt.preflight.data_estimate import DataFacts, look_at_data
+from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
+from gpt.preflight.checks import PROBLEMS, WARNINGS, CheckContext, disk_needed, free_disk_bytes
+from gpt.preflight.data_estimate import DataEstimate, estimate_data
 from gpt.preflight.layout import ONE_DEVICE, Layout
-from gpt.preflight.measured_pace import measured_pace
+from gpt.preflight.measured_pace import find_measured_throughput
 from gpt.preflight.memory import Memory, estimate_memory
 from gpt.preflight.parameters import Parameters, count_parameters
 from gpt.preflight.scaling import Scaling, estimate_scaling
-from gpt.preflight.sharding import chosen_layout
-from gpt.preflight.suggestions import Suggestion, aligned_heads, dividing_heads, fits, smaller
-from gpt.preflight.target import Target, find_target
-from gpt.preflight.time import Pace, estimate_pace, hours, total_tokens
+from gpt.preflight.sharding import choose_layout
+from gpt.preflight.suggestions import (
+    Suggestion,
+    fits,
+    smaller,
+    suggest_aligned_heads,
+    suggest_head_splits,
+)
+from gpt.preflight.target import TargetGPU, find_target_gpu
+from gpt.preflight.time import Throughput, estimate_throughput, hours, total_tokens
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Figures:
     parameters: Parameters
     memory: Memory
     fits: bool | None
-    pace: Pace
-    data: DataFacts
+    pace: Throughput
+    data: DataEstimate
     disk: Mapping[str, int]
     free_disk_bytes: int | None
     layout: Layout = ONE_DEVICE
@@ -57,7 +63,7 @@ class Figures:
     @property
     def hours(self) -> float | None:
         """Of training on all devices, with no exchange hidden."""
-        return hours(self.config, Pace(self.tokens_per_second, self.pace.basis))
+        return hours(self.config, Throughput(self.tokens_per_second, self.pace.basis))
 
     @property
     def epochs(self) -> float | None:
@@ -69,7 +75,7 @@ class Figures:
 @dataclass(frozen=True)
 class Report:
     path: str
-    target: Target
+    target: TargetGPU
     figures: Figures | None
     """None where the config itself is wrong: then the problems say why."""
     problems: tuple[Problem, ...]
@@ -93,30 +99,30 @@ class Report:
         }
 
 
-def examine(
+def run_preflight(
     path: str,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     gpu: str = "auto",
     starting: bool = False,
-    network_gbit: float = NETWORK_GBIT,
+    network_gbit: float = DEFAULT_NETWORK_GBIT,
 ) -> Report:
     """The report on a config file. `starting`: a run begins now on this machine, so sources that
     are missing stop it; asked beforehand they are a warning. `network_gbit`: of each machine, where
     there are several; `ConfigError` for one of no speed. Never raises for a bad config."""
-    target = find_target(gpu)
+    target = find_target_gpu(gpu)
     try:
-        raw = merged(read_toml(Path(path)), overrides)
+        raw = merge_overrides(read_toml(Path(path)), overrides)
     except ConfigError as error:
         return Report(path, target, None, error.problems)
-    return examine_values(path, raw, target, starting, network_gbit)
+    return run_preflight_on_values(path, raw, target, starting, network_gbit)
 
 
-def examine_values(
+def run_preflight_on_values(
     path: str,
     raw: Mapping[str, Any],
-    target: Target,
+    target: TargetGPU,
     starting: bool = False,
-    network_gbit: float = NETWORK_GBIT,
+    network_gbit: float = DEFAULT_NETWORK_GBIT,
 ) -> Report:
     """The report on values that came from `path`, overrides laid over."""
     try:
@@ -134,29 +140,29 @@ def examine_values(
     return _examined(path, target, starting, _figures(config, target, network_gbit))
 
 
-def _examined(path: str, target: Target, starting: bool, figures: Figures) -> Report:
+def _examined(path: str, target: TargetGPU, starting: bool, figures: Figures) -> Report:
     config = figures.config
     suggestions: list[Suggestion] = []
     if figures.fits is False and target.memory_bytes is not None:
         key = "training.batch_size" if figures.layout.devices == 1 else "hardware.sharding"
         suggestions += smaller(key, config, target.memory_bytes)
     ways = tuple(suggestion.as_overrides() for suggestion in suggestions)
-    facts = Facts(config, target, figures.data, figures.memory, starting, ways)
+    facts = CheckContext(config, target, figures.data, figures.memory, starting, ways)
     problems = tuple(found for check in PROBLEMS if (found := check(facts)))
     warnings = tuple(found for check in WARNINGS if (found := check(facts)))
     if any(warning.key == "model.n_head" for warning in warnings):
-        suggestions += aligned_heads("model.n_head", config, target.memory_bytes)
+        suggestions += suggest_aligned_heads("model.n_head", config, target.memory_bytes)
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
 
 
-def _figures(config: RunConfig, target: Target, network_gbit: float) -> Figures:
-    layout = chosen_layout(config, target.memory_bytes)
-    memory, data = estimate_memory(config, layout), look_at_data(config)
-    pace = estimate_pace(config, target.card, measured_pace(config, target.card))
+def _figures(config: RunConfig, target: TargetGPU, network_gbit: float) -> Figures:
+    layout = choose_layout(config, target.memory_bytes)
+    memory, data = estimate_memory(config, layout), estimate_data(config)
+    pace = estimate_throughput(config, target.card, find_measured_throughput(config, target.card))
     on_cpu = config.hardware.device == "cpu"
     if on_cpu:
-        pace = Pace(None, "n/a: on a CPU")
-    facts = Facts(config, target, data, memory, starting=False)
+        pace = Throughput(None, "n/a: on a CPU")
+    facts = CheckContext(config, target, data, memory, starting=False)
     return Figures(
         config=config,
         parameters=count_parameters(config.model),
@@ -177,14 +183,14 @@ def _suggestions_for(
     """Choices of heads, where those are what is wrong."""
     for problem in problems:
         if "must be divisible" in problem.rule or "channels in pairs" in problem.rule:
-            return tuple(dividing_heads(problem.key, raw, memory_bytes))
+            return tuple(suggest_head_splits(problem.key, raw, memory_bytes))
     return ()
 
 
 # --- as JSON -------------------------------------------------------------------------------------
 
 
-def _figures_json(figures: Figures, target: Target) -> dict[str, Any]:
+def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
     config, memory = figures.config, figures.memory
     return {
         "parameters": {

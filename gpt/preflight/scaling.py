@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gpt.config.schema import RunConfig
-from gpt.hardware.gpus import Card
-from gpt.hardware.interconnect import Link, link_inside, network
+from gpt.hardware.gpus import GPUSpec
+from gpt.hardware.interconnect import Link, intra_node_link, network_link
 from gpt.preflight.layout import Layout
 from gpt.preflight.parameters import Parameters, count_parameters
 
@@ -181,7 +181,7 @@ class Scaling:
 def estimate_scaling(
     config: RunConfig,
     layout: Layout,
-    card: Card | None,
+    card: GPUSpec | None,
     tokens_per_second: float | None,
     network_gbit: float,
 ) -> Scaling | None:
@@ -190,8 +190,8 @@ def estimate_scaling(
     `tokens_per_second`: of one device. Raises `ConfigError` for a network of no speed.
     """
     hardware, training = config.hardware, config.training
-    wire = network(network_gbit)
-    inside = link_inside(card) if card else None
+    wire = network_link(network_gbit)
+    inside = intra_node_link(card) if card else None
     if layout.devices == 1 or inside is None or tokens_per_second is None:
         return None
     exchange = Exchange(

@@ -21,10 +21,10 @@ def choose_sharding(config: RunConfig, memory_bytes_of_device: int | None) -> Sh
     problem = misfit(config, memory_bytes_of_device)
     if problem:
         raise ConfigError(problem)
-    return chosen_layout(config, memory_bytes_of_device).sharding
+    return choose_layout(config, memory_bytes_of_device).sharding
 
 
-def chosen_layout(config: RunConfig, memory_bytes: int | None) -> Layout:
+def choose_layout(config: RunConfig, memory_bytes: int | None) -> Layout:
     """The first that fits; where none does, the one that takes least."""
     layouts = layouts_of(config)
     if memory_bytes is None or len(layouts) == 1:
@@ -39,7 +39,7 @@ def misfit(config: RunConfig, memory_bytes: int | None) -> Problem | None:
     devices, asked = devices_of(config), config.hardware.sharding
     if devices == 1 or memory_bytes is None or config.hardware.device == "cpu":
         return None
-    layout = chosen_layout(config, memory_bytes)
+    layout = choose_layout(config, memory_bytes)
     needed = estimate_memory(config, layout).needed_bytes
     if needed <= memory_bytes:
         return None

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gpt.config.loading import build_config, merged
-from gpt.config.rules import head_choices
+from gpt.config.loading import build_config, merge_overrides
+from gpt.config.rules import valid_head_splits
 from gpt.config.schema import ModelSection, RunConfig
 from gpt.errors import ConfigError
 from gpt.preflight.layout import devices_of, layouts_of
@@ -61,12 +61,12 @@ class Suggestion:
         }
 
 
-def lay_over(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` with dotted overrides."""
     result = dict(raw)
     for key, value in overrides.items():
         section, name = key.split(".")
-        result = merged(result, {section: {name: value}})
+        result = merge_overrides(result, {section: {name: value}})
     return result
 
 
@@ -84,21 +84,25 @@ def fits(config: RunConfig, memory_bytes: int | None) -> bool | None:
 # --- heads ---------------------------------------------------------------------------------------
 
 
-def dividing_heads(key: str, raw: Mapping[str, Any], memory_bytes: int | None) -> list[Suggestion]:
+def suggest_head_splits(
+    key: str, raw: Mapping[str, Any], memory_bytes: int | None
+) -> list[Suggestion]:
     """Choices where heads do not divide the width, the nearest in parameters first."""
     model = raw["model"]
     even = model.get("architecture") == "nanochat"
-    pairs = head_choices(model["n_embd"], model["n_head"], even)
+    pairs = valid_head_splits(model["n_embd"], model["n_head"], even)
     return _ranked(key, raw, pairs, memory_bytes)
 
 
-def aligned_heads(key: str, config: RunConfig, memory_bytes: int | None) -> list[Suggestion]:
+def suggest_aligned_heads(
+    key: str, config: RunConfig, memory_bytes: int | None
+) -> list[Suggestion]:
     """Choices whose heads are multiples of 8 channels, the nearest in parameters first."""
     model = config.model
     pairs = [
         pair
         for pair in (
-            *head_choices(model.n_embd, model.n_head),
+            *valid_head_splits(model.n_embd, model.n_head),
             *((model.n_head * size, model.n_head) for size in _sizes_around(config)),
         )
         if pair[0] // pair[1] % 8 == 0
@@ -150,7 +154,7 @@ def _fits_with(
     if memory_bytes is None:
         return None
     try:
-        return fits(build_config(lay_over(raw, overrides)), memory_bytes)
+        return fits(build_config(apply_overrides(raw, overrides)), memory_bytes)
     except ConfigError:
         return None
 

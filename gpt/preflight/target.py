@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from functools import cache
 
 from gpt.errors import Problem
-from gpt.hardware.gpus import CARDS, MIB, Card, find_card
+from gpt.hardware.gpus import GPUS, MIB, GPUSpec, find_gpu
 
 ASK = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
 ASK_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetGPU:
     """A GPU to judge against. Without memory nothing is judged, without a card nothing is timed."""
 
     name: str
-    card: Card | None
+    card: GPUSpec | None
     memory_bytes: int | None
     free_bytes: int | None = None
     named: bool = False
@@ -32,7 +32,7 @@ class Target:
         """What is wrong with the name, if it was asked for by name and nobody knows it."""
         if not self.named or self.card:
             return None
-        keys = [card.key for card in CARDS]
+        keys = [card.key for card in GPUS]
         near = difflib.get_close_matches(self.name.lower().replace(" ", "-"), keys, n=3, cutoff=0.4)
         return Problem(
             "--gpu",
@@ -42,17 +42,17 @@ class Target:
         )
 
 
-def find_target(gpu: str = "auto") -> Target:
+def find_target_gpu(gpu: str = "auto") -> TargetGPU:
     """`gpu`: a card's name, or auto for the first card of this machine, where there is one."""
     if gpu != "auto":
-        card = find_card(gpu)
-        return Target(gpu, card, card.memory_bytes if card else None, named=True)
+        card = find_gpu(gpu)
+        return TargetGPU(gpu, card, card.memory_bytes if card else None, named=True)
     found = _cards_here()
     if not found:
-        return Target("no GPU", None, None)
+        return TargetGPU("no GPU", None, None)
     name, memory_bytes, free_bytes = found[0]
-    card = find_card(name, memory_bytes)
-    return Target(name, card, memory_bytes, free_bytes, found=len(found))
+    card = find_gpu(name, memory_bytes)
+    return TargetGPU(name, card, memory_bytes, free_bytes, found=len(found))
 
 
 @cache

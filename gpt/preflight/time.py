@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gpt.config.schema import RunConfig, TrainingSection
 from gpt.hardware.flops import flops_per_token
-from gpt.hardware.gpus import Card
+from gpt.hardware.gpus import GPUSpec
 from gpt.preflight.parameters import count_parameters
 
 GEFORCE_UTILISATION = 0.55
@@ -27,7 +27,7 @@ MEASURED_UTILISATION = {
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How fast a card trains a model. None: the card is not known, and nobody guesses."""
 
     tokens_per_second: float | None
@@ -35,16 +35,18 @@ class Pace:
     """Where the figure comes from."""
 
 
-def estimate_pace(config: RunConfig, card: Card | None, measured: Pace | None = None) -> Pace:
+def estimate_throughput(
+    config: RunConfig, card: GPUSpec | None, measured: Throughput | None = None
+) -> Throughput:
     """`measured` is this card's own, from runs before. Else the peak times a utilisation: one that
     others measured on the card, or one assumed."""
     if measured:
         return measured
     if card is None:
-        return Pace(None, "n/a: no card, or one that is not in the table")
+        return Throughput(None, "n/a: no card, or one that is not in the table")
     peak = card.peak_tflops(config.training.dtype)
     if peak is None:
-        return Pace(None, f"n/a: {card.name} has no tensor cores for {config.training.dtype}")
+        return Throughput(None, f"n/a: {card.name} has no tensor cores for {config.training.dtype}")
     if card.key in MEASURED_UTILISATION:
         share, source = MEASURED_UTILISATION[card.key]
         basis = f"{share:.0%} of {peak:g} TFLOP/s, as {source}"
@@ -55,7 +57,7 @@ def estimate_pace(config: RunConfig, card: Card | None, measured: Pace | None = 
         basis += "; narrow models reach less"
     if not config.training.compile:
         share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} uncompiled"
-    return Pace(share * peak * 1e12 / flops_per_token(config), basis)
+    return Throughput(share * peak * 1e12 / flops_per_token(config), basis)
 
 
 def total_tokens(config: RunConfig) -> int:
@@ -63,7 +65,7 @@ def total_tokens(config: RunConfig) -> int:
     return config.training.max_steps * config.tokens_per_step
 
 
-def hours(config: RunConfig, pace: Pace) -> float | None:
+def hours(config: RunConfig, pace: Throughput) -> float | None:
     """Of training alone: tokenising, evaluations and checkpoints come on top."""
     if pace.tokens_per_second is None:
         return None

@@ -51,7 +51,7 @@ def write_recoveries(folder: Path, recoveries: tuple[Recovery, ...]) -> None:
     write_text(folder / RECOVERIES_FILE, _Recoveries.dump_json(recoveries, indent=2).decode())
 
 
-class LossWatch:
+class SpikeDetector:
     """Judges one step after the other. `losses` are the last ones of an earlier start."""
 
     def __init__(self, spike_sigma: float, losses: Iterable[float] = ()) -> None:

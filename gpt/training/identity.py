@@ -28,11 +28,11 @@ _FREE_KEYS = (
 )
 
 
-def shaping_values(config: RunConfig, dataset_fingerprint: str) -> dict[str, Any]:
+def identity_values(config: RunConfig, dataset_fingerprint: str) -> dict[str, Any]:
     """By dotted key; `sequences_per_step` stands for batch_size * grad_acc."""
     kept = {
         key: value
-        for key, value in config.flat().items()
+        for key, value in config.flatten().items()
         if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
     if not kept["training.init_from"]:  # runs of before that key stay the runs they are
@@ -44,4 +44,4 @@ def shaping_values(config: RunConfig, dataset_fingerprint: str) -> dict[str, Any
 
 def run_identity(config: RunConfig, dataset_fingerprint: str) -> str:
     """Fingerprint of what shapes the weights."""
-    return fingerprint(shaping_values(config, dataset_fingerprint))
+    return fingerprint(identity_values(config, dataset_fingerprint))

@@ -21,25 +21,25 @@ from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.errors import NonFiniteLossError, Problem
 from gpt.evaluation.heldout import HeldoutLoss
-from gpt.hardware.device import energy_counter_joules, peak_memory_bytes
+from gpt.hardware.device import peak_memory_bytes, read_energy_joules
 from gpt.hardware.flops import flops_per_token
-from gpt.hardware.gpus import find_card
+from gpt.hardware.gpus import find_gpu
 from gpt.schedule import peak_learning_rates
 from gpt.training.checkpoint.format import take_snapshot
 from gpt.training.checkpoint.retention import (
-    Progress,
-    abandon_newest,
-    bring_back,
+    TrainingProgress,
+    abandon_latest,
+    checkpoint_step,
     complete_checkpoints,
-    note_best,
+    latest_valid_checkpoint,
     read_batch_size,
-    sound_checkpoint,
-    step_of,
+    record_best,
+    restore_abandoned,
 )
 from gpt.training.checkpoint.writer import CheckpointWriter
-from gpt.training.distributed.process_group import ALONE, Group
-from gpt.training.divergence import LossWatch, Recovery, read_recoveries, write_recoveries
-from gpt.training.optimizer import set_step
+from gpt.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from gpt.training.divergence import Recovery, SpikeDetector, read_recoveries, write_recoveries
+from gpt.training.optimizer import apply_schedule
 from gpt.training.run_lock import run_lock
 from gpt.training.step import Gradients, Stepper
 
@@ -75,7 +75,7 @@ class StepRecord:
     validation: HeldoutLoss | None = None
 
 
-def never() -> bool:
+def never_stop() -> bool:
     return False
 
 
@@ -83,7 +83,7 @@ def train(
     config: RunConfig,
     dataset: DatasetManifest,
     folder: Path,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] = never_stop,
 ) -> Iterator[StepRecord]:
     """Train from where `folder` stands to `training.max_steps`, or until `stop` turns true, which
     is asked between micro-batches.
@@ -104,22 +104,22 @@ class Trainer:
         config: RunConfig,
         dataset: DatasetManifest,
         folder: Path,
-        stop: Callable[[], bool] = never,
-        group: Group = ALONE,
+        stop: Callable[[], bool] = never_stop,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop
         self.group = group
         self.writer = CheckpointWriter(folder)
-        fitted = group.agreed(lambda: None if group.alone else read_batch_size(folder))
+        fitted = group.broadcast_from_main(lambda: None if group.alone else read_batch_size(folder))
         self.stepper = Stepper(config, dataset, group, fitted)
-        self.watch = LossWatch(config.training.spike_sigma)
-        self.recoveries = group.agreed(lambda: read_recoveries(folder))
+        self.watch = SpikeDetector(config.training.spike_sigma)
+        self.recoveries = group.broadcast_from_main(lambda: read_recoveries(folder))
         self.step = self.saved_step = self.skipped_steps = 0
         self._previous_position = 0
         if checkpoint := self._newest_checkpoint():
             self._load(checkpoint)
         self._flops_share_per_token = self._share_of_peak()
-        self._energy_counter = energy_counter_joules(self.stepper.device)
+        self._energy_counter = read_energy_joules(self.stepper.device)
         self._last_end = time.perf_counter()
 
     def _load(self, checkpoint: CheckpointRef | None) -> None:
@@ -132,10 +132,10 @@ class Trainer:
         stepper.batches.position = self._previous_position = progress.position
         self.step = self.saved_step = progress.step
         self.skipped_steps = progress.skipped_steps
-        self.watch = LossWatch(self.config.training.spike_sigma, progress.recent_losses)
+        self.watch = SpikeDetector(self.config.training.spike_sigma, progress.recent_losses)
 
     def _newest_checkpoint(self) -> CheckpointRef | None:
-        return self.group.agreed(lambda: sound_checkpoint(self.folder))
+        return self.group.broadcast_from_main(lambda: latest_valid_checkpoint(self.folder))
 
     def _share_of_peak(self) -> float | None:
         """What one token a second is of the peak of the group's cards, all alike; None for a card
@@ -143,7 +143,7 @@ class Trainer:
         if not self.stepper.on_gpu:
             return None
         properties = torch.cuda.get_device_properties(self.stepper.device)
-        card = find_card(properties.name, properties.total_memory)
+        card = find_gpu(properties.name, properties.total_memory)
         peak = card and card.peak_tflops(self.config.training.dtype)
         return flops_per_token(self.config) / (peak * 1e12 * self.group.size) if peak else None
 
@@ -198,8 +198,8 @@ class Trainer:
     def _take_step(self) -> StepRecord | None:
         """None where it was stopped before the step was whole."""
         stepper, position = self.stepper, self.stepper.batches.position
-        factor = set_step(stepper.optimizers, self.config, self.step)
-        gradients = stepper.gradients(self.stop if self.group.alone else never)
+        factor = apply_schedule(stepper.optimizers, self.config, self.step)
+        gradients = stepper.gradients(self.stop if self.group.alone else never_stop)
         if gradients is None:
             return None
         end, learning_rate = time.perf_counter(), self._peak_learning_rate() * factor
@@ -248,7 +248,7 @@ class Trainer:
         )
 
     def _energy_since_last_time(self) -> float | None:
-        before, now = self._energy_counter, energy_counter_joules(self.stepper.device)
+        before, now = self._energy_counter, read_energy_joules(self.stepper.device)
         self._energy_counter = now
         return None if before is None or now is None else now - before
 
@@ -264,7 +264,7 @@ class Trainer:
         so far."""
         held = self._validate()
         if self.saved_step == self.step > 0:
-            self._noted(note_best, self.step, held.loss)
+            self._noted(record_best, self.step, held.loss)
         self._last_end = time.perf_counter()
         return StepRecord(self.step, self._tokens_seen, self._peak_learning_rate(), validation=held)
 
@@ -307,7 +307,7 @@ class Trainer:
 
     def _write(self) -> None:
         stepper = self.stepper
-        progress = Progress(
+        progress = TrainingProgress(
             step=self.step,
             position=stepper.batches.position,
             tokens_seen=self._tokens_seen,
@@ -318,15 +318,19 @@ class Trainer:
             recent_losses=self.watch.losses,
         )
         snapshot = take_snapshot(
-            self.config, stepper.model, stepper.optimizers, progress, keep=self.group.leads
+            self.config,
+            stepper.model,
+            stepper.optimizers,
+            progress,
+            keep=self.group.is_main_process,
         )
-        if self.group.leads:
+        if self.group.is_main_process:
             self.writer.write(snapshot)
         self.saved_step = self.step
 
     def _noted(self, write: Callable[..., None], *values: Any) -> None:
         """`write` into the run's folder; a disk that does not take it stops nothing."""
-        if not self.group.leads:
+        if not self.group.is_main_process:
             return
         try:
             write(self.folder, *values)
@@ -336,7 +340,7 @@ class Trainer:
     # --- when numbers went wrong -----------------------------------------------------------------
 
     def _pass_over(self) -> None:
-        self.stepper.batches.pass_over([r.sequences_passed_over for r in self.recoveries])
+        self.stepper.batches.exclude_ranges([r.sequences_passed_over for r in self.recoveries])
 
     def _go_back(self, reason: str, bad_from: int, is_spike: bool = False) -> None:
         """To the newest sound checkpoint, and from the second time in the same place on to the one
@@ -346,17 +350,17 @@ class Trainer:
         with then.
         """
         self.writer.wait()
-        attempts = self.group.agreed(self._attempts_here)
+        attempts = self.group.broadcast_from_main(self._attempts_here)
         allowed = self.config.training.recovery_attempts
         if attempts >= allowed and is_spike:
             logger.warning("step %d: %s. Going back did not help; going on", self.step, reason)
             self.watch.forget()
             return
         if attempts >= allowed:
-            self.group.agreed(lambda: bring_back(self.folder))
+            self.group.broadcast_from_main(lambda: restore_abandoned(self.folder))
             raise self._hopeless(reason, attempts)
         if attempts:
-            self.group.agreed(lambda: abandon_newest(self.folder))
+            self.group.broadcast_from_main(lambda: abandon_latest(self.folder))
         failed_step, passed_over = self.step, (bad_from, self.stepper.batches.position)
         self.stepper.drop_gradients()
         self._load(self._newest_checkpoint())
@@ -383,7 +387,7 @@ class Trainer:
     def _attempts_here(self) -> int:
         """Returns since the newest checkpoint: none of them led to another one."""
         complete = complete_checkpoints(self.folder)
-        newest = step_of(complete[0]) if complete else 0
+        newest = checkpoint_step(complete[0]) if complete else 0
         return sum(recovery.step > newest for recovery in self.recoveries)
 
     def _hopeless(self, reason: str, attempts: int) -> NonFiniteLossError:

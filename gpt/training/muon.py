@@ -30,13 +30,13 @@ class Float32Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        update = orthogonalized(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameter.shape
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
-def orthogonalized(
+def orthogonalize(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float
 ) -> Tensor:
     """`matrix` (rows, columns) with all its singular values brought near 1, by `steps` of the

@@ -27,7 +27,7 @@ def build_optimizers(
     blocks, fused AdamW for embedding, head and vectors.
 
     `device` is where the updates will be made; left out: where the model is. Each group keeps its
-    highest learning rate in `initial_lr`; `set_step` scales from there.
+    highest learning rate in `initial_lr`; `apply_schedule` scales from there.
     """
     rates = peak_learning_rates(config)
     if config.optimizer.name == "muon":
@@ -41,7 +41,7 @@ def build_optimizers(
     return optimizers
 
 
-def set_step(optimizers: Iterable[Optimizer], config: RunConfig, step: int) -> float:
+def apply_schedule(optimizers: Iterable[Optimizer], config: RunConfig, step: int) -> float:
     """Set learning rates and momentum for `step` (0 is the first); gives the share of the highest
     learning rate."""
     max_steps = config.training.max_steps

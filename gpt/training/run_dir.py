@@ -32,7 +32,7 @@ class RunRecord(BaseModel):
     dataset_fingerprint: str
 
 
-def open_run_folder(config: RunConfig, dataset: DatasetManifest, fresh: bool = False) -> Path:
+def open_run_dir(config: RunConfig, dataset: DatasetManifest, fresh: bool = False) -> Path:
     """`<root>/train/<name>-<8 hex>`: the folder of this run where it was started before, else new.
 
     The same run is one of the same identity that asked for the same `max_steps`, or that was
@@ -53,13 +53,13 @@ def open_run_folder(config: RunConfig, dataset: DatasetManifest, fresh: bool = F
     return folder
 
 
-def find_run_folder(config: RunConfig, dataset: DatasetManifest) -> Path | None:
-    """The folder that `open_run_folder` would go on in, if there is one; writes nothing."""
+def find_run_dir(config: RunConfig, dataset: DatasetManifest) -> Path | None:
+    """The folder that `open_run_dir` would go on in, if there is one; writes nothing."""
     identity = run_identity(config, dataset.fingerprint)
     return _started_before(config.run.root / "train", config, identity)
 
 
-def named_run_folder(name: str, root: Path) -> Path:
+def find_run_dir_by_name(name: str, root: Path) -> Path:
     """The folder that `name` is the path of, or the newest of a run of that name, or of that folder
     name, below `root`. Raises `ConfigError` where there is none."""
     parent = root / "train"

@@ -17,24 +17,24 @@ from torch import Tensor
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.loader import Batch, Sequences, TrainingBatches
+from gpt.data.loader import Batch, SequenceDataset, TrainingLoader
 from gpt.errors import OutOfMemoryError, Problem
 from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
 from gpt.hardware.device import autocast, compute_dtype, is_out_of_memory
-from gpt.model.compile import compiled
-from gpt.model.io import read_tensors
-from gpt.model.loss import summed_loss
+from gpt.model.compile import compile_if_supported
+from gpt.model.io import load_tensors
+from gpt.model.loss import linear_cross_entropy
 from gpt.model.transformer import GPT, build_model
 from gpt.preflight.sharding import choose_sharding
-from gpt.training.checkpoint.format import random_states, restore, set_random_states
-from gpt.training.checkpoint.retention import Progress
-from gpt.training.distributed.process_group import ALONE, Group, own_device
+from gpt.training.checkpoint.format import get_random_states, load_checkpoint, set_random_states
+from gpt.training.checkpoint.retention import TrainingProgress
+from gpt.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup, local_device
 from gpt.training.distributed.sharding import (
-    exchanging,
-    keeps_gradients,
-    let_go,
-    load_weights,
+    gradient_sync,
+    keeps_gradient_buckets,
+    load_full_weights,
     replicate,
+    reshard,
     shard,
     whole,
 )
@@ -55,12 +55,12 @@ class Gradients:
     scaler skips the update by itself and lowers its scale."""
 
 
-def first_model(config: RunConfig) -> GPT:
+def build_initial_model(config: RunConfig) -> GPT:
     """The network before step 1, on the CPU, so that every device begins with the same weights:
     drawn from torch's generator, or those of `training.init_from`. Raises `CheckpointError`."""
     model = build_model(config.model)
     if named := config.training.init_from:
-        model.load_state_dict(read_tensors(Path(named), config.model))
+        model.load_state_dict(load_tensors(Path(named), config.model))
     return model
 
 
@@ -80,25 +80,25 @@ class Stepper:
         self,
         config: RunConfig,
         dataset: DatasetManifest,
-        group: Group = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         batch_size: int | None = None,
     ) -> None:
         self.config, self.dataset, self.group = config, dataset, group
-        self.device = own_device(config.hardware.device)
+        self.device = local_device(config.hardware.device)
         self.batch_size = self._first_batch_size(batch_size)
         if self.on_gpu:
             torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
         torch.manual_seed(config.training.seed)
-        self.model = first_model(config).to(self.device)
-        self.model.checkpoint_blocks = config.training.activation_checkpointing
+        self.model = build_initial_model(config).to(self.device)
+        self.model.activation_checkpointing = config.training.activation_checkpointing
         self.spread = self._spread_over_group()
         self.network = self._compiled(self.spread)
         self.optimizers = build_optimizers(self.model, config)
         # Gradients in float16 vanish unless scaled; the other types need no scaler.
         scaled = compute_dtype(self.device, config.training.dtype) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        sequences = Sequences(dataset, dataset.train, config.model.block_size)
-        self.batches = TrainingBatches(sequences, config.training.seed)
+        sequences = SequenceDataset(dataset, dataset.train, config.model.block_size)
+        self.batches = TrainingLoader(sequences, config.training.seed)
         self._draw_own_dropout(0)
         self.consistent = True
         """False in the middle of an update: weights and states are of no step then."""
@@ -113,14 +113,14 @@ class Stepper:
         """Of a step, for each process of the group."""
         return self.config.sequences_per_step // self.group.size
 
-    def restart(self, dataset_fingerprint: str) -> Progress:
+    def restart(self, dataset_fingerprint: str) -> TrainingProgress:
         """Weights, states and data order as `__init__` left them; the progress of that."""
         torch.manual_seed(self.config.training.seed)
-        load_weights(self.model, first_model(self.config).state_dict())
+        load_full_weights(self.model, build_initial_model(self.config).state_dict())
         for optimizer in self.optimizers:
             optimizer.state.clear()
         self._draw_own_dropout(0)
-        return Progress(
+        return TrainingProgress(
             step=0,
             position=0,
             tokens_seen=0,
@@ -128,9 +128,9 @@ class Stepper:
             dataset_fingerprint=dataset_fingerprint,
         )
 
-    def resume(self, checkpoint: Path, dataset_fingerprint: str) -> Progress:
+    def resume(self, checkpoint: Path, dataset_fingerprint: str) -> TrainingProgress:
         """Weights, states and random states of a checkpoint. Raises `CheckpointError`."""
-        progress = restore(
+        progress = load_checkpoint(
             checkpoint, self.config, dataset_fingerprint, self.model, self.optimizers
         )
         self.scaler.load_state_dict(progress.scaler)
@@ -139,7 +139,7 @@ class Stepper:
 
     def _draw_own_dropout(self, step: int) -> None:
         """The leader goes on with the run's random state, the others with states of their own."""
-        if not self.group.leads:
+        if not self.group.is_main_process:
             torch.manual_seed(hash((self.config.training.seed, step, self.group.rank)) % 2**63)
 
     def _spread_over_group(self) -> torch.nn.Module:
@@ -157,7 +157,7 @@ class Stepper:
         # On a CPU the head dominates small models, and compiling the rest takes longer than it
         # saves in the minutes that a CPU run lasts.
         if self.config.training.compile and self.on_gpu:
-            return compiled(network, self.device)
+            return compile_if_supported(network, self.device)
         return network
 
     @property
@@ -169,7 +169,7 @@ class Stepper:
     def gradients(self, stop: Callable[[], bool]) -> Gradients | None:
         """Of the next `sequences_per_step` sequences, clipped; None, with nothing taken, where
         `stop` turned true between two micro-batches. Waits once for the device, at the end."""
-        position, random = self.batches.position, random_states()
+        position, random = self.batches.position, get_random_states()
         while True:
             try:
                 loss = self._accumulated(stop)
@@ -195,15 +195,15 @@ class Stepper:
             if index % group.size != group.rank:
                 self.batches.skip(self.batch_size)
                 continue
-            with exchanging(self.spread, index + group.size >= count):
-                loss += self.micro_step(self.batches.take(self.batch_size))
-        return group.summed(loss)
+            with gradient_sync(self.spread, index + group.size >= count):
+                loss += self.micro_step(self.batches.next_batch(self.batch_size))
+        return group.all_reduce_sum(loss)
 
     def micro_step(self, batch: Batch) -> Tensor:
         """Add the gradients of one micro-batch; its share of the step's mean loss."""
         inputs, targets = (self._to_device(part) for part in batch)
         with autocast(self.device, self.config.training.dtype):
-            summed = summed_loss(
+            summed = linear_cross_entropy(
                 self.network(inputs),
                 self.model.head,
                 targets,
@@ -242,7 +242,7 @@ class Stepper:
 
     def drop_gradients(self) -> None:
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=not keeps_gradients(self.spread))
+            optimizer.zero_grad(set_to_none=not keeps_gradient_buckets(self.spread))
 
     def weights_are_finite(self) -> bool:
         """Waits for the device."""
@@ -252,7 +252,7 @@ class Stepper:
     def heldout(self, config: RunConfig, tokens: int | None = None) -> HeldoutLoss:
         """Every process of a group evaluates all of it: it is short, and each must know."""
         held = heldout_loss(self.model, config, self.dataset, tokens)
-        let_go(self.model)
+        reshard(self.model)
         return held
 
     def _to_device(self, part: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class Stepper:
     def fit(self) -> None:
         """Before any work counts: two micro-steps, an update and an evaluation at full size, in
         smaller micro-batches until they fit. Leaves no trace in weights, states or data order."""
-        position, random = self.batches.position, random_states()
+        position, random = self.batches.position, get_random_states()
         while True:
             try:
                 self._trial()
@@ -282,11 +282,11 @@ class Stepper:
     def _trial(self) -> None:
         fresh = not any(optimizer.state for optimizer in self.optimizers)
         self.consistent = not fresh
-        self.micro_step(self.batches.take(self.batch_size))
+        self.micro_step(self.batches.next_batch(self.batch_size))
         if fresh:
             self._allocate_optimizer_states()
         # The second stands at the peak of every later one: gradients and optimizer states exist.
-        self.micro_step(self.batches.take(self.batch_size))
+        self.micro_step(self.batches.next_batch(self.batch_size))
         self.drop_gradients()
         self.heldout(self._one_evaluation_batch())
         if fresh:

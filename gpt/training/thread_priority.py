@@ -9,7 +9,7 @@ import sys
 LOWEST_PRIORITY = 19
 
 
-def yield_to_training() -> None:
+def lower_thread_priority() -> None:
     """Let the calling thread have only what the others leave of the processors.
 
     On two cores that train, a thread of equal rank takes its share from one of torch's, and the

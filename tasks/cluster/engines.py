@@ -20,8 +20,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt.config.schema import DataSection
-from gpt.data.tokenize.pool import cpus
-from gpt.data.tokenize.requests import Delivery, Order, encode_unit
+from gpt.data.tokenize.pool import available_cpus
+from gpt.data.tokenize.requests import EncodeRequest, EncodeResult, encode_unit
 from gpt.errors import ConfigError, Problem
 
 CONNECT_SECONDS = 10.0
@@ -34,25 +34,25 @@ PORTS = {"dask": {"tcp": 8786, "tls": 8786, "": None}, "ray": {"ray": 10001, "":
 
 
 @task(name="tokenize-unit", cache_policy=NO_CACHE, persist_result=False)
-def tokenize_unit(order: Order) -> Delivery:
+def tokenize_unit(order: EncodeRequest) -> EncodeResult:
     """On a worker. Raises as `encode_unit` does."""
     return encode_unit(order)
 
 
-class Engine(Protocol):
+class ClusterBackend(Protocol):
     """An open cluster, whichever kind it is. A ticket is what it gave for a unit it was sent."""
 
     def workers(self) -> int:
         """How many units it encodes at once."""
 
-    def send_task(self, order: Order) -> Any: ...
+    def send_task(self, order: EncodeRequest) -> Any: ...
 
-    def send(self, order: Order) -> Any: ...
+    def send(self, order: EncodeRequest) -> Any: ...
 
     def is_done(self, ticket: Any, seconds: float) -> bool:
         """Waits for so long."""
 
-    def result(self, ticket: Any) -> Delivery:
+    def result(self, ticket: Any) -> EncodeResult:
         """Raises what the worker raised, or what the cluster does when it gives up."""
 
 
@@ -78,7 +78,7 @@ def _host_and_port(runner: str, address: str) -> tuple[str, int]:
     return host, port
 
 
-def check_somebody_is_there(runner: str, address: str) -> None:
+def check_reachable(runner: str, address: str) -> None:
     """Raises `ConfigError`. Asked by hand: Ray would try for half a minute, and end the process."""
     try:
         socket.create_connection(_host_and_port(runner, address), CONNECT_SECONDS).close()
@@ -97,10 +97,10 @@ class _Dask:
     def workers(self) -> int:
         return sum(self._runner.client.nthreads().values())
 
-    def send_task(self, order: Order) -> Any:
+    def send_task(self, order: EncodeRequest) -> Any:
         return self._runner.submit(tokenize_unit, {"order": order}).wrapped_future
 
-    def send(self, order: Order) -> Any:
+    def send(self, order: EncodeRequest) -> Any:
         # A client that is closed takes everything and does nothing.
         return self._runner.client.submit(encode_unit, order, pure=False)
 
@@ -112,7 +112,7 @@ class _Dask:
             time.sleep(POLL_SECONDS)
         return bool(ticket.done())
 
-    def result(self, ticket: Any) -> Delivery:
+    def result(self, ticket: Any) -> EncodeResult:
         return _value(ticket.result())
 
 
@@ -144,7 +144,9 @@ def open_dask(data: DataSection) -> Iterator[_Dask]:
         )
     else:
         here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
-        runner = DaskTaskRunner(cluster_kwargs={"n_workers": data.workers or cpus(), **here})
+        runner = DaskTaskRunner(
+            cluster_kwargs={"n_workers": data.workers or available_cpus(), **here}
+        )
     with runner:
         assert runner.client  # opened when it is asked for
         yield _Dask(runner)
@@ -165,10 +167,10 @@ class _Ray:
 
         return int(ray.cluster_resources().get("CPU", 0))
 
-    def send_task(self, order: Order) -> Any:
+    def send_task(self, order: EncodeRequest) -> Any:
         return self._runner.submit(tokenize_unit, {"order": order}).wrapped_future
 
-    def send(self, order: Order) -> Any:
+    def send(self, order: EncodeRequest) -> Any:
         return self._encode.remote(order)
 
     def is_done(self, ticket: Any, seconds: float) -> bool:
@@ -176,7 +178,7 @@ class _Ray:
 
         return bool(ray.wait([ticket], timeout=seconds, fetch_local=False)[0])
 
-    def result(self, ticket: Any) -> Delivery:
+    def result(self, ticket: Any) -> EncodeResult:
         import ray
 
         try:
@@ -208,7 +210,7 @@ def open_ray(data: DataSection) -> Iterator[_Ray]:
         _check_a_head_answers(data.cluster)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not data.cluster:
-        workers = data.workers or cpus()
+        workers = data.workers or available_cpus()
         options |= {
             "num_cpus": workers,
             "include_dashboard": False,
@@ -219,9 +221,9 @@ def open_ray(data: DataSection) -> Iterator[_Ray]:
         yield _Ray(runner)
 
 
-def _value(returned: Any) -> Delivery:
+def _value(returned: Any) -> EncodeResult:
     """Of a Prefect task, which returns a state, or of the function itself."""
-    if isinstance(returned, Delivery):
+    if isinstance(returned, EncodeResult):
         return returned
-    value: Delivery = returned.result(_sync=True)
+    value: EncodeResult = returned.result(_sync=True)
     return value

@@ -28,11 +28,11 @@ from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from gpt.config.schema import DataSection
-from gpt.data.tokenize.encoders import Mismatch
-from gpt.data.tokenize.requests import Cluster, Delivery, Order
+from gpt.data.tokenize.encoders import EncoderMismatchError
+from gpt.data.tokenize.requests import Cluster, EncodeRequest, EncodeResult
 from gpt.errors import ConfigError, CorpusError, GPTError, Problem
-from tasks.cluster.engines import Engine, check_somebody_is_there, open_dask, open_ray
-from tasks.runtime.prefect_api import is_away
+from tasks.cluster.engines import ClusterBackend, check_reachable, open_dask, open_ray
+from tasks.runtime.prefect_api import is_api_unreachable
 
 UNITS_PER_WORKER = 2
 """On their way for each worker: the one it encodes, and the next."""
@@ -46,7 +46,7 @@ WAIT_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
 
-def cluster_of(data: DataSection) -> Cluster | None:
+def resolve_cluster(data: DataSection) -> Cluster | None:
     """The workers that [data] names; None for those of this machine.
 
     Raises `ConfigError` where their package is not installed, or where nobody is at the address:
@@ -61,14 +61,14 @@ def cluster_of(data: DataSection) -> Cluster | None:
         remedy += "data.runner out"
         raise ConfigError(Problem("data.runner", data.runner, rule, remedy))
     if data.cluster:
-        check_somebody_is_there(data.runner, data.cluster)
+        check_reachable(data.runner, data.cluster)
     open_engine = open_dask if data.runner == "dask" else open_ray
     return lambda: _opened(data, open_engine)
 
 
 @contextlib.contextmanager
 def _opened(
-    data: DataSection, open_engine: Callable[[DataSection], AbstractContextManager[Engine]]
+    data: DataSection, open_engine: Callable[[DataSection], AbstractContextManager[ClusterBackend]]
 ) -> Iterator[_Workers]:
     with contextlib.ExitStack() as stack:
         try:
@@ -89,7 +89,7 @@ def _opened(
 class _Workers:
     """The pool of `gpt.data.tokenize.requests`; entered, it counts its workers."""
 
-    def __init__(self, data: DataSection, engine: Engine) -> None:
+    def __init__(self, data: DataSection, engine: ClusterBackend) -> None:
         self.data, self.engine = data, engine
         self.as_task = FlowRunContext.get() is not None
         self._workers = engine.workers()
@@ -116,10 +116,10 @@ class _Workers:
     def ahead(self) -> int:
         return UNITS_PER_WORKER * max(1, self._workers)
 
-    def submit(self, order: Order) -> _Unit:
+    def submit(self, order: EncodeRequest) -> _Unit:
         return _Unit(self, order)
 
-    def send(self, order: Order) -> Any:
+    def send(self, order: EncodeRequest) -> Any:
         if not self.as_task:
             return self.engine.send(order)
         with _api_named():
@@ -147,7 +147,7 @@ def _api_named() -> Iterator[None]:
 class _Unit:
     """A unit that was sent."""
 
-    def __init__(self, workers: _Workers, order: Order) -> None:
+    def __init__(self, workers: _Workers, order: EncodeRequest) -> None:
         self._workers, self._order = workers, order
         self._tries = 1
         self._send()
@@ -158,7 +158,7 @@ class _Unit:
             return self._workers.engine.is_done(self._ticket, 0.0)
         return False
 
-    def result(self) -> Delivery:
+    def result(self) -> EncodeResult:
         """Raises what was wrong with the unit, and `CorpusError` where the cluster gave it up."""
         engine = self._workers.engine
         while True:
@@ -166,7 +166,7 @@ class _Unit:
                 while not engine.is_done(self._ticket, WAIT_SECONDS):
                     pass
                 return engine.result(self._ticket)
-            except (GPTError, Mismatch):
+            except (GPTError, EncoderMismatchError):
                 raise
             except Exception as error:  # Dask, Ray and Prefect have many
                 self._send_again(error)
@@ -179,7 +179,7 @@ class _Unit:
             raise _given_up(self._workers.data, self._order, error) from error
 
     def _send_again(self, error: Exception) -> None:
-        if self._is_task and is_away(error):
+        if self._is_task and is_api_unreachable(error):
             self._workers.no_tasks()
         elif self._tries == MOST_TRIES:
             raise _given_up(self._workers.data, self._order, error) from error
@@ -189,7 +189,7 @@ class _Unit:
         self._send()
 
 
-def _given_up(data: DataSection, order: Order, error: Exception) -> CorpusError:
+def _given_up(data: DataSection, order: EncodeRequest, error: Exception) -> CorpusError:
     rows = order.unit.rows
     unit = f"rows {rows.start} to {rows.stop} of {order.source.file.name}"
     rule = f"the {data.runner} cluster gave up {unit}: {_last_line(error)}"

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpt.evaluation.comparison import Entry, Trained, by_loss
+from gpt.evaluation.comparison import ConfigResult, RunResult, sort_by_loss
 from gpt.hardware.gpus import GIB
 
 NOTHING = "n/a"
@@ -26,17 +26,17 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 @dataclass(frozen=True)
 class Column:
     heading: str
-    value: Callable[[Entry], str]
+    value: Callable[[ConfigResult], str]
 
 
-def _mean(entry: Entry, value: Callable[[Trained], float | None]) -> float | None:
+def _mean(entry: ConfigResult, value: Callable[[RunResult], float | None]) -> float | None:
     """Over the seeds that have it."""
     known = [found for run in entry.runs if (found := value(run)) is not None]
     return fmean(known) if known else None
 
 
-def _shown(value: Callable[[Trained], float | None], form: str) -> Callable[[Entry], str]:
-    def cell(entry: Entry) -> str:
+def _shown(value: Callable[[RunResult], float | None], form: str) -> Callable[[ConfigResult], str]:
+    def cell(entry: ConfigResult) -> str:
         mean = _mean(entry, value)
         return NOTHING if mean is None else format(mean, form)
 
@@ -44,11 +44,13 @@ def _shown(value: Callable[[Trained], float | None], form: str) -> Callable[[Ent
 
 
 def _with_error(
-    value: Callable[[Trained], float | None], error: Callable[[Trained], float | None], form: str
-) -> Callable[[Entry], str]:
+    value: Callable[[RunResult], float | None],
+    error: Callable[[RunResult], float | None],
+    form: str,
+) -> Callable[[ConfigResult], str]:
     """± one standard error: over the seeds where there are several, else over the examples."""
 
-    def cell(entry: Entry) -> str:
+    def cell(entry: ConfigResult) -> str:
         known = [found for run in entry.runs if (found := value(run)) is not None]
         if not known:
             return NOTHING
@@ -58,16 +60,16 @@ def _with_error(
     return cell
 
 
-def _gib(run: Trained) -> float | None:
+def _gib(run: RunResult) -> float | None:
     return run.peak_memory_bytes and run.peak_memory_bytes / GIB
 
 
-def _score(benchmark: str, name: str) -> Callable[[Trained], float | None]:
+def _score(benchmark: str, name: str) -> Callable[[RunResult], float | None]:
     """A number of a benchmark's result, where it was run."""
     return lambda run: getattr(getattr(run.report, benchmark), name, None)
 
 
-def _kwh(run: Trained) -> float | None:
+def _kwh(run: RunResult) -> float | None:
     return run.energy_joules and run.energy_joules / JOULES_A_KWH
 
 
@@ -107,12 +109,12 @@ COLUMNS = (
 )
 
 
-def rows(entries: Sequence[Entry]) -> list[list[str]]:
+def rows(entries: Sequence[ConfigResult]) -> list[list[str]]:
     """One for each config that has a result, the lowest loss first."""
-    return [[column.value(entry) for column in COLUMNS] for entry in by_loss(entries)]
+    return [[column.value(entry) for column in COLUMNS] for entry in sort_by_loss(entries)]
 
 
-def legend(entries: Sequence[Entry]) -> str:
+def legend(entries: Sequence[ConfigResult]) -> str:
     """What the signs in the table mean."""
     several = any(len(entry.runs) > 1 for entry in entries)
     over = "seeds" if several else "sequences and examples"
@@ -126,7 +128,7 @@ def legend(entries: Sequence[Entry]) -> str:
 # --- Markdown ------------------------------------------------------------------------------------
 
 
-def markdown_page(name: str, entries: Sequence[Entry], verdict: str) -> str:
+def markdown_page(name: str, entries: Sequence[ConfigResult], verdict: str) -> str:
     headings = [column.heading for column in COLUMNS]
     lines = [headings, ["---"] * len(headings), *rows(entries)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -140,7 +142,7 @@ def markdown_page(name: str, entries: Sequence[Entry], verdict: str) -> str:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def pictures(entries: Sequence[Entry]) -> dict[str, str]:
+def pictures(entries: Sequence[ConfigResult]) -> dict[str, str]:
     """SVG by name; none where nothing has a result."""
     ranked = [entry for entry in entries if entry.runs]
     if not ranked:
@@ -153,7 +155,9 @@ def pictures(entries: Sequence[Entry]) -> dict[str, str]:
     }
 
 
-def _drawn(entries: Sequence[Entry], draw: Callable[[Axes, Sequence[Entry]], None]) -> str:
+def _drawn(
+    entries: Sequence[ConfigResult], draw: Callable[[Axes, Sequence[ConfigResult]], None]
+) -> str:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
@@ -166,18 +170,18 @@ def _drawn(entries: Sequence[Entry], draw: Callable[[Axes, Sequence[Entry]], Non
     return svg[svg.index("<svg") :]
 
 
-def _loss_by_tokens(axes: Axes, entries: Sequence[Entry]) -> None:
+def _loss_by_tokens(axes: Axes, entries: Sequence[ConfigResult]) -> None:
     _curves(axes, entries, lambda run: [tokens / 1e6 for tokens in run.curve.tokens])
     axes.set(xlabel="tokens, millions")
 
 
-def _loss_by_hours(axes: Axes, entries: Sequence[Entry]) -> None:
+def _loss_by_hours(axes: Axes, entries: Sequence[ConfigResult]) -> None:
     _curves(axes, entries, lambda run: run.curve.hours)
     axes.set(xlabel="hours of training")
 
 
 def _curves(
-    axes: Axes, entries: Sequence[Entry], across: Callable[[Trained], Sequence[float]]
+    axes: Axes, entries: Sequence[ConfigResult], across: Callable[[RunResult], Sequence[float]]
 ) -> None:
     for number, entry in enumerate(entries):
         for run in entry.runs:
@@ -188,7 +192,7 @@ def _curves(
     axes.legend()
 
 
-def _loss_by_parameters(axes: Axes, entries: Sequence[Entry]) -> None:
+def _loss_by_parameters(axes: Axes, entries: Sequence[ConfigResult]) -> None:
     for number, entry in enumerate(entries):
         errors = [run.report.standard_error or 0.0 for run in entry.runs]
         counts = [run.parameters / 1e6 for run in entry.runs]
@@ -198,7 +202,7 @@ def _loss_by_parameters(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.legend()
 
 
-def _throughput(axes: Axes, entries: Sequence[Entry]) -> None:
+def _throughput(axes: Axes, entries: Sequence[ConfigResult]) -> None:
     names = [entry.name for entry in entries]
     paces = [_mean(entry, lambda run: run.tokens_per_second) or 0.0 for entry in entries]
     bars = axes.barh(names, paces, color=[f"C{number}" for number in range(len(entries))])
@@ -211,9 +215,11 @@ def _throughput(axes: Axes, entries: Sequence[Entry]) -> None:
 # --- HTML ----------------------------------------------------------------------------------------
 
 
-def html_page(name: str, entries: Sequence[Entry], verdict: str, drawn: dict[str, str]) -> str:
+def html_page(
+    name: str, entries: Sequence[ConfigResult], verdict: str, drawn: dict[str, str]
+) -> str:
     """With style and pictures inside; whatever a model wrote is escaped."""
-    ranked = by_loss(entries)
+    ranked = sort_by_loss(entries)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -229,7 +235,7 @@ def html_page(name: str, entries: Sequence[Entry], verdict: str, drawn: dict[str
     )
 
 
-def _samples(ranked: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+def _samples(ranked: Sequence[ConfigResult]) -> list[tuple[str, list[str]]]:
     """Each prompt with what every config wrote after it, "" where it was not asked."""
     written = [{s.prompt: s.text for s in entry.runs[0].report.samples} for entry in ranked]
     prompts = dict.fromkeys(prompt for texts in written for prompt in texts)

@@ -10,13 +10,13 @@ from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 
 from gpt.errors import GPTError
-from tasks.display import warn
+from tasks.display import log_warning
 
 UNREACHABLE = ("Failed to reach API", "Timed out while attempting to connect")
 """How Prefect's own errors begin that say so and nothing else."""
 
 
-def is_away(error: BaseException | None) -> bool:
+def is_api_unreachable(error: BaseException | None) -> bool:
     """Whether the error, or one behind it, is that the API cannot be reached or does not work. An
     error of ours is not, whatever network is behind it."""
     while error is not None and not isinstance(error, GPTError):
@@ -33,7 +33,7 @@ def artifact_key(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def show_page(key: str, markdown: str, description: str) -> None:
+def publish_markdown(key: str, markdown: str, description: str) -> None:
     """A markdown artifact of this run; nothing outside of a Prefect run."""
     try:
         get_run_context()
@@ -43,6 +43,6 @@ def show_page(key: str, markdown: str, description: str) -> None:
     try:
         create_markdown_artifact(key=name, markdown=markdown, description=description)
     except Exception as error:
-        if not is_away(error):
+        if not is_api_unreachable(error):
             raise
-        warn(f"Prefect's API is away, so it does not get the page {name}; the run goes on")
+        log_warning(f"Prefect's API is away, so it does not get the page {name}; the run goes on")

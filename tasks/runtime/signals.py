@@ -42,7 +42,7 @@ class StopRequested(BaseException):
         return f"stopped by {self.signal.name}{where}"
 
 
-class Stopping:
+class StopSignals:
     """Takes the signals while it is entered; in another thread than the main one it takes none.
 
     `signal`, the first one taken, can be read until it is entered again.
@@ -58,7 +58,7 @@ class Stopping:
         self._insistence: threading.Timer | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopSignals:
         self._reset()
         if threading.current_thread() is threading.main_thread():
             behaviour = os.environ.get(PREFECT_DECIDES, "").lower()
@@ -75,7 +75,7 @@ class Stopping:
         return self.signal is not None
 
     @contextmanager
-    def gracefully(self) -> Iterator[None]:
+    def graceful_stop(self) -> Iterator[None]:
         """Let what is inside look at `requested` and end by itself; raises `StopRequested` after it
         where that was asked for, and in the midst of it when it takes too long."""
         self._graceful = True
@@ -105,5 +105,5 @@ class Stopping:
             self._insistence.cancel()
 
 
-stopping = Stopping()
+stopping = StopSignals()
 """Of this process: a signal has one handler."""

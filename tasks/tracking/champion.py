@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gpt.artifacts import Artifact, DatasetManifest
-from gpt.data.continued import DERIVED
+from gpt.data.continued import DERIVED_DATASETS
 from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import DatasetError
 from tasks.tracking import mlflow_settings
@@ -43,7 +43,7 @@ class Champion(Artifact):
     step: int
     dataset: DatasetManifest | None
     """What is known of its data set; None: nothing is."""
-    dataset_is_here: bool = False
+    dataset_is_local: bool = False
     """Whether the shards lie in `dataset.folder`."""
     validation_fraction: float | None = None
     """None: not known."""
@@ -52,7 +52,7 @@ class Champion(Artifact):
         return f"{self.name} version {self.version}"
 
 
-class Trial(Artifact):
+class EarlierTrial(Artifact):
     """What came of an earlier challenger."""
 
     version: str
@@ -92,18 +92,18 @@ def find_champion(name: str, uri: str, root: Path) -> Champion | None:
             location=location,
             step=int(version.tags.get(STEP_TAG, 0)),
             dataset=dataset,
-            dataset_is_here=here,
+            dataset_is_local=here,
             validation_fraction=dataset.validation_fraction if dataset else _number(fraction),
         )
 
 
-def champion_folder(champion: Champion, uri: str, root: Path) -> Path:
+def fetch_champion(champion: Champion, uri: str, root: Path) -> Path:
     """The folder of its weights, fetched where they are stored elsewhere. Raises
     `RegistryError`."""
     return fetch_model(f"models:/{champion.name}/{champion.version}", uri, root)
 
 
-def find_trial(name: str, uri: str, trial: str) -> Trial | None:
+def find_earlier_trial(name: str, uri: str, trial: str) -> EarlierTrial | None:
     """What came of the version that was made of this trial, the last one; None where it was not
     tried, or not judged. Raises `RegistryError` where MLflow cannot be asked."""
     if not _store_is_there(uri):
@@ -115,7 +115,7 @@ def find_trial(name: str, uri: str, trial: str) -> Trial | None:
         if not judged:
             return None
         last = max(judged, key=lambda version: int(version.version))
-        return Trial(
+        return EarlierTrial(
             version=str(last.version),
             alias=last.tags.get(ALIAS_TAG, ""),
             reason=last.tags[REASON_TAG],
@@ -131,7 +131,7 @@ def _dataset_of(client: MlflowClient, run: Run, root: Path) -> tuple[DatasetMani
     """The run's data set as it lies here, else its manifest as MLflow keeps it; whether it is
     here."""
     fingerprint = run.data.params.get(FINGERPRINT, "")
-    for kind in ("datasets", DERIVED):
+    for kind in ("datasets", DERIVED_DATASETS):
         with contextlib.suppress(DatasetError):
             found = read_manifest(root / kind / fingerprint[:16])
             if found.fingerprint == fingerprint:

@@ -23,9 +23,9 @@ from pydantic import Field
 from gpt.artifacts import Artifact
 from gpt.files import write_text
 
-METRICS = "metrics.jsonl"
-OUTBOX = "tracking_outbox.json"
-RECEIPT = "tracking_run.json"
+METRICS_FILE = "metrics.jsonl"
+METADATA_FILE = "tracking_outbox.json"
+SYNC_STATE_FILE = "tracking_run.json"
 TAG_LENGTH = 5_000
 """Characters that MLflow has room for in a tag."""
 
@@ -42,7 +42,7 @@ class DatasetInput(Artifact):
     profile: dict[str, Any]
 
 
-class ModelEntry(Artifact):
+class PendingModel(Artifact):
     """A checkpoint that MLflow shows as a model."""
 
     name: str
@@ -55,14 +55,14 @@ class ModelEntry(Artifact):
     """Of the report among the files: another evaluation is another thing to send."""
 
 
-class SentModel(Artifact):
+class SyncedModel(Artifact):
     """A model that has arrived."""
 
-    entry: ModelEntry
+    entry: PendingModel
     model_id: str
 
 
-class Registered(Artifact):
+class RegisteredVersion(Artifact):
     """A model as a version of a registered one, and how it was judged."""
 
     name: str
@@ -79,7 +79,7 @@ class Registered(Artifact):
         return f"{self.name} version {self.version}, {self.alias}: {self.reason}"
 
 
-class Outbox(Artifact):
+class PendingMetadata(Artifact):
     """What MLflow is to know beside the metrics."""
 
     uid: str
@@ -101,14 +101,14 @@ class Outbox(Artifact):
     """Markdown that MLflow's page of the run begins with."""
     trial: str = ""
     """What the run tries as a retraining (tasks.find_changes), to be known of its version."""
-    models: tuple[ModelEntry, ...] = ()
+    models: tuple[PendingModel, ...] = ()
     registered_model: str = ""
     """Registered model that the last of `models` is to be a version of; empty: of none."""
     status: str = "RUNNING"
     error: str = ""
 
     @property
-    def to_register(self) -> ModelEntry | None:
+    def model_to_register(self) -> PendingModel | None:
         """The last model that MLflow stores, where it is to be registered."""
         stored = [entry for entry in self.models if entry.files]
         if not (self.registered_model and stored):
@@ -116,7 +116,7 @@ class Outbox(Artifact):
         return max(stored, key=lambda entry: entry.step)
 
 
-class Receipt(Artifact):
+class SyncState(Artifact):
     """What has arrived, and where."""
 
     uri: str
@@ -128,13 +128,13 @@ class Receipt(Artifact):
     files: dict[str, Path] = Field(default_factory=dict)
     tags: dict[str, str] = Field(default_factory=dict)
     """Those that may change."""
-    models: dict[str, SentModel] = Field(default_factory=dict)
-    registered: Registered | None = None
+    models: dict[str, SyncedModel] = Field(default_factory=dict)
+    registered: RegisteredVersion | None = None
     status: str = "RUNNING"
 
 
 @dataclass(frozen=True)
-class Line:
+class MetricsLine:
     """One line of the journal."""
 
     step: int
@@ -142,14 +142,14 @@ class Line:
     metrics: dict[str, float]
 
 
-class Journal:
+class MetricsJournal:
     """The journal, open for appending. A (key, step) that it holds is never written again: what
     a resumed run repeats is what the journal has already."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS
+        self.path = folder / METRICS_FILE
         _cut_torn_line(self.path)
-        lines, self._end = read_lines(self.path)
+        lines, self._end = read_metrics(self.path)
         self._known = {(key, line.step) for line in lines for key in line.metrics}
         self._waiting: list[bytes] = []
 
@@ -179,9 +179,11 @@ class Journal:
         self._waiting.clear()
 
 
-def read_lines(path: Path, start: int = 0, most: int | None = None) -> tuple[list[Line], int]:
+def read_metrics(
+    path: Path, start: int = 0, most: int | None = None
+) -> tuple[list[MetricsLine], int]:
     """Up to `most` complete lines from byte `start`, and the byte after the last of them."""
-    lines: list[Line] = []
+    lines: list[MetricsLine] = []
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -191,55 +193,57 @@ def read_lines(path: Path, start: int = 0, most: int | None = None) -> tuple[lis
         for raw in file:
             if len(lines) == most or not raw.endswith(b"\n"):
                 break
-            lines.append(Line(**json.loads(raw)))
+            lines.append(MetricsLine(**json.loads(raw)))
             start += len(raw)
     return lines, start
 
 
-def registration(receipt: Receipt | None, name: str, step: int) -> Registered | None:
+def find_registered_version(
+    receipt: SyncState | None, name: str, step: int
+) -> RegisteredVersion | None:
     """What has become of the model of `step` as a version of `name`; None: nothing yet."""
     done = receipt.registered if receipt else None
     return done if done and (done.name, done.step) == (name, step) else None
 
 
-def unsent_lines(folder: Path, receipt: Receipt | None) -> int:
+def count_unsent_lines(folder: Path, receipt: SyncState | None) -> int:
     """Lines of the journal that MLflow does not have yet."""
-    return len(read_lines(folder / METRICS, receipt.sent_bytes if receipt else 0)[0])
+    return len(read_metrics(folder / METRICS_FILE, receipt.sent_bytes if receipt else 0)[0])
 
 
-def read_outbox(folder: Path) -> Outbox | None:
-    return _read(Outbox, folder / OUTBOX)
+def read_metadata(folder: Path) -> PendingMetadata | None:
+    return _read(PendingMetadata, folder / METADATA_FILE)
 
 
-def write_outbox(folder: Path, outbox: Outbox) -> None:
-    write_text(folder / OUTBOX, outbox.model_dump_json(indent=2))
+def write_metadata(folder: Path, outbox: PendingMetadata) -> None:
+    write_text(folder / METADATA_FILE, outbox.model_dump_json(indent=2))
 
 
-def opened_outbox(folder: Path) -> Outbox:
-    outbox = read_outbox(folder)
+def require_metadata(folder: Path) -> PendingMetadata:
+    outbox = read_metadata(folder)
     assert outbox, f"{folder} was not opened by open_run"
     return outbox
 
 
 def set_status(folder: Path, status: str, error: str = "") -> None:
-    outbox = opened_outbox(folder)
+    outbox = require_metadata(folder)
     if (outbox.status, outbox.error) != (status, error):
         changed = outbox.model_copy(update={"status": status, "error": error[:TAG_LENGTH]})
-        write_outbox(folder, changed)
+        write_metadata(folder, changed)
 
 
-def read_receipt(folder: Path) -> Receipt | None:
-    return _read(Receipt, folder / RECEIPT)
+def read_sync_state(folder: Path) -> SyncState | None:
+    return _read(SyncState, folder / SYNC_STATE_FILE)
 
 
-def write_receipt(folder: Path, receipt: Receipt) -> None:
-    write_text(folder / RECEIPT, receipt.model_dump_json(indent=2))
+def write_sync_state(folder: Path, receipt: SyncState) -> None:
+    write_text(folder / SYNC_STATE_FILE, receipt.model_dump_json(indent=2))
 
 
-def noted(folder: Path, receipt: Receipt, **changes: Any) -> Receipt:
+def save_state(folder: Path, receipt: SyncState, **changes: Any) -> SyncState:
     """The receipt with the changes, written down."""
     receipt = receipt.model_copy(update=changes)
-    write_receipt(folder, receipt)
+    write_sync_state(folder, receipt)
     return receipt
 
 
@@ -254,6 +258,6 @@ def _cut_torn_line(path: Path) -> None:
     """Drop the half line that a process left which was killed while writing it."""
     if not path.exists():
         return
-    _, end = read_lines(path)
+    _, end = read_metrics(path)
     if end < path.stat().st_size:
         os.truncate(path, end)

@@ -22,7 +22,7 @@ from gpt.files import write_text
 from gpt.hardware.device import pick_device
 from gpt.model.transformer import build_model
 from gpt.schedule import peak_learning_rates
-from tasks.tracking.journal import DatasetInput, Outbox
+from tasks.tracking.journal import DatasetInput, PendingMetadata
 
 CHANGED = "+changes"
 DIGEST_LENGTH = 36
@@ -31,24 +31,24 @@ DIGEST_LENGTH = 36
 
 def tracking_uri(config: RunConfig) -> str:
     """The config's server, else MLFLOW_TRACKING_URI, else SQLite under the run's root."""
-    return config.tracking.uri or store_uri(config.run.root)
+    return config.tracking.uri or default_tracking_uri(config.run.root)
 
 
-def store_uri(root: Path) -> str:
+def default_tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, else SQLite under `root`."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return given or f"sqlite:///{local_store(root) / 'mlflow.db'}"
+    return given or f"sqlite:///{mlflow_folder(root) / 'mlflow.db'}"
 
 
-def local_store(root: Path) -> Path:
+def mlflow_folder(root: Path) -> Path:
     return root.resolve() / "mlflow"
 
 
-def describe(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbox:
+def describe(config: RunConfig, dataset: DatasetManifest, folder: Path) -> PendingMetadata:
     resolved = folder / "config.json"
     write_text(resolved, config.model_dump_json(indent=2) + "\n")
     commit = git_commit()
-    return Outbox(
+    return PendingMetadata(
         uid=uuid.uuid4().hex,
         name=config.run.name,
         experiment=config.tracking.experiment,
@@ -63,13 +63,13 @@ def describe(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Outbo
 
 def describe_comparison(
     config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
-) -> Outbox:
+) -> PendingMetadata:
     """Of the run above those that are compared: what they share, and `compared`."""
     shared = {
         "dataset.fingerprint": dataset.fingerprint,
         "evaluation.tokens": _text(config.evaluation.tokens),
     }
-    return Outbox(
+    return PendingMetadata(
         uid=uuid.uuid4().hex,
         name=folder.name.rpartition("-")[0],
         experiment=config.tracking.experiment,
@@ -90,7 +90,7 @@ def _artifact_location(config: RunConfig) -> str:
     """Beside the SQLite store; a server has a place of its own."""
     if not tracking_uri(config).startswith("sqlite:///"):
         return ""
-    return (local_store(config.run.root) / "artifacts").as_uri()
+    return (mlflow_folder(config.run.root) / "artifacts").as_uri()
 
 
 def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:
@@ -113,7 +113,7 @@ def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str
         f"versions.{package}": version(package)
         for package in ("overnight", "torch", "mlflow", "prefect", "polars", "tiktoken")
     }
-    return {key: _text(value) for key, value in (config.flat() | derived).items()}
+    return {key: _text(value) for key, value in (config.flatten() | derived).items()}
 
 
 def _text(value: Any) -> str:

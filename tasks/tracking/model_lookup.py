@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import Problem, RegistryError
-from gpt.evaluation.report_store import REPORT
-from gpt.files import new_folder
+from gpt.evaluation.report_store import REPORT_FILE
+from gpt.files import atomic_folder
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import PROGRESS_FILE
 from tasks.tracking import mlflow_settings
@@ -33,7 +33,7 @@ AGAINST_TAG = "overnight.judged_against"
 """The version that was the champion when this one was judged; empty: there was none."""
 TRIAL_TAG = "overnight.trial"
 """What was tried by it as a retraining, so that a challenger that lost is not trained again."""
-SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT)
+SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT_FILE)
 """What is stored of a model, beside what MLflow needs to load it."""
 
 
@@ -88,7 +88,7 @@ def _fetched(client: MlflowClient, name: str, match: re.Match[str], root: Path) 
     place = hashlib.sha256(f"{client.tracking_uri} {location}".encode()).hexdigest()[:8]
     folder = root / "models" / f"{match['name']}-{version}-{place}"
     if not folder.exists():
-        with new_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             files = stored_files(client, location, SAVED_FILES, partial)
             if not {MODEL_FILE, CONFIG_FILE} <= {path.name for path in files}:
                 rule = f"there is no {MODEL_FILE} with a {CONFIG_FILE} in {location}"

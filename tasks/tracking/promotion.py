@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from gpt.artifacts import EvaluationReport
-from gpt.evaluation.report_store import REPORT, read_report, report_on_rival
+from gpt.evaluation.report_store import REPORT_FILE, load_champion_report, read_report_file
 from tasks.tracking import mlflow_settings
-from tasks.tracking.journal import ModelEntry
+from tasks.tracking.journal import PendingModel
 from tasks.tracking.model_lookup import (
     AGAINST_TAG,
     ALIAS_TAG,
@@ -22,7 +22,7 @@ from tasks.tracking.model_lookup import (
 )
 
 if TYPE_CHECKING:
-    from gpt.evaluation.significance import Judgement
+    from gpt.evaluation.significance import PromotionDecision
 
 mlflow_settings.apply()
 
@@ -30,12 +30,12 @@ from mlflow.entities.model_registry import ModelVersion  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 
-def judged(
+def decide_promotion(
     client: MlflowClient,
     versions: Sequence[ModelVersion],
     version: ModelVersion,
     folder: Path,
-    entry: ModelEntry,
+    entry: PendingModel,
 ) -> tuple[ModelVersion, bool]:
     """The version with the judgement among its tags, where it stays; whether it could be held
     against the champion."""
@@ -59,24 +59,28 @@ def _judgement(
     earlier: int,
     folder: Path,
     report: EvaluationReport,
-) -> Judgement:
+) -> PromotionDecision:
     """Whether it becomes the champion, and why. What cannot be compared promotes nobody."""
-    from gpt.evaluation.significance import Judgement, judge  # loads scipy, which takes a second
+    from gpt.evaluation.significance import (  # loads scipy, which takes a second
+        PromotionDecision,
+        compare_with_champion,
+    )
 
     if not champion and earlier:
         rule = (
             f"there is nothing to be held against: none of the {earlier} versions before this one "
             f"is the {CHAMPION}; give that alias to the one that is to be"
         )
-        return Judgement(False, rule, comparable=False)
+        return PromotionDecision(False, rule, comparable=False)
     theirs = _report_on(client, folder, name, champion) if champion else None
     if champion and not theirs:
         rule = (
-            f"cannot be held against the {CHAMPION}, version {champion}: its {REPORT} is missing "
-            f"or cannot be read; give the alias {CHAMPION} to a version that has one"
+            f"cannot be held against the {CHAMPION}, version {champion}: its "
+            f"{REPORT_FILE} is missing or cannot be read; "
+            f"give the alias {CHAMPION} to a version that has one"
         )
-        return Judgement(False, rule, comparable=False)
-    return judge(report, theirs)
+        return PromotionDecision(False, rule, comparable=False)
+    return compare_with_champion(report, theirs)
 
 
 def _report_on(
@@ -85,16 +89,16 @@ def _report_on(
     """On a version: the one that the run's folder keeps, of the run's own slice, else the one that
     lies beside its weights, which may be of another."""
     location = client.get_model_version_download_uri(name, version)
-    return report_on_rival(folder, location) or _stored_report(client, name, version)
+    return load_champion_report(folder, location) or _stored_report(client, name, version)
 
 
-def now_comparable(client: MlflowClient, folder: Path, name: str, entry: ModelEntry) -> bool:
+def can_compare_now(client: MlflowClient, folder: Path, name: str, entry: PendingModel) -> bool:
     """Whether what could not be held against the champion can be: the run's folder has come to keep
     a report on it."""
     champion = holder(client, name, CHAMPION)
     if not champion:
         return False
-    kept = report_on_rival(folder, client.get_model_version_download_uri(name, champion))
+    kept = load_champion_report(folder, client.get_model_version_download_uri(name, champion))
     return bool(kept and kept.slice_fingerprint == report_of(entry).slice_fingerprint)
 
 
@@ -103,16 +107,16 @@ def _stored_report(client: MlflowClient, name: str, version: str) -> EvaluationR
     location = client.get_model_version_download_uri(name, version)
     with TemporaryDirectory() as folder:
         try:
-            files = stored_files(client, location, (REPORT,), Path(folder))
+            files = stored_files(client, location, (REPORT_FILE,), Path(folder))
         except Exception:
             if location.startswith(("mlflow-artifacts:", "http")):  # MLflow itself: it is away
                 raise
             return None  # another store, as one that this machine has no keys for
-        return read_report(files[0]) if files else None
+        return read_report_file(files[0]) if files else None
 
 
-def report_of(entry: ModelEntry) -> EvaluationReport:
-    [path] = [path for path in entry.files if path.name == REPORT]
-    report = read_report(path)
+def report_of(entry: PendingModel) -> EvaluationReport:
+    [path] = [path for path in entry.files if path.name == REPORT_FILE]
+    report = read_report_file(path)
     assert report, f"{path} was written by the evaluate task"
     return report

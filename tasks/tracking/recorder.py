@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gpt.artifacts import EvaluationReport
 from gpt.training.loop import StepRecord
-from tasks.display import warn
-from tasks.tracking.journal import Journal, set_status
+from tasks.display import log_warning
+from tasks.tracking.journal import MetricsJournal, set_status
 from tasks.tracking.system_metrics import SystemMetrics
 
 STEP_METRICS = {
@@ -50,7 +50,7 @@ class Recorder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._journal = Journal(folder)
+        self._journal = MetricsJournal(folder)
         self._machine = SystemMetrics()
         self._failed = False
 
@@ -85,7 +85,7 @@ class Recorder:
         """Once when the disk takes no more metrics, once when it does again."""
         path = self._journal.path
         if fault and not self._failed:
-            warn(f"metrics cannot be written to {path} and wait in memory: {fault.strerror}")
+            log_warning(f"metrics cannot be written to {path} and wait in memory: {fault.strerror}")
         elif self._failed and not fault:
-            warn(f"metrics are written to {path} again; none is lost")
+            log_warning(f"metrics are written to {path} again; none is lost")
         self._failed = fault is not None

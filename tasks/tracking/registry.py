@@ -17,17 +17,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import gpt
-from gpt.model.generate import Sampling
+from gpt.model.generate import SamplingParams
 from tasks.tracking import journal, mlflow_settings
 from tasks.tracking.journal import (
     DatasetInput,
-    Line,
-    ModelEntry,
-    Outbox,
-    Receipt,
-    Registered,
-    SentModel,
-    noted,
+    MetricsLine,
+    PendingMetadata,
+    PendingModel,
+    RegisteredVersion,
+    SyncedModel,
+    SyncState,
+    save_state,
 )
 from tasks.tracking.model_lookup import (
     AGAINST_TAG,
@@ -42,7 +42,7 @@ from tasks.tracking.model_lookup import (
     existing,
     holder,
 )
-from tasks.tracking.promotion import judged, now_comparable, report_of
+from tasks.tracking.promotion import can_compare_now, decide_promotion, report_of
 
 mlflow_settings.apply()
 
@@ -69,12 +69,14 @@ SERVED_PACKAGES = (
 # --- checkpoints as logged models ----------------------------------------------------------------
 
 
-def send_models(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+def send_models(
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
     sent = receipt.models
     unsent = [e for e in outbox.models if e.name not in sent or sent[e.name].entry != e]
     if not unsent:
         return receipt
-    lines, _ = journal.read_lines(folder / journal.METRICS)
+    lines, _ = journal.read_metrics(folder / journal.METRICS_FILE)
     for entry in unsent:
         model = _logged_model(client, receipt.run_id, entry)
         metrics = [m for line in lines for m in _metrics(line, entry, model, outbox.dataset)]
@@ -82,12 +84,12 @@ def send_models(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Rec
         if entry.files:
             _store(client, receipt.run_id, model, entry)
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        done = SentModel(entry=entry, model_id=model.model_id)
-        receipt = noted(folder, receipt, models=receipt.models | {entry.name: done})
+        done = SyncedModel(entry=entry, model_id=model.model_id)
+        receipt = save_state(folder, receipt, models=receipt.models | {entry.name: done})
     return receipt
 
 
-def _logged_model(client: MlflowClient, run_id: str, entry: ModelEntry) -> LoggedModel:
+def _logged_model(client: MlflowClient, run_id: str, entry: PendingModel) -> LoggedModel:
     """Of this run and name: the one that is there, else a new one; an output of the run."""
     run = client.get_run(run_id)
     found = client.search_logged_models(
@@ -111,7 +113,7 @@ def _logged_model(client: MlflowClient, run_id: str, entry: ModelEntry) -> Logge
 
 
 def _metrics(
-    line: Line, entry: ModelEntry, model: LoggedModel, dataset: DatasetInput
+    line: MetricsLine, entry: PendingModel, model: LoggedModel, dataset: DatasetInput
 ) -> list[Metric]:
     """The validation metrics of that step, as the model's on this data set."""
     about = {
@@ -126,7 +128,7 @@ def _metrics(
     ]
 
 
-def _store(client: MlflowClient, run_id: str, model: LoggedModel, entry: ModelEntry) -> None:
+def _store(client: MlflowClient, run_id: str, model: LoggedModel, entry: PendingModel) -> None:
     """The files, then what makes MLflow load them."""
     with mlflow_settings.uploading(UPLOAD_SECONDS):
         for path in entry.files:
@@ -145,7 +147,7 @@ def _write_wrapper(folder: Path, run_id: str, model: LoggedModel) -> None:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     kinds = {int: DataType.long, float: DataType.double}
-    parameters = {field.name: field.default for field in fields(Sampling)}
+    parameters = {field.name: field.default for field in fields(SamplingParams)}
     mlflow.pyfunc.save_model(
         path=str(folder),
         mlflow_model=Model(
@@ -173,13 +175,13 @@ def _write_wrapper(folder: Path, run_id: str, model: LoggedModel) -> None:
 
 
 def send_registration(
-    client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt
-) -> Receipt:
-    entry, name = outbox.to_register, outbox.registered_model
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
+    entry, name = outbox.model_to_register, outbox.registered_model
     if entry is None:
         return receipt
-    done = journal.registration(receipt, name, entry.step)
-    again = bool(done and not done.comparable and now_comparable(client, folder, name, entry))
+    done = journal.find_registered_version(receipt, name, entry.step)
+    again = bool(done and not done.comparable and can_compare_now(client, folder, name, entry))
     if done and not again and (not done.comparable or done.trial == outbox.trial):
         return receipt
     if not existing(lambda: client.get_registered_model(name)):
@@ -188,14 +190,14 @@ def send_registration(
     version = _version(client, versions, outbox, receipt, entry)
     comparable = True
     if REASON_TAG not in version.tags or again:
-        version, comparable = judged(client, versions, version, folder, entry)
+        version, comparable = decide_promotion(client, versions, version, folder, entry)
     if outbox.trial:
         client.set_model_version_tag(name, version.version, TRIAL_TAG, outbox.trial)
     _give_alias(client, version)
     # How MLflow's page of the model knows; a server does it by itself, a bare store does not.
     known = json.dumps([{"name": name, "version": str(version.version)}])
     client.set_logged_model_tags(receipt.models[entry.name].model_id, {VERSIONS_TAG: known})
-    registered = Registered(
+    registered = RegisteredVersion(
         name=name,
         version=str(version.version),
         step=entry.step,
@@ -204,15 +206,15 @@ def send_registration(
         comparable=comparable,
         trial=outbox.trial,
     )
-    return noted(folder, receipt, registered=registered)
+    return save_state(folder, receipt, registered=registered)
 
 
 def _version(
     client: MlflowClient,
     versions: Sequence[ModelVersion],
-    outbox: Outbox,
-    receipt: Receipt,
-    entry: ModelEntry,
+    outbox: PendingMetadata,
+    receipt: SyncState,
+    entry: PendingModel,
 ) -> ModelVersion:
     """Of this run's uid and step: the one that is there, else a new one."""
     tags = {UID_TAG: outbox.uid, STEP_TAG: str(entry.step)}

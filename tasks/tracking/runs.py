@@ -1,6 +1,6 @@
 """Tracking, as the stages call it, which never stops or slows a step.
 
-What there is to tell is written to the run folder first (`tasks.tracking.journal`); a `Courier`
+What there is to tell is written to the run folder first (`tasks.tracking.journal`); a `SyncThread`
 has it sent from there to MLflow (`tasks.tracking.sync`) on a thread of its own, in batches, tries
 again for as long as MLflow is away, and remembers what has arrived.
 """
@@ -20,19 +20,19 @@ from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.errors import Problem, TrackingError
 from gpt.files import PARTIAL, sync
-from gpt.training.thread_priority import yield_to_training
-from tasks.display import warn
+from gpt.training.thread_priority import lower_thread_priority
+from tasks.display import log_warning
 from tasks.runtime.signals import stopping
 from tasks.tracking import journal, mlflow_settings
 from tasks.tracking.journal import (
-    ModelEntry,
-    Outbox,
-    Receipt,
-    Registered,
-    opened_outbox,
+    PendingMetadata,
+    PendingModel,
+    RegisteredVersion,
+    SyncState,
+    require_metadata,
     set_status,
 )
-from tasks.tracking.metadata import describe, describe_comparison, local_store, tracking_uri
+from tasks.tracking.metadata import describe, describe_comparison, mlflow_folder, tracking_uri
 from tasks.tracking.recorder import Recorder
 
 mlflow_settings.apply()
@@ -41,7 +41,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 from tasks.tracking.model_lookup import first_line  # noqa: E402
 from tasks.tracking.registry import UPLOAD_SECONDS  # noqa: E402
-from tasks.tracking.sync import deliver  # noqa: E402
+from tasks.tracking.sync import sync_folder  # noqa: E402
 
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
@@ -78,7 +78,7 @@ def open_run(
 
     Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
     """
-    outbox = journal.read_outbox(folder) or describe(config, dataset, folder)
+    outbox = journal.read_metadata(folder) or describe(config, dataset, folder)
     if parent:
         outbox = outbox.model_copy(update={"parent": parent.resolve()})
     if trial:
@@ -90,39 +90,41 @@ def open_comparison(
     config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
 ) -> RunRef:
     """The MLflow run that the compared ones are below; `config` is one of theirs."""
-    outbox = journal.read_outbox(folder) or describe_comparison(config, dataset, folder, compared)
+    outbox = journal.read_metadata(folder) or describe_comparison(config, dataset, folder, compared)
     return _opened(config, folder, outbox)
 
 
-def put_below(folder: Path, parent: Path) -> None:
+def set_parent_run(folder: Path, parent: Path) -> None:
     """Make a run, finished before, part of the one of the folder `parent`."""
-    outbox, receipt = opened_outbox(folder), journal.read_receipt(folder)
-    journal.write_outbox(folder, outbox.model_copy(update={"parent": parent.resolve()}))
+    outbox, receipt = require_metadata(folder), journal.read_sync_state(folder)
+    journal.write_metadata(folder, outbox.model_copy(update={"parent": parent.resolve()}))
     with _courier(RunRef(folder=folder, uri=receipt.uri if receipt else outbox.uri), FLUSH_SECONDS):
         pass
 
 
-def describe_run(run: RunRef, note: str) -> None:
+def set_run_note(run: RunRef, note: str) -> None:
     """Markdown for the top of the run's page in MLflow."""
-    journal.write_outbox(run.folder, opened_outbox(run.folder).model_copy(update={"note": note}))
+    journal.write_metadata(
+        run.folder, require_metadata(run.folder).model_copy(update={"note": note})
+    )
 
 
-def _opened(config: RunConfig, folder: Path, outbox: Outbox) -> RunRef:
+def _opened(config: RunConfig, folder: Path, outbox: PendingMetadata) -> RunRef:
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
-        store = local_store(config.run.root)
+        store = mlflow_folder(config.run.root)
         (store / "artifacts").mkdir(parents=True, exist_ok=True)
         if uri == f"sqlite:///{store / 'mlflow.db'}":
-            make_store(store / "mlflow.db")
-    journal.write_outbox(folder, outbox)
+            create_sqlite_store(store / "mlflow.db")
+    journal.write_metadata(folder, outbox)
     run = RunRef(folder=folder, uri=uri)
     with _courier(run, OPEN_SECONDS, warns=True):
         pass
-    receipt = journal.read_receipt(folder)
+    receipt = journal.read_sync_state(folder)
     return run.model_copy(update={"run_id": receipt.run_id if receipt else None})
 
 
-def make_store(database: Path) -> None:
+def create_sqlite_store(database: Path) -> None:
     """MLflow's SQLite store, whole under its name or not there: a process that is killed while
     MLflow makes the tables leaves a file with which MLflow never works again."""
     if database.exists():
@@ -138,38 +140,38 @@ def make_store(database: Path) -> None:
 
 
 @contextmanager
-def recording(run: RunRef) -> Iterator[Recorder]:
+def open_recorder(run: RunRef) -> Iterator[Recorder]:
     """Record metrics; at the end what is unsent is sent, for at most `FLUSH_SECONDS`."""
     with _courier(run, FLUSH_SECONDS, warns=run.run_id is not None):
         yield Recorder(run.folder)
 
 
-def attach(
-    run: RunRef, files: Mapping[str, Path], models: tuple[ModelEntry, ...] | None = None
+def attach_artifacts(
+    run: RunRef, files: Mapping[str, Path], models: tuple[PendingModel, ...] | None = None
 ) -> None:
     """For MLflow: files and folders, by their path among its run's artifacts, and checkpoints."""
-    outbox = opened_outbox(run.folder)
+    outbox = require_metadata(run.folder)
     changes: dict[str, Any] = {
         "files": outbox.files | {name: path.resolve() for name, path in files.items()},
         "models": outbox.models if models is None else models,
     }
-    journal.write_outbox(run.folder, outbox.model_copy(update=changes))
+    journal.write_metadata(run.folder, outbox.model_copy(update=changes))
 
 
-def register(run: RunRef, name: str) -> Registered | None:
+def register(run: RunRef, name: str) -> RegisteredVersion | None:
     """Make the run's last model a version of the registered model `name`; waits for it, up to
     `UPLOAD_SECONDS` where MLflow has ever answered this run. None where it has not answered now:
     it is done when that does."""
-    outbox = opened_outbox(run.folder).model_copy(update={"registered_model": name})
-    journal.write_outbox(run.folder, outbox)
-    answered = journal.read_receipt(run.folder) is not None
+    outbox = require_metadata(run.folder).model_copy(update={"registered_model": name})
+    journal.write_metadata(run.folder, outbox)
+    answered = journal.read_sync_state(run.folder) is not None
     with _courier(run, UPLOAD_SECONDS if answered else FLUSH_SECONDS, warns=run.run_id is not None):
         pass
-    return _registered(outbox, journal.read_receipt(run.folder), run.uri)
+    return _registered(outbox, journal.read_sync_state(run.folder), run.uri)
 
 
 @contextmanager
-def ended_by_outcome(run: RunRef) -> Iterator[None]:
+def track_run_status(run: RunRef) -> Iterator[None]:
     """The run's status from how the block ends: FINISHED; FAILED with the message; KILLED."""
     try:
         yield
@@ -185,20 +187,20 @@ def ended_by_outcome(run: RunRef) -> Iterator[None]:
 def sync_run(folder: Path, uri: str) -> str:
     """Send what MLflow at `uri` (empty: the server that the run began with) has missed of a run;
     says what was sent. Raises `TrackingError` where there is nothing to send or no way to."""
-    outbox, before = journal.read_outbox(folder), journal.read_receipt(folder)
+    outbox, before = journal.read_metadata(folder), journal.read_sync_state(folder)
     uri = uri or (before.uri if before else "") or (outbox.uri if outbox else "")
     if outbox is None or not uri:
         rule = "nothing of this run was to be tracked yet" if outbox is None else "names no server"
         raise TrackingError(Problem(str(folder), "", rule, "start the run, or give --uri"))
     known = before if before and before.uri == uri else None
-    lines = journal.unsent_lines(folder, known)
+    lines = journal.count_unsent_lines(folder, known)
     try:
-        deliver(folder, uri)
+        sync_folder(folder, uri)
     except Exception as error:  # whatever MLflow raises
         rule = f"cannot be reached: {first_line(error)}"
         remedy = "start that server, or name another one with --uri; nothing is lost"
         raise TrackingError(Problem("--uri", uri, rule, remedy)) from error
-    after = journal.read_receipt(folder)
+    after = journal.read_sync_state(folder)
     if after == before:
         return f"MLflow at {uri} has all of it already"
     files = len(after.files if after else {}) - len(known.files if known else {})
@@ -211,25 +213,27 @@ def _end(run: RunRef, status: str, error: str = "") -> None:
     set_status(run.folder, status, error)
     with _courier(run, FLUSH_SECONDS):
         pass
-    receipt = journal.read_receipt(run.folder)
-    unsent = journal.unsent_lines(run.folder, receipt)
-    outbox = opened_outbox(run.folder)
-    unregistered = outbox.to_register and not _registered(outbox, receipt, run.uri)
+    receipt = journal.read_sync_state(run.folder)
+    unsent = journal.count_unsent_lines(run.folder, receipt)
+    outbox = require_metadata(run.folder)
+    unregistered = outbox.model_to_register and not _registered(outbox, receipt, run.uri)
     if unsent or receipt is None or receipt.status != status or unregistered:
         model = " and its model is not registered" if unregistered else ""
-        warn(
+        log_warning(
             f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent{model}. "
-            f"Nothing is lost, {run.folder / journal.METRICS} has them; "
+            f"Nothing is lost, {run.folder / journal.METRICS_FILE} has them; "
             f"when MLflow is back, `overnight sync {run.folder}` sends them, and so does starting "
             "the same run again"
         )
 
 
-def _registered(outbox: Outbox, receipt: Receipt | None, uri: str) -> Registered | None:
-    entry = outbox.to_register
+def _registered(
+    outbox: PendingMetadata, receipt: SyncState | None, uri: str
+) -> RegisteredVersion | None:
+    entry = outbox.model_to_register
     if entry is None or receipt is None or receipt.uri != uri:
         return None
-    return journal.registration(receipt, outbox.registered_model, entry.step)
+    return journal.find_registered_version(receipt, outbox.registered_model, entry.step)
 
 
 # --- carrying it to MLflow -----------------------------------------------------------------------
@@ -237,7 +241,7 @@ def _registered(outbox: Outbox, receipt: Receipt | None, uri: str) -> Registered
 
 @contextmanager
 def _courier(run: RunRef, flush_seconds: float, warns: bool = False) -> Iterator[None]:
-    courier = Courier(run, warns)
+    courier = SyncThread(run, warns)
     courier.start()
     try:
         yield
@@ -245,7 +249,7 @@ def _courier(run: RunRef, flush_seconds: float, warns: bool = False) -> Iterator
         courier.close(STOPPED_FLUSH_SECONDS if stopping.requested() else flush_seconds)
 
 
-class Courier(threading.Thread):
+class SyncThread(threading.Thread):
     """Delivers a run folder's journal and outbox until closed; a failure is tried again, and said
     once where it `warns`."""
 
@@ -256,12 +260,12 @@ class Courier(threading.Thread):
         self._warned = not warns
 
     def run(self) -> None:
-        yield_to_training()
+        lower_thread_priority()
         pause = SEND_SECONDS
         while True:
             last = self._closing.is_set()
             try:
-                deliver(self._run.folder, self._run.uri)
+                sync_folder(self._run.folder, self._run.uri)
                 pause = SEND_SECONDS
             except Exception as error:  # whatever MLflow raises, the run goes on
                 self._warn(error)
@@ -277,9 +281,9 @@ class Courier(threading.Thread):
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            warn(
+            log_warning(
                 f"MLflow at {self._run.uri} cannot be reached ({first_line(error)}). The run goes "
-                f"on; its metrics are kept in {self._run.folder / journal.METRICS} and sent when "
-                "MLflow is back. To change servers, set tracking.uri or MLFLOW_TRACKING_URI"
+                f"on; its metrics are kept in {self._run.folder / journal.METRICS_FILE} and sent "
+                "when MLflow is back. To change servers, set tracking.uri or MLFLOW_TRACKING_URI"
             )
         self._warned = True

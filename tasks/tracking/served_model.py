@@ -20,17 +20,17 @@ from mlflow.models import set_model
 
 from gpt.errors import GenerationError, Problem
 from gpt.hardware.device import pick_device
-from gpt.model.generate import Sampling, generate
-from gpt.model.io import load_saved
+from gpt.model.generate import SamplingParams, generate
+from gpt.model.io import load_model
 
 PROMPT = "prompt"
-PARAMETERS = tuple(field.name for field in fields(Sampling))
+PARAMETERS = tuple(field.name for field in fields(SamplingParams))
 EXAMPLE = '{"inputs": {"prompt": ["Once upon a time"]}, "params": {"max_tokens": 64}}'
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
-        self._network = load_saved(Path(__file__).parent, pick_device("auto"))
+        self._network = load_model(Path(__file__).parent, pick_device("auto"))
         _check_requests()
 
     def predict(
@@ -46,7 +46,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         return [generate(self._network, prompt, sampling) for prompt in prompts]
 
 
-def _sampling(params: Mapping[str, Any]) -> Sampling:
+def _sampling(params: Mapping[str, Any]) -> SamplingParams:
     """Raises `GenerationError`, also for a parameter that there is not."""
     remedy = f"leave it out, or give one of: {', '.join(PARAMETERS)}"
     _refuse(
@@ -54,7 +54,7 @@ def _sampling(params: Mapping[str, Any]) -> Sampling:
         for name, value in params.items()
         if name not in PARAMETERS
     )
-    return Sampling(**params)
+    return SamplingParams(**params)
 
 
 def _not_text(prompt: object) -> Problem | None:

@@ -11,7 +11,14 @@ import threading
 from pathlib import Path
 
 from tasks.tracking import journal, mlflow_settings
-from tasks.tracking.journal import DatasetInput, Line, Outbox, Receipt, noted, opened_outbox
+from tasks.tracking.journal import (
+    DatasetInput,
+    MetricsLine,
+    PendingMetadata,
+    SyncState,
+    require_metadata,
+    save_state,
+)
 
 mlflow_settings.apply()
 
@@ -45,13 +52,13 @@ _delivering = threading.Lock()
 """A courier that was not waited for may still be sending when the next one begins."""
 
 
-def deliver(folder: Path, uri: str) -> None:
+def sync_folder(folder: Path, uri: str) -> None:
     """Bring MLflow to what the run folder holds. Raises what MLflow raises; to be called again."""
     with _delivering:
         client = MlflowClient(tracking_uri=uri)
-        outbox = opened_outbox(folder)
-        receipt = _open(client, outbox, uri, journal.read_receipt(folder))
-        journal.write_receipt(folder, receipt)
+        outbox = require_metadata(folder)
+        receipt = _open(client, outbox, uri, journal.read_sync_state(folder))
+        journal.write_sync_state(folder, receipt)
         # The status before the models: a registry that does not work holds up nothing else.
         for send in (
             *(_send_description, _send_tags, _send_metrics, _send_files, _send_status),
@@ -60,7 +67,9 @@ def deliver(folder: Path, uri: str) -> None:
             receipt = send(client, folder, outbox, receipt)
 
 
-def _open(client: MlflowClient, outbox: Outbox, uri: str, receipt: Receipt | None) -> Receipt:
+def _open(
+    client: MlflowClient, outbox: PendingMetadata, uri: str, receipt: SyncState | None
+) -> SyncState:
     """The run that the receipt names, where it still is; else one found by its uid, else new."""
     if receipt and receipt.uri == uri and _is_active(client, receipt.run_id):
         return receipt
@@ -73,7 +82,7 @@ def _open(client: MlflowClient, outbox: Outbox, uri: str, receipt: Receipt | Non
             experiment, tags={UID_TAG: outbox.uid} | outbox.tags, run_name=outbox.name
         )
     )
-    return Receipt(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
+    return SyncState(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
 
 
 def _is_active(client: MlflowClient, run_id: str) -> bool:
@@ -85,7 +94,7 @@ def _is_active(client: MlflowClient, run_id: str) -> bool:
         raise
 
 
-def _experiment(client: MlflowClient, outbox: Outbox) -> str:
+def _experiment(client: MlflowClient, outbox: PendingMetadata) -> str:
     experiment = client.get_experiment_by_name(outbox.experiment)
     if experiment:
         return str(experiment.experiment_id)
@@ -94,8 +103,8 @@ def _experiment(client: MlflowClient, outbox: Outbox) -> str:
 
 
 def _send_description(
-    client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt
-) -> Receipt:
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
     """Parameters and data set, once: MLflow takes no change of a parameter."""
     if receipt.described:
         return receipt
@@ -103,18 +112,20 @@ def _send_description(
     for start in range(0, len(parameters), PARAMETERS_A_BATCH):
         client.log_batch(receipt.run_id, params=parameters[start : start + PARAMETERS_A_BATCH])
     client.log_inputs(receipt.run_id, [_mlflow_dataset(outbox.dataset)])
-    return noted(folder, receipt, described=True)
+    return save_state(folder, receipt, described=True)
 
 
-def _send_tags(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
-    above = journal.read_receipt(outbox.parent) if outbox.parent else None
+def _send_tags(
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
+    above = journal.read_sync_state(outbox.parent) if outbox.parent else None
     wanted = {NOTE_TAG: outbox.note} if outbox.note else {}
     if above and above.uri == receipt.uri:
         wanted[PARENT_TAG] = above.run_id
     for key, value in wanted.items():
         if receipt.tags.get(key) != value:
             client.set_tag(receipt.run_id, key, value)
-            receipt = noted(folder, receipt, tags=receipt.tags | {key: value})
+            receipt = save_state(folder, receipt, tags=receipt.tags | {key: value})
     return receipt
 
 
@@ -134,31 +145,37 @@ def _mlflow_dataset(dataset: DatasetInput) -> MlflowDatasetInput:
     )
 
 
-def _send_metrics(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+def _send_metrics(
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
     while True:
-        path = folder / journal.METRICS
-        lines, end = journal.read_lines(path, receipt.sent_bytes, LINES_A_BATCH)
+        path = folder / journal.METRICS_FILE
+        lines, end = journal.read_metrics(path, receipt.sent_bytes, LINES_A_BATCH)
         if not lines:
             return receipt
         client.log_batch(receipt.run_id, [metric for line in lines for metric in _metrics(line)])
-        receipt = noted(folder, receipt, sent_bytes=end)
+        receipt = save_state(folder, receipt, sent_bytes=end)
 
 
-def _metrics(line: Line) -> list[Metric]:
+def _metrics(line: MetricsLine) -> list[Metric]:
     return [Metric(key, value, line.time_ms, line.step) for key, value in line.metrics.items()]
 
 
-def _send_files(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+def _send_files(
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
     for name, path in outbox.files.items():
         if receipt.files.get(name) == path:
             continue
         parent = str(Path(name).parent)
         client.log_artifact(receipt.run_id, str(path), None if parent == "." else parent)
-        receipt = noted(folder, receipt, files=receipt.files | {name: path})
+        receipt = save_state(folder, receipt, files=receipt.files | {name: path})
     return receipt
 
 
-def _send_status(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Receipt) -> Receipt:
+def _send_status(
+    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
+) -> SyncState:
     if receipt.status == outbox.status:
         return receipt
     if outbox.error:
@@ -169,4 +186,4 @@ def _send_status(client: MlflowClient, folder: Path, outbox: Outbox, receipt: Re
         client.update_run(receipt.run_id, status="RUNNING")
     else:
         client.set_terminated(receipt.run_id, outbox.status)
-    return noted(folder, receipt, status=outbox.status)
+    return save_state(folder, receipt, status=outbox.status)

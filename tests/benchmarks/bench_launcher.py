@@ -28,7 +28,7 @@ from gpt.artifacts import DatasetManifest
 from gpt.config.loading import build_config
 from gpt.config.schema import RunConfig
 from gpt.data.shards import read_manifest
-from gpt.training.distributed.launch import Task, Work, launched
+from gpt.training.distributed.launch import RunSpec, WorkerSpec, launch_workers
 from gpt.training.loop import StepRecord, train
 
 WARM_UP = 10
@@ -100,7 +100,9 @@ def directly(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Itera
 
 def by_launcher(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Iterator[StepRecord]:
     folder.mkdir()
-    return launched(Task(config=config, work=Work(dataset=dataset, folder=folder)), folder)
+    return launch_workers(
+        WorkerSpec(config=config, work=RunSpec(dataset=dataset, folder=folder)), folder
+    )
 
 
 if __name__ == "__main__":

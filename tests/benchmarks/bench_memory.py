@@ -26,8 +26,8 @@ from memory_of_a_step import config_of, measured_peak_bytes
 
 from gpt.config.schema import RunConfig
 from gpt.hardware.device import autocast
-from gpt.model.compile import compiled
-from gpt.model.loss import summed_loss
+from gpt.model.compile import compile_if_supported
+from gpt.model.loss import linear_cross_entropy
 from gpt.model.transformer import build_model
 from gpt.preflight.memory import estimate_memory
 from gpt.training.optimizer import build_optimizers
@@ -67,7 +67,7 @@ def allocated_peak_bytes(config: RunConfig) -> int:
     torch.cuda.empty_cache()
     torch._dynamo.reset()
     model = build_model(config.model).to(device)
-    network = compiled(model, device) if config.training.compile else model
+    network = compile_if_supported(model, device) if config.training.compile else model
     optimizers = build_optimizers(model, config)
     shape = config.training.batch_size, config.model.block_size
     for _ in range(2):
@@ -75,7 +75,7 @@ def allocated_peak_bytes(config: RunConfig) -> int:
         for _ in range(config.training.grad_acc):
             inputs, targets = torch.randint(config.model.vocab_size, (2, *shape), device=device)
             with autocast(device, config.training.dtype):
-                summed = summed_loss(
+                summed = linear_cross_entropy(
                     network(inputs),
                     model.head,
                     targets,

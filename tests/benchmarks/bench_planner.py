@@ -23,16 +23,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from planner_data import manifest, plan, sources, write_holes, write_ids
+from planner_data import manifest, plan, sources, write_ids, write_sparse_shards
 
-from gpt.data.filters import Selection
-from gpt.data.loader import Sequences, TrainingBatches
+from gpt.data.filters import RowFilter
+from gpt.data.loader import SequenceDataset, TrainingLoader
 from gpt.data.parquet import inspect
-from gpt.data.shards import read_manifest, remember_checked, write_manifest
-from gpt.data.shuffle import LARGEST_SHUFFLE, epoch_order
+from gpt.data.shards import read_manifest, record_verified, write_manifest
+from gpt.data.shuffle import MAX_FULL_SHUFFLE, shuffle_epoch
 from gpt.data.sources import find_sources
-from gpt.data.tokenize.plan import works_of
-from gpt.data.tokenize.units import JOURNAL, Entry, Journal, Tally, stored_units
+from gpt.data.tokenize.plan import plan_units
+from gpt.data.tokenize.units import (
+    UNIT_JOURNAL,
+    JournalEntry,
+    UnitCounts,
+    UnitJournal,
+    read_stored_units,
+)
 
 BLOCK_SIZE = 1_024
 LOOK_UPS = 1_000
@@ -73,7 +79,8 @@ def main():
         if asked.footers:
             footers(meter, asked, Path(folder) / "footers")
     meter.measured(
-        f"order: whole shuffle of {LARGEST_SHUFFLE:,}", lambda: epoch_order(LARGEST_SHUFFLE, 0, 0)
+        f"order: whole shuffle of {MAX_FULL_SHUFFLE:,}",
+        lambda: shuffle_epoch(MAX_FULL_SHUFFLE, 0, 0),
     )
     values = {**{k: v for k, v in vars(asked).items() if k != "json"}, "measured": meter.figures}
     if asked.json:
@@ -105,7 +112,7 @@ def planning(meter, asked, root):
 
     found = meter.measured("made up: what the footers say", footers_read)
     planned = meter.measured("plan: identity of the data set", lambda: plan(root, found))
-    works = meter.measured("plan: units counted", lambda: works_of(planned, found))
+    works = meter.measured("plan: units counted", lambda: plan_units(planned, found))
     meter.measured("plan: every unit and its key", lambda: sum(1 for _ in works))
     meter.measured("plan: the last unit and its key", lambda: works[-1])
     groups = asked.files * asked.groups
@@ -121,12 +128,12 @@ def manifests(meter, asked, folder, found):
         lambda: manifest(folder, found, asked.tokens, asked.tokens_per_shard),
     )
     meter.measured("manifest: written", lambda: write_manifest(made))
-    meter.measured("made up: shards without content", lambda: write_holes(made))
+    meter.measured("made up: shards without content", lambda: write_sparse_shards(made))
     read = meter.measured(
         "manifest: read, lengths of shards compared", lambda: read_manifest(folder)
     )
     assert read == made
-    meter.measured("manifest: shards remembered as checked", lambda: remember_checked(read))
+    meter.measured("manifest: shards remembered as checked", lambda: record_verified(read))
     size = (folder / "manifest.json").stat().st_size
     print(f"  {len(made.train.shards):,} shards, {len(made.sources):,} files, {size:,} bytes")
     meter.figures["manifest_bytes"] = size
@@ -135,25 +142,25 @@ def manifests(meter, asked, folder, found):
 
 def positions(meter, asked, made):
     sequences = meter.measured(
-        "position: split opened", lambda: Sequences(made, made.train, BLOCK_SIZE)
+        "position: split opened", lambda: SequenceDataset(made, made.train, BLOCK_SIZE)
     )
     position = asked.position // BLOCK_SIZE
-    batches = TrainingBatches(sequences, seed=1337, position=position)
+    batches = TrainingLoader(sequences, seed=1337, position=position)
 
     def found():
         """Where the sequence at that position of the epoch lies, found anew from nothing."""
         epoch, place = divmod(position, len(sequences))
-        index = batches.epoch_order(epoch)(np.array([place]))
+        index = batches.shuffle_epoch(epoch)(np.array([place]))
         return sequences.homes(index)[0]
 
     home = meter.measured(f"position: token {asked.position:,}, first", found)
     shard, first_token = home
     write_ids(made, shard, first_token, np.arange(BLOCK_SIZE + 1))
-    inputs, _ = meter.measured("position: that sequence read", lambda: batches.take(1))
+    inputs, _ = meter.measured("position: that sequence read", lambda: batches.next_batch(1))
     assert inputs[0].tolist() == list(range(BLOCK_SIZE))
     chance = np.random.default_rng(0)
     places = chance.integers(0, len(sequences), LOOK_UPS)
-    order = batches.epoch_order(0)
+    order = batches.shuffle_epoch(0)
     meter.measured(
         f"position: {LOOK_UPS:,} others, one by one",
         lambda: [sequences.homes(order(places[n : n + 1])) for n in range(LOOK_UPS)],
@@ -172,7 +179,7 @@ def footers(meter, asked, folder):
     rows = pa.table({name: ["some words"] * asked.groups for name in names})
     for number in range(asked.footers):
         pq.write_table(rows, folder / f"{number}.parquet", row_group_size=1)
-    files, selection = find_sources([str(folder)]), Selection("text")
+    files, selection = find_sources([str(folder)]), RowFilter("text")
     inspect(files[0], selection)
     meter.measured(
         f"footers: {asked.footers} real ones read",
@@ -183,15 +190,17 @@ def footers(meter, asked, folder):
 def journal(meter, asked):
     """What a run that goes on reads first: a line for each finished unit."""
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        tally = Tally(rows=2_000, skipped=Counter(null=0, empty=3))
+        tally = UnitCounts(rows=2_000, skipped=Counter(null=0, empty=3))
         tally.lengths = Counter(dict.fromkeys(range(5, 15), 100))
         for side in tally.sides.values():
             side.documents, side.tokens, side.text_bytes, side.digest = 10, 10**6, 10**7, "0" * 64
-        entries = (Entry(f"{number:032x}", "gigatoken", tally) for number in range(asked.journal))
-        Journal(Path(folder), asked.tokens_per_shard, entries).close()
-        size = (Path(folder) / JOURNAL).stat().st_size
+        entries = (
+            JournalEntry(f"{number:032x}", "gigatoken", tally) for number in range(asked.journal)
+        )
+        UnitJournal(Path(folder), asked.tokens_per_shard, entries).close()
+        size = (Path(folder) / UNIT_JOURNAL).stat().st_size
         read = meter.measured(
-            f"journal: {asked.journal:,} units read", lambda: stored_units(Path(folder))
+            f"journal: {asked.journal:,} units read", lambda: read_stored_units(Path(folder))
         )
         assert len(read) == asked.journal
         print(f"  {size:,} bytes; {meter.figures['before']['peak_mb']:,} MB before")

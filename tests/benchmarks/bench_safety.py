@@ -95,16 +95,16 @@ def take(steps, count):
 @contextlib.contextmanager
 def stepping(mode, steps, checkpoint_interval):
     """An iterator that trains one step at each call."""
-    from token_data import token_dataset
+    from token_data import make_token_dataset
 
-    from gpt.config.loading import load_config, merged
+    from gpt.config.loading import load_config, merge_overrides
     from gpt.training.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         interval = checkpoint_interval if mode == SAFE else steps
         config = load_config(
             ROOT / "configs" / "tiny.toml",
-            merged(
+            merge_overrides(
                 SMALL,
                 {
                     "run": {"root": folder},
@@ -113,7 +113,7 @@ def stepping(mode, steps, checkpoint_interval):
                 },
             ),
         )
-        dataset = token_dataset(Path(folder, "tokens"), train_tokens=200_000)
+        dataset = make_token_dataset(Path(folder, "tokens"), train_tokens=200_000)
         run_folder = Path(folder, "train", "run")
         with recorder_of(mode, config, dataset, run_folder) as record_step:
 
@@ -130,18 +130,18 @@ def stepping(mode, steps, checkpoint_interval):
 
 def steps_with_a_server_away():
     from servers import MlflowServer
-    from token_data import token_dataset
+    from token_data import make_token_dataset
 
-    from gpt.config.loading import load_config, merged
+    from gpt.config.loading import load_config, merge_overrides
     from gpt.training.loop import train
-    from tasks.tracking.runs import ended_by_outcome, open_run, recording
+    from tasks.tracking.runs import open_recorder, open_run, track_run_status
 
     with tempfile.TemporaryDirectory() as folder:
         server = MlflowServer(Path(folder, "server"))
         server.start()
         config = load_config(
             ROOT / "configs" / "tiny.toml",
-            merged(
+            merge_overrides(
                 SMALL,
                 {
                     "run": {"root": folder},
@@ -151,12 +151,12 @@ def steps_with_a_server_away():
                 },
             ),
         )
-        dataset = token_dataset(Path(folder, "tokens"), train_tokens=200_000)
+        dataset = make_token_dataset(Path(folder, "tokens"), train_tokens=200_000)
         run_folder = Path(folder, "train", "run")
         run_folder.mkdir(parents=True)
         run = open_run(config, dataset, run_folder)
         seconds, last = {}, time.perf_counter()
-        with ended_by_outcome(run), recording(run) as recorder:
+        with track_run_status(run), open_recorder(run) as recorder:
             for record in train(config, dataset, run.folder):
                 recorder.step(record)
                 if record.loss:
@@ -181,10 +181,10 @@ def recorder_of(mode, config, dataset, run_folder):
     if mode == BARE:
         yield lambda record: None
         return
-    from tasks.tracking.runs import open_run, recording
+    from tasks.tracking.runs import open_recorder, open_run
 
     run_folder.mkdir(parents=True)
-    with recording(open_run(config, dataset, run_folder)) as recorder:
+    with open_recorder(open_run(config, dataset, run_folder)) as recorder:
         yield recorder.step
 
 

@@ -173,10 +173,10 @@ def measure_one(job):
     """In the worker: run one recipe, print one line of JSON."""
     import torch
 
-    from gpt.config.loading import merged
+    from gpt.config.loading import merge_overrides
     from gpt.hardware.device import peak_memory_bytes
 
-    config = build_config(merged(job["config"], job["overrides"]))
+    config = build_config(merge_overrides(job["config"], job["overrides"]))
     dataset = dataset_of(config, job["dataset"])
     device = torch.device(config.hardware.device)
     if device.type == "cuda" and job["memory_gb"]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gpt.data.loader import Sequences, TrainingBatches, validation_batches
+from gpt.data.loader import SequenceDataset, TrainingLoader, iterate_validation_batches
 
 
 class Block(nn.Module):
@@ -90,15 +90,15 @@ def train_plain(config, dataset, peak_learning_rate, warmup):
         fused=on_gpu,
     )
     network = torch.compile(model) if on_gpu else model
-    train_set = Sequences(dataset, dataset.train, model_config.block_size)
-    held_out = Sequences(dataset, dataset.validation, model_config.block_size)
-    batches = TrainingBatches(train_set, training.seed)
+    train_set = SequenceDataset(dataset, dataset.train, model_config.block_size)
+    held_out = SequenceDataset(dataset, dataset.validation, model_config.block_size)
+    batches = TrainingLoader(train_set, training.seed)
 
     @torch.no_grad()
     def validate():
         total, tokens = 0.0, 0
         evaluation = config.evaluation
-        for inputs, targets in validation_batches(
+        for inputs, targets in iterate_validation_batches(
             held_out, evaluation.tokens, evaluation.batch_size
         ):
             with autocast:
@@ -114,7 +114,7 @@ def train_plain(config, dataset, peak_learning_rate, warmup):
             group["lr"] = learning_rate(step, peak_learning_rate, warmup, training.max_steps)
         total = 0.0
         for _ in range(training.grad_acc):
-            inputs, targets = batches.take(training.batch_size)
+            inputs, targets = batches.next_batch(training.batch_size)
             if on_gpu:
                 inputs = inputs.pin_memory().to(device, non_blocking=True)
                 targets = targets.pin_memory().to(device, non_blocking=True)

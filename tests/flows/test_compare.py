@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect.settings import PREFECT_API_URL
 
-from flows.runtime.variants import entrants_of
+from flows.runtime.variants import expand_variants
 from gpt.config.loading import load_config
 from gpt.errors import ConfigError
 
@@ -151,7 +151,7 @@ def test_stopped_from_outside_it_stops_what_it_started(
 
 
 def entrants(paths: list[Path], overrides=None, tokens=None, seeds=1):
-    return entrants_of([str(path) for path in paths], overrides or {}, tokens, seeds)
+    return expand_variants([str(path) for path in paths], overrides or {}, tokens, seeds)
 
 
 def test_names_seeds_and_lengths(variants: list[Path]) -> None:

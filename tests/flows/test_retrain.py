@@ -16,13 +16,13 @@ from overnight_command import overnight
 
 from flows.pretrain import pretrain_without_prefect
 from flows.retrain import retrain_without_prefect
-from flows.runtime.retrain_report import Retrained
+from flows.runtime.retrain_report import RetrainResult
 from gpt.artifacts import DatasetManifest
 from gpt.data.shards import read_manifest
 from gpt.data.tokenize import job
 from gpt.data.tokenize.tokenizer import load_tokenizer
 from gpt.errors import ConfigError, CorpusError, RegistryError
-from gpt.evaluation.significance import judge
+from gpt.evaluation.significance import compare_with_champion
 from gpt.training import loop
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks import evaluate_slices
@@ -63,7 +63,7 @@ class Nights:
         polars.DataFrame({"text": texts}).write_parquet(path)
         return path
 
-    def night(self, start: Any = "scratch", path: object = None, **sections: Any) -> Retrained:
+    def night(self, start: Any = "scratch", path: object = None, **sections: Any) -> RetrainResult:
         named = None if path is None else str(path)
         return retrain_without_prefect(str(self.path), sections, named, start)
 
@@ -72,7 +72,7 @@ class Nights:
         aliases = self.mlflow.get_registered_model("gpt").aliases
         return {alias: int(version) for alias, version in aliases.items()}
 
-    def dataset(self, done: Retrained) -> DatasetManifest:
+    def dataset(self, done: RetrainResult) -> DatasetManifest:
         """That the challenger was trained on."""
         run = self.mlflow.get_run(done.outcome.mlflow_run_id)
         name = run.data.params["dataset.fingerprint"][:16]
@@ -143,7 +143,7 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     assert slices.old.champion.loss == pytest.approx(first.outcome.report.loss)
     pairs = (slices.current, slices.old, slices.new)
     assert len({pair.champion.slice_fingerprint for pair in pairs}) == 3
-    verdict = judge(slices.current.challenger, slices.current.champion)
+    verdict = compare_with_champion(slices.current.challenger, slices.current.champion)
     assert (lost.outcome.registered.reason, verdict.promoted) == (verdict.reason, False)
     assert "worse: loss" in verdict.reason
     assert nights.aliases == {"champion": 1, "challenger": 2}

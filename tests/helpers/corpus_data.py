@@ -71,8 +71,8 @@ def stored(manifest):
 def documents(manifest, split):
     ids = np.concatenate([open_shard(manifest.folder / s.name, s) for s in split.shards])
     assert ids[0] == END_OF_TEXT
-    pieces = np.split(ids, np.flatnonzero(ids == END_OF_TEXT))[1:]
-    return [load_tokenizer().decode(piece[1:].tolist()) for piece in pieces]
+    split_safely = np.split(ids, np.flatnonzero(ids == END_OF_TEXT))[1:]
+    return [load_tokenizer().decode(piece[1:].tolist()) for piece in split_safely]
 
 
 def both(manifest):

@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 PLACES = {
-    "tokenising": ("gpt.data.tokenize.pipeline", "in_order", 1),
-    "first step": ("gpt.training.step", "summed_loss", 1),
-    "training": ("gpt.training.step", "summed_loss", 13),
+    "tokenising": ("gpt.data.tokenize.pipeline", "map_in_order", 1),
+    "first step": ("gpt.training.step", "linear_cross_entropy", 1),
+    "training": ("gpt.training.step", "linear_cross_entropy", 13),
     "writing a checkpoint": ("gpt.training.checkpoint.writer", "write_checkpoint", 2),
-    "evaluation": ("tasks.evaluate", "evaluation_of", 1),
+    "evaluation": ("tasks.evaluate", "evaluate_model", 1),
 }
 """Module, function, and which of its calls."""
 

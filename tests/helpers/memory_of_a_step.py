@@ -8,7 +8,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from gpt.config.loading import build_config
 from gpt.config.schema import RunConfig
-from gpt.model.loss import summed_loss
+from gpt.model.loss import linear_cross_entropy
 from gpt.model.transformer import ARCHITECTURES
 from gpt.training.optimizer import build_optimizers
 
@@ -56,7 +56,7 @@ def measured_peak_bytes(config: RunConfig) -> int:
     cpu = torch.device("cpu")
     with FakeTensorMode():
         model = ARCHITECTURES[config.model.architecture](config.model)
-        model.checkpoint_blocks = config.training.activation_checkpointing
+        model.activation_checkpointing = config.training.activation_checkpointing
         # Those of a GPU: a CPU's Muon works in another type.
         optimizers = build_optimizers(model, config, torch.device("cuda"))
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def _micro_step(model: torch.nn.Module, config: RunConfig) -> None:
     inputs, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
     low = config.training.dtype != "float32"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-        summed = summed_loss(
+        summed = linear_cross_entropy(
             model(inputs),
             model.head,
             targets,

@@ -8,12 +8,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt.config.schema import ModelSection
 
 
-def section(architecture, **changes):
+def model_section(architecture, **changes):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 24, **changes}
     return ModelSection(architecture=architecture, **sizes)
 
 
-def shaken(model):
+def randomize_weights(model):
     """Zero and one weights hide mistakes, so every weight is drawn anew."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -22,7 +22,7 @@ def shaken(model):
     return model
 
 
-def their_gpt2(ours):
+def build_hf_gpt2(ours):
     config = ours.config
     theirs = GPT2LMHeadModel(
         GPT2Config(

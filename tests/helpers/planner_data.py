@@ -8,10 +8,10 @@ import numpy as np
 
 from gpt.artifacts import DatasetManifest, Shard, SourceFile, Split
 from gpt.config.loading import build_config
-from gpt.data.parquet import Source
-from gpt.data.shards import HEADER_BYTES, TOKEN_BYTES, header
-from gpt.data.sources import CorpusFile, Identities, Identity
-from gpt.data.tokenize.plan import plan_of
+from gpt.data.parquet import ParquetSource
+from gpt.data.shards import HEADER_BYTES, TOKEN_BYTES, build_header
+from gpt.data.sources import CorpusFile, FileIdentities, FileIdentity
+from gpt.data.tokenize.plan import plan_for_files
 
 ROWS = 1_000
 """Of a row group, about."""
@@ -31,7 +31,7 @@ def sources(files, groups, text_bytes_of_group):
             text_bytes_of_group // 2, text_bytes_of_group * 3 // 2, groups
         )
         name = f"corpus/dump-{number // 1000:03d}/part-{number:06d}.parquet"
-        yield Source(CorpusFile(name, key=f"/{name}"), sizes)
+        yield ParquetSource(CorpusFile(name, key=f"/{name}"), sizes)
 
 
 def config(root, **data):
@@ -49,9 +49,9 @@ def config(root, **data):
 def plan(root, found, **data):
     """The plan for those sources, as if their bytes had been hashed."""
     files = [source.file for source in found]
-    identities = Identities((), Path(root) / "hashes.json")
-    identities.of = {file: Identity("0:0:0", digest(n)) for n, file in enumerate(files)}
-    return plan_of(config(root, **data), files, identities)
+    identities = FileIdentities((), Path(root) / "hashes.json")
+    identities.by_file = {file: FileIdentity("0:0:0", digest(n)) for n, file in enumerate(files)}
+    return plan_for_files(config(root, **data), files, identities)
 
 
 def manifest(folder, found, tokens, tokens_per_shard):
@@ -88,7 +88,7 @@ def _split(name, sizes):
     return Split(shards=shards, documents=1, tokens=sum(sizes), text_bytes=4 * sum(sizes))
 
 
-def write_holes(made):
+def write_sparse_shards(made):
     """The shards as files that have their length and no content."""
     for shard in made.train.shards + made.validation.shards:
         with (made.folder / shard.name).open("wb") as file:
@@ -98,6 +98,6 @@ def write_holes(made):
 def write_ids(made, shard, first_token, ids):
     """Some ids into a hole, and its header."""
     with (made.folder / made.train.shards[shard].name).open("r+b") as file:
-        file.write(header(made.train.shards[shard].tokens))
+        file.write(build_header(made.train.shards[shard].tokens))
         file.seek(HEADER_BYTES + TOKEN_BYTES * first_token)
         file.write(np.asarray(ids, dtype="<u2").tobytes())

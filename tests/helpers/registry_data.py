@@ -4,17 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import small_config
 
 from gpt.artifacts import EvaluationReport
-from gpt.evaluation.report_store import REPORT, keep_report
+from gpt.evaluation.report_store import REPORT_FILE, save_report
 from gpt.model.transformer import build_model
 from gpt.training.checkpoint.format import take_snapshot, write_checkpoint
-from gpt.training.checkpoint.retention import Progress
-from gpt.training.run_dir import open_run_folder
-from tasks.evaluate import models_of
-from tasks.tracking.runs import attach, open_run, recording
+from gpt.training.checkpoint.retention import TrainingProgress
+from gpt.training.run_dir import open_run_dir
+from tasks.evaluate import collect_models
+from tasks.tracking.runs import attach_artifacts, open_recorder, open_run
 
 STEPS = (10, 20)
 HARDNESS = np.random.default_rng(0).normal(5.0, 1.0, 100)
@@ -53,12 +53,12 @@ def finished_run(root, evaluation, seed=1337, uri=""):
     """Everything but registered."""
     config = small_config(root, training__seed=seed)
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
-    dataset = token_dataset(root / "datasets" / "0123")
-    folder = open_run_folder(config, dataset, fresh=True)
+    dataset = make_token_dataset(root / "datasets" / "0123")
+    folder = open_run_dir(config, dataset, fresh=True)
     torch.manual_seed(seed)
     network = build_model(config.model)
     for step in STEPS:
-        progress = Progress(
+        progress = TrainingProgress(
             step=step,
             position=step,
             tokens_seen=64 * step,
@@ -66,11 +66,13 @@ def finished_run(root, evaluation, seed=1337, uri=""):
             dataset_fingerprint=dataset.fingerprint,
         )
         write_checkpoint(folder, take_snapshot(config, network, [], progress))
-    keep_report(folder, config, evaluation)
+    save_report(folder, config, evaluation)
     run = open_run(config, dataset, folder)
-    with recording(run) as recorder:
+    with open_recorder(run) as recorder:
         recorder._append(STEPS[0], {"val/loss": 6.0, "val/bits_per_byte": 2.0, "train/loss": 6.1})
         recorder._append(STEPS[1], {"val/loss": 5.0, "train/loss": 5.1})
         recorder.report(evaluation)
-        attach(run, {REPORT: folder / REPORT}, models_of(folder, STEPS[-1]))
+        attach_artifacts(
+            run, {REPORT_FILE: folder / REPORT_FILE}, collect_models(folder, STEPS[-1])
+        )
     return Finished(run, config, dataset)

@@ -6,7 +6,9 @@ from gpt.artifacts import DatasetManifest, SourceFile, Split
 from gpt.data.shards import ShardWriter, write_manifest
 
 
-def token_dataset(folder, train_tokens=20_000, validation_tokens=4_000, tokens_per_shard=7_000):
+def make_token_dataset(
+    folder, train_tokens=20_000, validation_tokens=4_000, tokens_per_shard=7_000
+):
     """Ids that follow a pattern a small model can learn: a noisy cycle of 50 ids."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = DatasetManifest(

@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt.data.filters import Selection
-from gpt.data.parquet import Source, read
+from gpt.data.filters import RowFilter
+from gpt.data.parquet import ParquetSource, read_rows
 from gpt.data.tokenize.encoders import Chunk
-from gpt.data.tokenize.safe_split import pieces
+from gpt.data.tokenize.safe_split import split_safely
 from gpt.data.tokenize.units import Unit
 
 CHUNK_BYTES = 1_000_000
@@ -58,19 +58,19 @@ def is_validation(text: bytes | memoryview, fraction: float) -> bool:
 
 
 def chunks(
-    source: Source,
+    source: ParquetSource,
     units: Sequence[Unit],
-    selection: Selection,
+    selection: RowFilter,
     validation_fraction: float,
     seen: Seen | None,
 ) -> Iterator[Batch | UnitEnd]:
     """The chunks of some units of a file, in one pass, each unit closed by its `UnitEnd`.
 
-    Texts that `seen` knows are left out as "duplicate". Raises `CorpusError` as `read` does.
+    Texts that `seen` knows are left out as "duplicate". Raises `CorpusError` as `read_rows` does.
     """
     builder = _Builder()
     unit = 0
-    for rows in read(source, units, selection):
+    for rows in read_rows(source, units, selection):
         if rows.unit != unit:
             yield from builder.end()
             unit = rows.unit
@@ -98,7 +98,7 @@ class _Builder:
         self._bytes = 0
 
     def add(self, text: memoryview, held_out: bool) -> Iterator[Batch]:
-        parts = [text] if len(text) <= CHUNK_BYTES else pieces(text, CHUNK_BYTES)
+        parts = [text] if len(text) <= CHUNK_BYTES else split_safely(text, CHUNK_BYTES)
         remaining = len(text)
         for part in parts:
             if self._parts and self._bytes + len(part) > CHUNK_BYTES:

@@ -35,7 +35,7 @@ class Encoded:
     counts: NDArray[np.uint64]
 
 
-class Mismatch(Exception):  # noqa: N818 - no fault of anyone's: the signal to fall back
+class EncoderMismatchError(Exception):
     """The faster encoder gave other ids than tiktoken; says where."""
 
 
@@ -45,7 +45,7 @@ Ids = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
 class Encoder(Protocol):
     def encode(self, texts: list[bytes]) -> Ids:
-        """The ids of texts, each of which is whole UTF-8. Raises `Mismatch`."""
+        """The ids of texts, each of which is whole UTF-8. Raises `EncoderMismatchError`."""
 
 
 class TiktokenEncoder:
@@ -58,8 +58,8 @@ def joined(parts: list[NDArray[Any]]) -> Ids:
 
 
 def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
-    """Depends on the chunk's text alone. Raises `Mismatch`, and `ValueError` for an id that is no
-    token of GPT-2's (uint16 would hide it)."""
+    """Depends on the chunk's text alone. Raises `EncoderMismatchError`, and `ValueError` for an id
+    that is no token of GPT-2's (uint16 would hide it)."""
     ends = np.cumsum(chunk.lengths, dtype=np.int64).tolist()
     texts = [chunk.text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     ids, counts = encoder.encode(texts)

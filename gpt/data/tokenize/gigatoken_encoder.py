@@ -10,8 +10,8 @@ Of every chunk it is checked, exactly:
   (`gpt.data.tokenize.safe_split`), so
   tiktoken encodes it alone, and that much of a text written in ASCII is little.
 
-Any difference raises `Mismatch`; whoever called falls back to tiktoken for the whole data set.
-gigatoken's cache of words has no bound, so the encoder is made anew when it has grown.
+Any difference raises `EncoderMismatchError`; whoever called falls back to tiktoken for the whole
+data set. gigatoken's cache of words has no bound, so the encoder is made anew when it has grown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt.data.tokenize import tokenizer
-from gpt.data.tokenize.encoders import Ids, Mismatch, joined
+from gpt.data.tokenize.encoders import EncoderMismatchError, Ids, joined
 
 SAMPLE_BYTES = 8_192
 """Compared of every chunk (1 MB), at a place drawn from its own bytes."""
@@ -51,8 +51,8 @@ Stretches = NDArray[np.int64]
 """Rows (start, end) in bytes, in order, none touching another."""
 
 
-class CheckedGigatoken:
-    """An `Encoder`: gigatoken's ids, or `Mismatch`."""
+class GigatokenEncoder:
+    """An `Encoder`: gigatoken's ids, or `EncoderMismatchError`."""
 
     def __init__(self) -> None:
         ranks = tokenizer.ranks()
@@ -87,15 +87,15 @@ class CheckedGigatoken:
         text = b"".join(texts)
         starts = self._spelling.starts(ids, text)
         if starts is None:
-            raise Mismatch("its ids do not spell the text")
+            raise EncoderMismatchError("its ids do not spell the text")
         edges = np.cumsum([0, *map(len, texts)])
         if not np.array_equal(starts[np.cumsum(counts)], edges[1:]):
-            raise Mismatch("its ids do not end where a text does")
-        stretches = awkward_stretches(text, edges)
+            raise EncoderMismatchError("its ids do not end where a text does")
+        stretches = spans_to_verify(text, edges)
         firsts = np.searchsorted(starts, stretches[:, 0])
         lasts = np.searchsorted(starts, stretches[:, 1])
         if not np.array_equal(starts[firsts], stretches[:, 0]):
-            raise Mismatch("a token reaches over a place where GPT-2's pattern cuts")
+            raise EncoderMismatchError("a token reaches over a place where GPT-2's pattern cuts")
         self._compare(text, stretches, ids, np.stack([firsts, lasts], axis=1))
 
     def _compare(
@@ -109,7 +109,9 @@ class CheckedGigatoken:
         for (a, first), (b, last) in itertools.pairwise([[0, 0], *bounds]):
             expected = tokenizer.encode(theirs[a:b].decode())
             if not np.array_equal(ours[first:last], expected):
-                raise Mismatch(f"its ids differ from tiktoken's near {theirs[a:b][:80]!r}")
+                raise EncoderMismatchError(
+                    f"its ids differ from tiktoken's near {theirs[a:b][:80]!r}"
+                )
 
 
 class _Spelling:
@@ -163,7 +165,7 @@ class _Spelling:
         return spelt.startswith(text)
 
 
-def awkward_stretches(text: bytes, edges: NDArray[Any]) -> Stretches:
+def spans_to_verify(text: bytes, edges: NDArray[Any]) -> Stretches:
     """What of a chunk is to be compared. `edges` are the bounds of its texts, from 0 to its end.
 
     A stretch begins and ends at an edge or where a space or a newline follows visible ASCII, which

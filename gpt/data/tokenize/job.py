@@ -9,13 +9,13 @@ from itertools import groupby
 
 from gpt.artifacts import DatasetManifest, Shard, SkippedFile, SourceFile, Split
 from gpt.data.filters import SeenTexts
-from gpt.data.parquet import Source, read
+from gpt.data.parquet import ParquetSource, read_rows
 from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.chunks import Batch, UnitEnd, chunks
-from gpt.data.tokenize.encoders import EngineName, Mismatch
-from gpt.data.tokenize.plan import Plan, Work, works_of
-from gpt.data.tokenize.pool import choose_engine
-from gpt.data.tokenize.units import SPLITS, Stored, Tally, stored_units
+from gpt.data.tokenize.encoders import EncoderMismatchError, EngineName
+from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, plan_units
+from gpt.data.tokenize.pool import resolve_engine
+from gpt.data.tokenize.units import SPLITS, StoredUnit, UnitCounts, read_stored_units
 from gpt.errors import Problem
 from gpt.files import PARTIAL, write_text
 
@@ -23,29 +23,31 @@ FALLBACK = "fallback.txt"
 """In an unfinished folder: why the faster engine was given up for this data set."""
 
 logger = logging.getLogger(__name__)
-Item = tuple[Work, Batch | UnitEnd | Stored]
+Item = tuple[PlannedUnit, Batch | UnitEnd | StoredUnit]
 
 
-class Job:
+class DatasetBuild:
     """One attempt at a data set: its unfinished folder, its engine, the units to do and to keep."""
 
-    def __init__(self, plan: Plan, sources: list[Source], skipped: list[Problem]) -> None:
+    def __init__(
+        self, plan: DatasetPlan, sources: list[ParquetSource], skipped: list[Problem]
+    ) -> None:
         self.plan, self.sources, self.skipped = plan, sources, skipped
         self.folder = plan.folder.with_name(plan.folder.name + PARTIAL)
         self.folder.mkdir(exist_ok=True)
         note = self.folder / FALLBACK
         self.notes = (note.read_text(encoding="utf-8"),) if note.is_file() else ()
         asked = "tiktoken" if self.notes else plan.data.engine
-        self.engine: EngineName = choose_engine(asked)
+        self.engine: EngineName = resolve_engine(asked)
         self._trusted = {"tiktoken"} if asked == "tiktoken" else {"tiktoken", "gigatoken"}
-        self.works = works_of(plan, sources)
+        self.works = plan_units(plan, sources)
         self.kept = self._kept()
         self.rows_total = sum(source.rows for source in sources)
 
-    def _kept(self) -> list[Stored]:
+    def _kept(self) -> list[StoredUnit]:
         """The units that lie in the unfinished folder already, from the first one on."""
         kept = []
-        for work, stored in zip(self.works, stored_units(self.folder), strict=False):
+        for work, stored in zip(self.works, read_stored_units(self.folder), strict=False):
             entry = stored.entry
             same = entry.key == work.key and entry.engine in self._trusted and entry.whole
             if not same or not stored.is_intact():
@@ -53,17 +55,17 @@ class Job:
             kept.append(stored)
         return kept
 
-    def elsewhere(self) -> dict[str, Stored]:
+    def elsewhere(self) -> dict[str, StoredUnit]:
         """The units that lie in other data sets, by key; whether they are intact is not asked."""
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredUnit] = {}
         for folder in sorted(self.folder.parent.iterdir()):
             if folder != self.folder and folder.is_dir():
-                for stored in stored_units(folder):
+                for stored in read_stored_units(folder):
                     if stored.entry.whole and stored.entry.engine in self._trusted:
                         found.setdefault(stored.entry.key, stored)
         return found
 
-    def begin_anew(self, reason: Mismatch) -> None:
+    def restart_with_tiktoken(self, reason: EncoderMismatchError) -> None:
         """Give up gigatoken, for this data set and whenever it is taken up again."""
         note = f"gigatoken was given up for tiktoken, from the beginning: {reason}"
         logger.warning(note)
@@ -72,7 +74,9 @@ class Job:
         write_text(self.folder / FALLBACK, note)
 
 
-def planned(job: Job, tokens: int | None) -> Iterator[tuple[Work, Stored | None]]:
+def planned(
+    job: DatasetBuild, tokens: int | None
+) -> Iterator[tuple[PlannedUnit, StoredUnit | None]]:
     """Every unit that is not kept, in order, with what there is to copy of it in other data sets.
     `tokens` is what the data set holds before."""
     most = job.plan.data.max_tokens
@@ -90,7 +94,7 @@ def planned(job: Job, tokens: int | None) -> Iterator[tuple[Work, Stored | None]
             yield work, None
 
 
-def items_of(job: Job, tokens: int | None, seen: SeenTexts | None) -> Iterator[Item]:
+def items_of(job: DatasetBuild, tokens: int | None, seen: SeenTexts | None) -> Iterator[Item]:
     """What there is to do in order: units to copy from other data sets, and the chunks and ends of
     those to encode. `tokens` is what the data set holds before."""
     remember_kept(job, seen)
@@ -106,7 +110,9 @@ def items_of(job: Job, tokens: int | None, seen: SeenTexts | None) -> Iterator[I
             yield work, stored
 
 
-def _chunks_of(job: Job, works: list[Work], seen: SeenTexts | None) -> Iterator[Item]:
+def _chunks_of(
+    job: DatasetBuild, works: list[PlannedUnit], seen: SeenTexts | None
+) -> Iterator[Item]:
     of_run = iter(works)
     work = next(of_run)
     units = [each.unit for each in works]
@@ -117,21 +123,23 @@ def _chunks_of(job: Job, works: list[Work], seen: SeenTexts | None) -> Iterator[
             work = next(of_run, work)
 
 
-def remember_kept(job: Job, seen: SeenTexts | None) -> None:
+def remember_kept(job: DatasetBuild, seen: SeenTexts | None) -> None:
     """`remember` for all units that are kept."""
     for work in job.works[: len(job.kept)]:
         remember(job, work, seen)
 
 
-def remember(job: Job, work: Work, seen: SeenTexts | None) -> None:
+def remember(job: DatasetBuild, work: PlannedUnit, seen: SeenTexts | None) -> None:
     """Let `seen` know the texts of a unit that is not encoded."""
     if seen:
-        for rows in read(work.source, [work.unit], job.plan.selection):
+        for rows in read_rows(work.source, [work.unit], job.plan.selection):
             for text in rows.texts:
                 seen.is_new(text)
 
 
-def manifest_of(job: Job, total: Tally, shards: dict[str, tuple[Shard, ...]]) -> DatasetManifest:
+def build_manifest(
+    job: DatasetBuild, total: UnitCounts, shards: dict[str, tuple[Shard, ...]]
+) -> DatasetManifest:
     plan, data = job.plan, job.plan.data
     splits = {
         name: Split(
@@ -148,7 +156,7 @@ def manifest_of(job: Job, total: Tally, shards: dict[str, tuple[Shard, ...]]) ->
     return DatasetManifest(
         fingerprint=plan.fingerprint,
         folder=job.folder,
-        tokenizer=tokenizer.NAME,
+        tokenizer=tokenizer.TOKENIZER_NAME,
         ranks_sha256=tokenizer.RANKS_SHA256,
         text_column=data.text_column,
         validation_fraction=data.validation_fraction,
@@ -156,7 +164,7 @@ def manifest_of(job: Job, total: Tally, shards: dict[str, tuple[Shard, ...]]) ->
             SourceFile(
                 path=source.file.name,
                 size_bytes=source.file.size_bytes(),
-                sha256=plan.identities.of[source.file].sha256,
+                sha256=plan.identities.by_file[source.file].sha256,
                 rows=source.rows,
             )
             for source in job.sources

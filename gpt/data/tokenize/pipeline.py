@@ -29,21 +29,21 @@ from filelock import FileLock, Timeout
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.data.filters import SeenTexts
-from gpt.data.parquet import Source, refuse_without_text
-from gpt.data.shards import remember_checked, write_manifest
+from gpt.data.parquet import ParquetSource, check_has_text
+from gpt.data.shards import record_verified, write_manifest
 from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.chunks import Batch, UnitEnd
-from gpt.data.tokenize.encoders import Chunk, Encoded, Mismatch
-from gpt.data.tokenize.job import FALLBACK, Item, Job, items_of, manifest_of
-from gpt.data.tokenize.plan import Plan, Work, make_plan, usable
-from gpt.data.tokenize.pool import Pool, cpus, in_order, open_pool
+from gpt.data.tokenize.encoders import Chunk, Encoded, EncoderMismatchError
+from gpt.data.tokenize.job import FALLBACK, DatasetBuild, Item, build_manifest, items_of
+from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, inspect_sources, make_plan
+from gpt.data.tokenize.pool import Pool, available_cpus, map_in_order, open_pool
 from gpt.data.tokenize.requests import Cluster, delivered
-from gpt.data.tokenize.units import SPLITS, Stored, Tally, stored_units
+from gpt.data.tokenize.units import SPLITS, StoredUnit, UnitCounts, read_stored_units
 from gpt.data.tokenize.writer import Assembly
 from gpt.errors import CorpusError, DatasetError, Problem
 from gpt.files import FULL_DISK, PARTIAL, sync
 
-TEXT_PER_WORKER = 8_000_000
+TEXT_BYTES_PER_WORKER = 8_000_000
 """Text for which it pays to start another process, bytes."""
 ABANDONED_SECONDS = 7 * 24 * 3600
 """An unfinished folder in which nothing happened for this long goes; till then it is resumed."""
@@ -62,8 +62,8 @@ class TokenizeProgress:
     rows_total: int
     tokens: int
     seconds: float
-    rows_kept: int = 0
-    tokens_kept: int = 0
+    rows_reused: int = 0
+    tokens_reused: int = 0
 
 
 Steps = Generator[TokenizeProgress, None, DatasetManifest]
@@ -77,7 +77,7 @@ def find_dataset(config: RunConfig) -> DatasetManifest | None:
     A damaged one (a shard missing, cut short or altered) counts as none, with a warning in the
     log. Raises `CorpusError` as `tokenize_corpus` does for sources that cannot be read.
     """
-    return make_plan(config).existing()
+    return make_plan(config).find_existing()
 
 
 def tokenize_corpus(config: RunConfig, cluster: Cluster | None = None) -> Steps:
@@ -92,22 +92,24 @@ def tokenize_corpus(config: RunConfig, cluster: Cluster | None = None) -> Steps:
     `DatasetError` when the disk is full.
     """
     plan = make_plan(config)
-    if found := plan.existing():
+    if found := plan.find_existing():
         return found
     sources, skipped = yield from _usable(plan)
     plan.identities.save()
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
-    with room_on(plan.folder.parent), alone(plan.folder):
-        if found := plan.existing():
+    with explain_full_disk(plan.folder.parent), dataset_lock(plan.folder):
+        if found := plan.find_existing():
             return found
         _remove_abandoned(plan.folder)
-        with contextlib.suppress(Mismatch):
-            return (yield from _make(Job(plan, sources, skipped), cluster))
-        return (yield from _make(Job(plan, sources, skipped), cluster))
+        with contextlib.suppress(EncoderMismatchError):
+            return (yield from _make(DatasetBuild(plan, sources, skipped), cluster))
+        return (yield from _make(DatasetBuild(plan, sources, skipped), cluster))
 
 
-def _usable(plan: Plan) -> Generator[TokenizeProgress, None, tuple[list[Source], list[Problem]]]:
-    checking = usable(plan)
+def _usable(
+    plan: DatasetPlan,
+) -> Generator[TokenizeProgress, None, tuple[list[ParquetSource], list[Problem]]]:
+    checking = inspect_sources(plan)
     while True:
         try:
             yield TokenizeProgress(0, 0, 0, next(checking))
@@ -119,7 +121,7 @@ def _usable(plan: Plan) -> Generator[TokenizeProgress, None, tuple[list[Source],
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def dataset_lock(folder: Path) -> Iterator[None]:
     """Hold the data set's lock; wait for whoever has it."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
     try:
@@ -134,7 +136,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def room_on(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """A full disk, as a message."""
     try:
         yield
@@ -150,8 +152,8 @@ def room_on(folder: Path) -> Iterator[None]:
 # --- the work ------------------------------------------------------------------------------------
 
 
-def _make(job: Job, cluster: Cluster | None) -> Steps:
-    """Raises `Mismatch` when gigatoken was given up: then another job begins anew."""
+def _make(job: DatasetBuild, cluster: Cluster | None) -> Steps:
+    """Raises `EncoderMismatchError` when gigatoken was given up: then another job begins anew."""
     data = job.plan.data
     kept = [stored.entry for stored in job.kept]
     try:
@@ -161,23 +163,23 @@ def _make(job: Job, cluster: Cluster | None) -> Steps:
             if len(kept) < len(job.works):
                 yield from _assemble(job, assembly, cluster)
             _check_counts(job, assembly.total)
-            manifest = manifest_of(job, assembly.total, assembly.close())
+            manifest = build_manifest(job, assembly.total, assembly.close())
         (job.folder / FALLBACK).unlink(missing_ok=True)
-        return publish(job.folder, job.plan.folder, manifest)
-    except Mismatch as reason:
-        job.begin_anew(reason)
+        return publish_dataset(job.folder, job.plan.folder, manifest)
+    except EncoderMismatchError as reason:
+        job.restart_with_tiktoken(reason)
         raise
     finally:
-        if not stored_units(job.folder) and not (job.folder / FALLBACK).exists():
+        if not read_stored_units(job.folder) and not (job.folder / FALLBACK).exists():
             shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _assemble(
-    job: Job, assembly: Assembly, cluster: Cluster | None
+    job: DatasetBuild, assembly: Assembly, cluster: Cluster | None
 ) -> Generator[TokenizeProgress, None, None]:
     """Bring every unit that is not kept into the shards, in order."""
     started = time.monotonic()
-    rows_kept, tokens_kept = assembly.rows, assembly.tokens
+    rows_reused, tokens_reused = assembly.rows, assembly.tokens
     by_file: dict[str, Counter[str]] = defaultdict(Counter)
     for work, stored in zip(job.works, job.kept, strict=False):
         by_file[work.source.file.name].update(stored.entry.tally.skipped)
@@ -188,19 +190,19 @@ def _assemble(
                 assembly.take(item, encoded)
                 if assembly.full:
                     item = UnitEnd(0, Counter())
-            if isinstance(item, Stored):
+            if isinstance(item, StoredUnit):
                 tally = assembly.copy(item)
-                rows_kept, tokens_kept = rows_kept + tally.rows, tokens_kept + tally.tokens
+                rows_reused, tokens_reused = rows_reused + tally.rows, tokens_reused + tally.tokens
             if isinstance(item, UnitEnd):
                 _check_unchanged(job, work)
                 tally = assembly.end_unit(work.key, item)
             if not isinstance(item, Batch):
                 by_file[work.source.file.name].update(tally.skipped)
                 if work.unit.rows.stop == work.source.rows:
-                    refuse_without_text(work.source, by_file.pop(work.source.file.name))
+                    check_has_text(work.source, by_file.pop(work.source.file.name))
             seconds = time.monotonic() - started
             yield TokenizeProgress(
-                assembly.rows, job.rows_total, assembly.tokens, seconds, rows_kept, tokens_kept
+                assembly.rows, job.rows_total, assembly.tokens, seconds, rows_reused, tokens_reused
             )
             if assembly.full:
                 break
@@ -212,7 +214,7 @@ def _chunk_of(item: Item) -> Chunk | None:
 
 @contextlib.contextmanager
 def _coded(
-    job: Job, tokens: int, seen: SeenTexts | None, cluster: Cluster | None
+    job: DatasetBuild, tokens: int, seen: SeenTexts | None, cluster: Cluster | None
 ) -> Iterator[Iterator[tuple[Item, Encoded | None]]]:
     """Everything that there is to do, done, in order."""
     if cluster:
@@ -220,20 +222,20 @@ def _coded(
             yield delivered(workers, job, tokens, seen)
     else:
         with _open_pool(job) as pool:
-            yield in_order(pool, items_of(job, tokens, seen), _chunk_of)
+            yield map_in_order(pool, items_of(job, tokens, seen), _chunk_of)
 
 
 @contextlib.contextmanager
-def _open_pool(job: Job) -> Iterator[Pool[Chunk, Encoded]]:
-    tokenizer.checked_files(tokenizer.data_folder())
+def _open_pool(job: DatasetBuild) -> Iterator[Pool[Chunk, Encoded]]:
+    tokenizer.read_verified_files(tokenizer.ranks_folder())
     text_bytes = sum(source.text_bytes for source in job.sources)
-    workers = job.plan.data.workers or cpus()
-    with open_pool(job.engine, min(workers, 1 + text_bytes // TEXT_PER_WORKER)) as pool:
+    workers = job.plan.data.workers or available_cpus()
+    with open_pool(job.engine, min(workers, 1 + text_bytes // TEXT_BYTES_PER_WORKER)) as pool:
         yield pool
 
 
 @contextlib.contextmanager
-def _seen_texts(job: Job) -> Iterator[SeenTexts | None]:
+def _seen_texts(job: DatasetBuild) -> Iterator[SeenTexts | None]:
     seen = SeenTexts(job.folder / SEEN) if job.plan.data.drop_duplicates else None
     try:
         yield seen
@@ -242,13 +244,13 @@ def _seen_texts(job: Job) -> Iterator[SeenTexts | None]:
             seen.close()
 
 
-def _check_unchanged(job: Job, work: Work) -> None:
+def _check_unchanged(job: DatasetBuild, work: PlannedUnit) -> None:
     file = work.source.file
-    if file.stamp() != job.plan.identities.of[file].stamp:
+    if file.stamp() != job.plan.identities.by_file[file].stamp:
         raise CorpusError(Problem(file.name, "", "was changed while it was read", "run again"))
 
 
-def _check_counts(job: Job, total: Tally) -> None:
+def _check_counts(job: DatasetBuild, total: UnitCounts) -> None:
     data = job.plan.data
     train, validation = (total.sides[name].documents for name in SPLITS)
     if train and validation:
@@ -271,7 +273,7 @@ def _check_counts(job: Job, total: Tally) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def publish(partial: Path, folder: Path, manifest: DatasetManifest) -> DatasetManifest:
+def publish_dataset(partial: Path, folder: Path, manifest: DatasetManifest) -> DatasetManifest:
     """Make `folder` of the complete `partial`: the manifest last, then the name; what is damaged
     under that name gives way."""
     write_manifest(manifest.model_copy(update={"folder": partial}))
@@ -279,7 +281,7 @@ def publish(partial: Path, folder: Path, manifest: DatasetManifest) -> DatasetMa
     partial.rename(folder)
     sync(folder.parent)
     published = manifest.model_copy(update={"folder": folder})
-    remember_checked(published)
+    record_verified(published)
     return published
 
 

@@ -18,12 +18,12 @@ from typing import overload
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import DataSection, RunConfig, fingerprint
-from gpt.data.filters import Selection, numbered_partitions, partition_values
-from gpt.data.parquet import Source, check_whole, inspect
-from gpt.data.shards import MANIFEST, check, read_manifest
-from gpt.data.sources import HASHES, CorpusFile, Identities, find_sources
+from gpt.data.filters import RowFilter, collect_partition_values, find_integer_partitions
+from gpt.data.parquet import ParquetSource, check_all_rows, inspect
+from gpt.data.shards import MANIFEST, read_manifest, verify_if_changed
+from gpt.data.sources import HASHES, CorpusFile, FileIdentities, find_sources
 from gpt.data.tokenize import tokenizer
-from gpt.data.tokenize.units import Unit, cut_into_units
+from gpt.data.tokenize.units import Unit, split_into_units
 from gpt.errors import CorpusError, DatasetError, Problem
 
 FORMAT_VERSION = 2
@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DatasetPlan:
     """All that is known before any file was opened."""
 
     data: DataSection
-    selection: Selection
-    identities: Identities
+    selection: RowFilter
+    identities: FileIdentities
     fingerprint: str
     folder: Path
 
-    def existing(self) -> DatasetManifest | None:
+    def find_existing(self) -> DatasetManifest | None:
         if not (self.folder / MANIFEST).is_file():
             return None
         try:
             found = read_manifest(self.folder)
-            check(found)
+            verify_if_changed(found)
         except DatasetError as error:
             logger.warning("%s\nIt is made anew; what is whole of it is kept.", error)
             return None
@@ -57,61 +57,69 @@ class Plan:
         return found
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig) -> DatasetPlan:
     files = find_sources(config.data.source)
-    return plan_of(config, files, Identities(files, config.run.root / "datasets" / HASHES))
+    return plan_for_files(
+        config, files, FileIdentities(files, config.run.root / "datasets" / HASHES)
+    )
 
 
-def plan_of(config: RunConfig, files: Sequence[CorpusFile], identities: Identities) -> Plan:
+def plan_for_files(
+    config: RunConfig, files: Sequence[CorpusFile], identities: FileIdentities
+) -> DatasetPlan:
     """The plan for files whose identities are known."""
     data = config.data
     datasets = config.run.root / "datasets"
-    selection = Selection(
+    selection = RowFilter(
         data.text_column,
         data.where,
         data.min_length,
         data.max_length,
-        numbered_partitions(files) if data.where else frozenset(),
+        find_integer_partitions(files) if data.where else frozenset(),
     )
     values = {
         "format": FORMAT_VERSION,
-        "sources": [identity.sha256 for identity in identities.of.values()],
+        "sources": [identity.sha256 for identity in identities.by_file.values()],
         "ranks": tokenizer.RANKS_SHA256,
         "text_column": data.text_column,
         "validation_fraction": data.validation_fraction,
         "tokens_per_shard": data.tokens_per_shard,
-    } | asked_for(data)
+    } | non_default_settings(data)
     if identities.problems:
         values["unreadable"] = [problem.key for problem in identities.problems]
     if data.where:
-        values["partitions"] = [partition_values(file, selection) for file in identities.of]
+        values["partitions"] = [
+            collect_partition_values(file, selection) for file in identities.by_file
+        ]
     name = fingerprint(values)
-    return Plan(data, selection, identities, name, datasets / name[:16])
+    return DatasetPlan(data, selection, identities, name, datasets / name[:16])
 
 
-def asked_for(data: DataSection) -> dict[str, str | int | bool]:
+def non_default_settings(data: DataSection) -> dict[str, str | int | bool]:
     """The settings beyond the first ones that decide tokens, where they are not left at default:
     data sets made before there was such a setting keep their name."""
     names = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
     return {name: getattr(data, name) for name in names if getattr(data, name)}
 
 
-def usable(plan: Plan) -> Generator[float, None, tuple[list[Source], list[Problem]]]:
+def inspect_sources(
+    plan: DatasetPlan,
+) -> Generator[float, None, tuple[list[ParquetSource], list[Problem]]]:
     """The files that can be used, and what is wrong with those that on_bad_file lets be skipped.
 
     Yields the seconds since it began after each file that is read for that: skipping is decided
     before tokenising, by reading every file whole. Raises `CorpusError` with all that is wrong.
     """
     started = time.monotonic()
-    sources: list[Source] = []
+    sources: list[ParquetSource] = []
     problems = list(plan.identities.problems)
     skipping = plan.data.on_bad_file == "skip"
     plan.selection.check_condition()
-    for file in plan.identities.of:
+    for file in plan.identities.by_file:
         try:
             source = inspect(file, plan.selection)
             if skipping:
-                check_whole(source, plan.selection)
+                check_all_rows(source, plan.selection)
                 yield time.monotonic() - started
             sources.append(source)
         except CorpusError as error:
@@ -124,20 +132,20 @@ def usable(plan: Plan) -> Generator[float, None, tuple[list[Source], list[Proble
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedUnit:
     """One unit of one source, and the name under which its ids are known."""
 
-    source: Source
+    source: ParquetSource
     unit: Unit
     key: str
 
 
-def works_of(plan: Plan, sources: Sequence[Source]) -> Works:
+def plan_units(plan: DatasetPlan, sources: Sequence[ParquetSource]) -> Works:
     """Every unit in order."""
     return Works(plan, sources)
 
 
-class Works(Sequence[Work]):
+class Works(Sequence[PlannedUnit]):
     """The units of a plan, each made when it is asked for: 15T tokens are millions of them, and
     held all at once they would take gigabytes.
 
@@ -145,7 +153,9 @@ class Works(Sequence[Work]):
     one takes the time of all before it; otherwise on its own rows alone.
     """
 
-    def __init__(self, plan: Plan, sources: Sequence[Source], window: range | None = None) -> None:
+    def __init__(
+        self, plan: DatasetPlan, sources: Sequence[ParquetSource], window: range | None = None
+    ) -> None:
         self._plan, self._sources = plan, sources
         self._ends: list[int] = []
         if window is None:
@@ -158,12 +168,12 @@ class Works(Sequence[Work]):
         return len(self._window)
 
     @overload
-    def __getitem__(self, index: int) -> Work: ...
+    def __getitem__(self, index: int) -> PlannedUnit: ...
 
     @overload
     def __getitem__(self, index: slice) -> Works: ...
 
-    def __getitem__(self, index: int | slice) -> Work | Works:
+    def __getitem__(self, index: int | slice) -> PlannedUnit | Works:
         if isinstance(index, int):
             return next(self._from(self._window[index]))
         window = self._window[index]
@@ -172,10 +182,10 @@ class Works(Sequence[Work]):
         part._ends = self._ends
         return part
 
-    def __iter__(self) -> Iterator[Work]:
+    def __iter__(self) -> Iterator[PlannedUnit]:
         return itertools.islice(self._from(self._window.start), len(self))
 
-    def _from(self, first: int) -> Iterator[Work]:
+    def _from(self, first: int) -> Iterator[PlannedUnit]:
         """Units `first` and on."""
         if self._plan.data.drop_duplicates:
             return itertools.islice(self._made(0), first, None)
@@ -183,13 +193,15 @@ class Works(Sequence[Work]):
         before = self._ends[file - 1] if file else 0
         return itertools.islice(self._made(file), first - before, None)
 
-    def _made(self, first_file: int) -> Iterator[Work]:
+    def _made(self, first_file: int) -> Iterator[PlannedUnit]:
         """Units from a file on, the first of all where keys hold those before."""
         plan, settings = self._plan, _unit_settings(self._plan.data)
         chained, before = plan.data.drop_duplicates, ""
         for source in itertools.islice(self._sources, first_file, None):
-            identity = plan.identities.of[source.file].sha256
-            partitions = partition_values(source.file, plan.selection) if plan.data.where else {}
+            identity = plan.identities.by_file[source.file].sha256
+            partitions = (
+                collect_partition_values(source.file, plan.selection) if plan.data.where else {}
+            )
             # What `fingerprint` hashes, its keys in order, written out: five times as fast.
             head = (
                 f'", "file": "{identity}", "partitions": {json.dumps(partitions, sort_keys=True)}'
@@ -198,12 +210,12 @@ class Works(Sequence[Work]):
                 rows = f'"rows": [{unit.rows.start}, {unit.rows.stop}], "settings": "{settings}"'
                 text = f'{{"before": "{before}{head}, {rows}}}'
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
-                yield Work(source, unit, key)
+                yield PlannedUnit(source, unit, key)
                 before = key if chained else ""
 
 
-def _units(source: Source) -> Iterator[Unit]:
-    return cut_into_units(source.groups.tolist())
+def _units(source: ParquetSource) -> Iterator[Unit]:
+    return split_into_units(source.groups.tolist())
 
 
 def _unit_settings(data: DataSection) -> str:
@@ -214,6 +226,6 @@ def _unit_settings(data: DataSection) -> str:
             "ranks": tokenizer.RANKS_SHA256,
             "text_column": data.text_column,
             "validation_fraction": data.validation_fraction,
-            "selection": {k: v for k, v in asked_for(data).items() if k != "max_tokens"},
+            "selection": {k: v for k, v in non_default_settings(data).items() if k != "max_tokens"},
         }
     )

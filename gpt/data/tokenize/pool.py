@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, NamedTuple, Protocol, TypeVar
 
 from gpt.data.tokenize.encoders import Chunk, Encoded, Encoder, EngineName, encode_chunk
-from gpt.data.tokenize.worker import PipeClosed, open_encoder, receive_encoded, send_chunk
+from gpt.data.tokenize.worker import PipeClosed, load_encoder, receive_encoded, send_chunk
 from gpt.errors import CorpusError, Problem
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ Got = TypeVar("Got")
 CHUNKS_PER_WORKER = 16
 """On their way for each worker: the one it encodes, and some to take next, so that what is read
 while the workers start, or while one of them is slow, is there for them."""
-TURBO = "gigatoken"
+GIGATOKEN_PACKAGE = "gigatoken"
 STOP_SECONDS = 5.0
 WORKER_ENVIRONMENT = {
     # numpy's library would start threads, which a fork does not take along.
@@ -42,16 +42,16 @@ PIPE_BYTES = 1 << 20
 """A whole chunk, so that its writer does not wait for its reader; Linux only."""
 
 
-def cpus() -> int:
+def available_cpus() -> int:
     """CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def choose_engine(asked: str) -> EngineName:
+def resolve_engine(asked: str) -> EngineName:
     """Raises `CorpusError` where gigatoken is asked for and not installed."""
-    installed = importlib.util.find_spec(TURBO) is not None
+    installed = importlib.util.find_spec(GIGATOKEN_PACKAGE) is not None
     if asked == "gigatoken" and not installed:
         remedy = "pip install 'overnight[turbo]', or set data.engine to auto or tiktoken"
         raise CorpusError(Problem("data.engine", asked, "gigatoken is not installed", remedy))
@@ -89,7 +89,7 @@ class _Here:
     def submit(self, chunk: Chunk) -> Future[Encoded]:
         future: Future[Encoded] = Future()
         try:
-            self._encoder = self._encoder or open_encoder(self._engine)
+            self._encoder = self._encoder or load_encoder(self._engine)
             future.set_result(encode_chunk(self._encoder, chunk))
         except Exception as error:
             future.set_exception(error)
@@ -202,7 +202,7 @@ def open_pool(engine: EngineName, workers: int) -> Iterator[Pool[Chunk, Encoded]
         pool.close()
 
 
-def in_order(
+def map_in_order(
     pool: Pool[Sent, Got], items: Iterable[T], work_of: Callable[[T], Sent | None]
 ) -> Iterator[tuple[T, Got | None]]:
     """Every item with what came of its work (of a chunk, its ids), if it has any, in the order of

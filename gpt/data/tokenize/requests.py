@@ -19,27 +19,27 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.data.filters import HASH_BYTES, SeenTexts, Selection, hash_of
-from gpt.data.parquet import Source
+from gpt.data.filters import HASH_BYTES, RowFilter, SeenTexts, hash_text
+from gpt.data.parquet import ParquetSource
 from gpt.data.tokenize.chunks import Batch, UnitEnd, chunks
 from gpt.data.tokenize.encoders import Encoded, Encoder, EngineName, encode_chunk
-from gpt.data.tokenize.job import Item, Job, planned, remember, remember_kept
-from gpt.data.tokenize.plan import FORMAT_VERSION, Work
-from gpt.data.tokenize.pool import Pool, choose_engine, in_order
-from gpt.data.tokenize.units import Stored, Unit
-from gpt.data.tokenize.worker import open_encoder
+from gpt.data.tokenize.job import DatasetBuild, Item, planned, remember, remember_kept
+from gpt.data.tokenize.plan import FORMAT_VERSION, PlannedUnit
+from gpt.data.tokenize.pool import Pool, map_in_order, resolve_engine
+from gpt.data.tokenize.units import StoredUnit, Unit
+from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError, Problem
 
 
 @dataclass(frozen=True)
-class Order:
+class EncodeRequest:
     """All that decides what comes of a unit."""
 
-    source: Source
+    source: ParquetSource
     size_bytes: int
     """Of the file, as it is where the order was given."""
     unit: Unit
-    selection: Selection
+    selection: RowFilter
     validation_fraction: float
     engine: EngineName
     hashed: bool
@@ -48,7 +48,7 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
-class Delivery:
+class EncodeResult:
     """What came of an order: the batches of its unit, without their text, and its end."""
 
     batches: list[tuple[Batch, Encoded]]
@@ -57,19 +57,19 @@ class Delivery:
     """Of every document in order, `HASH_BYTES` each, where they were wanted."""
 
 
-Cluster = Callable[[], contextlib.AbstractContextManager[Pool[Order, Delivery]]]
+Cluster = Callable[[], contextlib.AbstractContextManager[Pool[EncodeRequest, EncodeResult]]]
 """Opens the workers for as long as they are needed."""
 
 
 # --- where the work is done ----------------------------------------------------------------------
 
 
-def encode_unit(order: Order) -> Delivery:
+def encode_unit(order: EncodeRequest) -> EncodeResult:
     """Read the rows of an order and encode them.
 
-    Raises `Mismatch`, and `CorpusError` for a file that cannot be read here or is another one than
-    where the order was given, for an engine that is not installed and for another version of this
-    package; each names the machine.
+    Raises `EncoderMismatchError`, and `CorpusError` for a file that cannot be read here or is
+    another one than where the order was given, for an engine that is not installed and for another
+    version of this package; each names the machine.
     """
     try:
         return _encoded(order)
@@ -79,7 +79,7 @@ def encode_unit(order: Order) -> Delivery:
         raise CorpusError(*problems) from error
 
 
-def _encoded(order: Order) -> Delivery:
+def _encoded(order: EncodeRequest) -> EncodeResult:
     _check(order)
     encoder = _encoder(order.engine)
     hashes = _Hashes()
@@ -97,15 +97,15 @@ def _encoded(order: Order) -> Delivery:
         else:
             textless = replace(item, chunk=replace(item.chunk, text=b""))
             batches.append((textless, encode_chunk(encoder, item.chunk)))
-    return Delivery(batches, end, bytes(hashes.all))
+    return EncodeResult(batches, end, bytes(hashes.all))
 
 
-def _check(order: Order) -> None:
+def _check(order: EncodeRequest) -> None:
     if order.format != FORMAT_VERSION:
         rule = f"this worker makes format {FORMAT_VERSION} of shards and not {order.format}"
         remedy = "install the same version of overnight on every worker"
         raise CorpusError(Problem("data.cluster", "", rule, remedy))
-    if order.engine == "gigatoken" and choose_engine("auto") != "gigatoken":
+    if order.engine == "gigatoken" and resolve_engine("auto") != "gigatoken":
         rule = "gigatoken is not installed"
         remedy = "pip install 'overnight[turbo]' on every worker, or set data.engine to tiktoken"
         raise CorpusError(Problem("data.engine", order.engine, rule, remedy))
@@ -123,7 +123,7 @@ _of_thread = threading.local()
 
 def _encoder(engine: EngineName) -> Encoder:
     if getattr(_of_thread, "engine", None) != engine:
-        _of_thread.encoder, _of_thread.engine = open_encoder(engine), engine
+        _of_thread.encoder, _of_thread.engine = load_encoder(engine), engine
     encoder: Encoder = _of_thread.encoder
     return encoder
 
@@ -135,7 +135,7 @@ class _Hashes:
         self.all = bytearray()
 
     def is_new(self, text: memoryview) -> bool:
-        self.all += hash_of(text)
+        self.all += hash_text(text)
         return True
 
 
@@ -143,17 +143,20 @@ class _Hashes:
 
 
 def delivered(
-    pool: Pool[Order, Delivery], job: Job, tokens: int | None, seen: SeenTexts | None
+    pool: Pool[EncodeRequest, EncodeResult],
+    job: DatasetBuild,
+    tokens: int | None,
+    seen: SeenTexts | None,
 ) -> Iterator[tuple[Item, Encoded | None]]:
     """What `items_of` gives, the chunks with their ids, from the workers of `pool`. Units that can
     be copied are not sent. `tokens` is what the data set holds before."""
 
-    def order_of(unit: tuple[Work, Stored | None]) -> Order | None:
+    def order_of(unit: tuple[PlannedUnit, StoredUnit | None]) -> EncodeRequest | None:
         work, stored = unit
         return None if stored else _order(job, work)
 
     remember_kept(job, seen)
-    for (work, stored), delivery in in_order(pool, planned(job, tokens), order_of):
+    for (work, stored), delivery in map_in_order(pool, planned(job, tokens), order_of):
         if stored:
             remember(job, work, seen)
             yield (work, stored), None
@@ -163,11 +166,11 @@ def delivered(
             yield (work, item), encoded
 
 
-def _order(job: Job, work: Work) -> Order:
+def _order(job: DatasetBuild, work: PlannedUnit) -> EncodeRequest:
     data, source = job.plan.data, work.source
     if not source.file.filesystem:
         source = replace(source, file=replace(source.file, folder=str(Path.cwd())))
-    return Order(
+    return EncodeRequest(
         source,
         work.source.file.size_bytes(),
         work.unit,
@@ -181,12 +184,12 @@ def _order(job: Job, work: Work) -> Order:
 Items = Iterator[tuple[Batch | UnitEnd, Encoded | None]]
 
 
-def _all(delivery: Delivery) -> Items:
+def _all(delivery: EncodeResult) -> Items:
     yield from delivery.batches
     yield delivery.end, None
 
 
-def _without_duplicates(delivery: Delivery, seen: SeenTexts) -> Items:
+def _without_duplicates(delivery: EncodeResult, seen: SeenTexts) -> Items:
     """The documents that `seen` does not know yet; the others are counted as "duplicate"."""
     size = HASH_BYTES
     hashes = (delivery.hashes[i : i + size] for i in range(0, len(delivery.hashes), size))

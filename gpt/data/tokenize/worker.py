@@ -24,8 +24,8 @@ from gpt.data.tokenize.encoders import (
     Chunk,
     Encoded,
     Encoder,
+    EncoderMismatchError,
     EngineName,
-    Mismatch,
     TiktokenEncoder,
     encode_chunk,
 )
@@ -37,13 +37,13 @@ class PipeClosed(Exception):  # noqa: N818 - the ordinary end of a conversation
     """The other side is gone."""
 
 
-def open_encoder(engine: EngineName) -> Encoder:
+def load_encoder(engine: EngineName) -> Encoder:
     """Load what the engine needs; 0.2 to 0.5 s."""
     tokenizer.load_tokenizer()
     if engine == "gigatoken":
-        from gpt.data.tokenize.gigatoken_encoder import CheckedGigatoken
+        from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder
 
-        return CheckedGigatoken()
+        return GigatokenEncoder()
     return TiktokenEncoder()
 
 
@@ -68,10 +68,11 @@ def send_failure(pipe: IO[bytes], kind: Failure, text: str) -> None:
 
 
 def receive_encoded(pipe: IO[bytes]) -> Encoded:
-    """Raises `PipeClosed`, `Mismatch`, and `RuntimeError` with the worker's own traceback."""
+    """Raises `PipeClosed`, `EncoderMismatchError`, and `RuntimeError` with the worker's own
+    traceback."""
     status, counts, ids = (_get(pipe) for _ in range(3))
     if status == b"mismatch":
-        raise Mismatch(ids.decode())
+        raise EncoderMismatchError(ids.decode())
     if status == b"error":
         raise RuntimeError(f"in a tokenising worker:\n{ids.decode()}")
     return Encoded(np.frombuffer(ids, "<u2"), np.frombuffer(counts, "<u8"))
@@ -108,9 +109,9 @@ def serve(
         while True:
             chunk = receive_chunk(incoming)
             try:
-                encoder = encoder or open_encoder(engine)
+                encoder = encoder or load_encoder(engine)
                 encoded = encode_chunk(encoder, chunk)
-            except Mismatch as difference:
+            except EncoderMismatchError as difference:
                 send_failure(outgoing, "mismatch", str(difference))
             except Exception:
                 send_failure(outgoing, "error", traceback.format_exc())
@@ -132,7 +133,7 @@ def main() -> None:
     pipes = [tuple(map(int, pair.split(","))) for pair in sys.argv[2:]]
     encoder = None
     with contextlib.suppress(Exception):  # told with the first chunk, for which it is tried again
-        encoder = open_encoder(engine)
+        encoder = load_encoder(engine)
     gc.freeze()  # a collection would write to pages that the workers share
     workers: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: _kill(workers))

@@ -19,7 +19,14 @@ from gpt.artifacts import Shard
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenize.chunks import Batch, UnitEnd
 from gpt.data.tokenize.encoders import Encoded, EngineName
-from gpt.data.tokenize.units import SPLITS, Entry, IdsDigest, Journal, Stored, Tally
+from gpt.data.tokenize.units import (
+    SPLITS,
+    IdsDigest,
+    JournalEntry,
+    StoredUnit,
+    UnitCounts,
+    UnitJournal,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +65,15 @@ class Assembly:
         tokens_per_shard: int,
         engine: EngineName,
         max_tokens: int | None,
-        kept: Sequence[Entry],
+        kept: Sequence[JournalEntry],
     ) -> None:
-        self.total = Tally()
+        self.total = UnitCounts()
         for entry in kept:
             self.total.add(entry.tally)
         self.full = any(not entry.whole for entry in kept)
         self._engine, self._max_tokens = engine, max_tokens
         self._stack = ExitStack()
-        self._journal = Journal(folder, tokens_per_shard, kept)
+        self._journal = UnitJournal(folder, tokens_per_shard, kept)
         self._stack.callback(self._journal.close)
         self._writers = {
             name: self._stack.enter_context(
@@ -88,7 +95,7 @@ class Assembly:
         self._stack.__exit__(kind, error, trace)
 
     def _begin(self) -> None:
-        self._unit = Tally()
+        self._unit = UnitCounts()
         self._digests = {name: IdsDigest() for name in SPLITS}
         self._open_tokens = 0
         self._held: Parts | None = None
@@ -146,13 +153,13 @@ class Assembly:
         if sums.size:
             self._open_tokens = int(sums[-1] - (ends[-1] if ends.size else 0))
 
-    def end_unit(self, key: str, end: UnitEnd) -> Tally:
+    def end_unit(self, key: str, end: UnitEnd) -> UnitCounts:
         """Close a unit: its ids first, then its line in the journal. What it came to."""
         self._unit.rows += end.rows
         self._unit.skipped.update(end.skipped)
         return self._journalled(key, self._engine, not self.full)
 
-    def copy(self, stored: Stored) -> Tally:
+    def copy(self, stored: StoredUnit) -> UnitCounts:
         """Take a unit over as it lies in another data set. It must be intact."""
         for name in SPLITS:
             for ids in stored.ids(name):
@@ -161,12 +168,12 @@ class Assembly:
         self._unit.add(stored.entry.tally)
         return self._journalled(stored.entry.key, stored.entry.engine, True)
 
-    def _journalled(self, key: str, engine: str, whole: bool) -> Tally:
+    def _journalled(self, key: str, engine: str, whole: bool) -> UnitCounts:
         for name in SPLITS:
             self._writers[name].flush()
             self._unit.sides[name].digest = self._digests[name].hexdigest()
         tally = self._unit
-        self._journal.append(Entry(key, engine, tally, whole))
+        self._journal.append(JournalEntry(key, engine, tally, whole))
         self.total.add(tally)
         self._begin()
         return tally

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from gpt.artifacts import CheckpointRef
 from gpt.config.schema import RunConfig
 from gpt.errors import CheckpointError, Problem
-from gpt.files import sha256_of, sync
+from gpt.files import compute_sha256, sync
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import (
     MARKER_FILE,
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     RANDOM_FILE,
-    Progress,
-    damaged,
+    TrainingProgress,
+    check_free_space,
+    checkpoint_ref,
+    damaged_error,
     is_complete,
+    prune_checkpoints,
     read_progress,
-    reference,
-    refuse_without_room,
-    remove_leftovers,
-    remove_surplus,
+    remove_partial_checkpoints,
 )
-from gpt.training.distributed.sharding import load_weights, share_of, whole
-from gpt.training.identity import shaping_values
+from gpt.training.distributed.sharding import load_full_weights, shard_like, whole
+from gpt.training.identity import identity_values
 
 SMALL_FILES_BYTES = 1_000_000
 """More than random states, progress, config and checksums take."""
@@ -46,7 +46,7 @@ class Snapshot:
     """A checkpoint in memory, on the CPU, sharing nothing with the network."""
 
     config: RunConfig
-    progress: Progress
+    progress: TrainingProgress
     tensors: Mapping[str, Mapping[str, Tensor]]
     """File name -> tensor name -> tensor."""
 
@@ -61,7 +61,7 @@ def take_snapshot(
     config: RunConfig,
     model: nn.Module,
     optimizers: Optimizers,
-    progress: Progress,
+    progress: TrainingProgress,
     keep: bool = True,
 ) -> Snapshot:
     """Whole tensors, for which every process of a group must ask; those that do not `keep` them
@@ -69,7 +69,7 @@ def take_snapshot(
     tensors = {
         MODEL_FILE: model.state_dict(),
         OPTIMIZER_FILE: _optimizer_tensors(model, optimizers),
-        RANDOM_FILE: random_states(),
+        RANDOM_FILE: get_random_states(),
     }
     copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
     for file, named in tensors.items():
@@ -93,15 +93,15 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> CheckpointRef:
     final = parent / f"step-{progress.step:08d}"
     writing = parent / f".writing-{final.name}"
     parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    remove_partial_checkpoints(folder)
     if not is_complete(final):
-        refuse_without_room(parent, snapshot.size_bytes)
+        check_free_space(parent, snapshot.size_bytes)
         _write_files(writing, snapshot)
         shutil.rmtree(final, ignore_errors=True)  # it lacks its marker, so it counts for nothing
         writing.rename(final)
         sync(parent)
-    remove_surplus(folder, snapshot.config.training)
-    return reference(final, progress)
+    prune_checkpoints(folder, snapshot.config.training)
+    return checkpoint_ref(final, progress)
 
 
 def _write_files(writing: Path, snapshot: Snapshot) -> None:
@@ -113,7 +113,7 @@ def _write_files(writing: Path, snapshot: Snapshot) -> None:
     files = sorted(writing.iterdir())
     for path in files:
         sync(path)
-    checksums = {path.name: sha256_of(path) for path in files}
+    checksums = {path.name: compute_sha256(path) for path in files}
     (writing / MARKER_FILE).write_text(json.dumps(checksums, indent=2))
     sync(writing / MARKER_FILE)
     sync(writing)
@@ -122,36 +122,37 @@ def _write_files(writing: Path, snapshot: Snapshot) -> None:
 # --- loaded --------------------------------------------------------------------------------------
 
 
-def restore(
+def load_checkpoint(
     checkpoint: Path,
     config: RunConfig,
     dataset_fingerprint: str,
     model: nn.Module,
     optimizers: Optimizers,
-) -> Progress:
-    """Load weights, optimizer and random states of a checkpoint that `sound_checkpoint` gave.
+) -> TrainingProgress:
+    """Load weights, optimizer and random states of a checkpoint that `latest_valid_checkpoint`
+    gave.
 
     Raises `CheckpointError` naming what differs where it belongs to another model, data set or
     optimizer than the config's.
     """
     progress = read_progress(checkpoint)
     _refuse_another_run(checkpoint, progress, config, dataset_fingerprint)
-    load_weights(model, load_file(checkpoint / MODEL_FILE))
+    load_full_weights(model, load_file(checkpoint / MODEL_FILE))
     _load_optimizers(load_file(checkpoint / OPTIMIZER_FILE), model, optimizers)
     set_random_states(load_file(checkpoint / RANDOM_FILE))
     return progress
 
 
 def _refuse_another_run(
-    checkpoint: Path, progress: Progress, config: RunConfig, dataset_fingerprint: str
+    checkpoint: Path, progress: TrainingProgress, config: RunConfig, dataset_fingerprint: str
 ) -> None:
     path = checkpoint / CONFIG_FILE
     try:
         written = RunConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise damaged(path, str(error).splitlines()[0]) from error
-    theirs = shaping_values(written, progress.dataset_fingerprint)
-    ours = shaping_values(config, dataset_fingerprint)
+        raise damaged_error(path, str(error).splitlines()[0]) from error
+    theirs = identity_values(written, progress.dataset_fingerprint)
+    ours = identity_values(config, dataset_fingerprint)
     problems = [
         Problem(
             key,
@@ -190,14 +191,14 @@ def _load_optimizers(
         saved = optimizer.state_dict()
         order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         saved["state"] = {
-            i: {key: share_of(value, parameters[name]) for key, value in states[name].items()}
+            i: {key: shard_like(value, parameters[name]) for key, value in states[name].items()}
             for i, name in enumerate(order)
             if name in states
         }
         optimizer.load_state_dict(saved)
 
 
-def random_states() -> dict[str, Tensor]:
+def get_random_states() -> dict[str, Tensor]:
     """torch's random states, of the CPU and of the current GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -206,7 +207,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: Mapping[str, Tensor]) -> None:
-    """Put back what `random_states` gave."""
+    """Put back what `get_random_states` gave."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gpt.artifacts import CheckpointRef
 from gpt.config.schema import TrainingSection
 from gpt.errors import CheckpointError, Problem
-from gpt.files import sha256_of, write_text
+from gpt.files import compute_sha256, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ DAMAGED = "damaged-"
 ABANDONED = "abandoned-"
 
 
-class Progress(BaseModel):
+class TrainingProgress(BaseModel):
     """How far the run has come. `position` counts training sequences taken or passed over."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,24 +63,24 @@ class Best(BaseModel):
 # --- kept or not ----------------------------------------------------------------------------------
 
 
-def refuse_without_room(parent: Path, size_bytes: int) -> None:
+def check_free_space(parent: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < size_bytes:
         rule = f"{os.strerror(errno.ENOSPC)}: {size_bytes:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, rule, str(parent))
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_partial_checkpoints(folder: Path) -> None:
     """What a process left behind that was killed while it wrote or removed a checkpoint."""
     for path in (folder / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_surplus(folder: Path, training: TrainingSection) -> None:
+def prune_checkpoints(folder: Path, training: TrainingSection) -> None:
     """Keeps the newest `checkpoints_kept`, every `checkpoint_keep_every`-th step, and the best."""
     complete, best = complete_checkpoints(folder), read_best(folder)
     for path in complete[training.checkpoints_kept :]:
-        step, every = step_of(path), training.checkpoint_keep_every
+        step, every = checkpoint_step(path), training.checkpoint_keep_every
         if not (best and step == best.step) and not (every and step % every == 0):
             _remove_checkpoint(path)
     for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
@@ -88,15 +88,15 @@ def remove_surplus(folder: Path, training: TrainingSection) -> None:
             _remove_checkpoint(path)
 
 
-def abandon_newest(folder: Path) -> None:
+def abandon_latest(folder: Path) -> None:
     """Set aside the newest checkpoint, if there is one before it, until a newer one is written."""
     complete = complete_checkpoints(folder)
     if len(complete) > 1:
         complete[0].rename(complete[0].with_name(ABANDONED + complete[0].name))
 
 
-def bring_back(folder: Path) -> None:
-    """Undo what `abandon_newest` did."""
+def restore_abandoned(folder: Path) -> None:
+    """Undo what `abandon_latest` did."""
     for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
         back = path.with_name(path.name.removeprefix(ABANDONED))
         if not back.exists():
@@ -110,7 +110,7 @@ def _remove_checkpoint(path: Path) -> None:
     shutil.rmtree(removing, ignore_errors=True)
 
 
-def note_batch_size(folder: Path, batch_size: int) -> None:
+def write_batch_size(folder: Path, batch_size: int) -> None:
     """The micro-batch with which a group starts again that ran out of memory."""
     write_text(folder / BATCH_SIZE_FILE, json.dumps(batch_size))
 
@@ -122,7 +122,7 @@ def read_batch_size(folder: Path) -> int | None:
         return None
 
 
-def note_best(folder: Path, step: int, loss: float) -> None:
+def record_best(folder: Path, step: int, loss: float) -> None:
     """Tell of the validation loss of a step that has a checkpoint."""
     best = read_best(folder)
     if best is None or loss < best.loss or best.step == step:  # the same step after a return
@@ -131,7 +131,7 @@ def note_best(folder: Path, step: int, loss: float) -> None:
 
 
 def read_best(folder: Path) -> Best | None:
-    """The best so far of those that `note_best` was told of, where it is still there."""
+    """The best so far of those that `record_best` was told of, where it is still there."""
     try:
         best = Best.model_validate_json((folder / "checkpoints" / BEST_FILE).read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -151,24 +151,24 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / MARKER_FILE).is_file()
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest_checkpoint(folder: Path) -> CheckpointRef | None:
     """The newest complete checkpoint below the run's `folder`, if any; its files unchecked."""
     for path in complete_checkpoints(folder):
-        return reference(path, read_progress(path))
+        return checkpoint_ref(path, read_progress(path))
     return None
 
 
-def sound_checkpoint(folder: Path) -> CheckpointRef | None:
+def latest_valid_checkpoint(folder: Path) -> CheckpointRef | None:
     """The newest checkpoint whose files are what was written. A newer one that fails is set aside
     under another name, with a warning."""
     for path in complete_checkpoints(folder):
         try:
-            verify(path)
-            return reference(path, read_progress(path))
+            verify_checkpoint(path)
+            return checkpoint_ref(path, read_progress(path))
         except CheckpointError as error:
             aside = _unused(path.with_name(DAMAGED + path.name))
             path.rename(aside)
@@ -190,31 +190,31 @@ def _unused(path: Path) -> Path:
     return free
 
 
-def read_progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: Path) -> TrainingProgress:
     """Raises `CheckpointError` where the file is missing or unreadable."""
     path = checkpoint / PROGRESS_FILE
     try:
-        return Progress.model_validate_json(path.read_text())
+        return TrainingProgress.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise damaged(path, str(error).splitlines()[0]) from error
+        raise damaged_error(path, str(error).splitlines()[0]) from error
 
 
-def verify(checkpoint: Path) -> None:
+def verify_checkpoint(checkpoint: Path) -> None:
     """Raises `CheckpointError` naming the first file that is missing or altered."""
     marker = checkpoint / MARKER_FILE
     try:
         checksums = json.loads(marker.read_text())
     except (OSError, ValueError) as error:
-        raise damaged(marker, "missing or unreadable") from error
+        raise damaged_error(marker, "missing or unreadable") from error
     for name, checksum in checksums.items():
         path = checkpoint / name
         if not path.is_file():
-            raise damaged(path, "missing")
-        if sha256_of(path) != checksum:
-            raise damaged(path, "its sha256 is not the one written down when it was made")
+            raise damaged_error(path, "missing")
+        if compute_sha256(path) != checksum:
+            raise damaged_error(path, "its sha256 is not the one written down when it was made")
 
 
-def reference(path: Path, progress: Progress) -> CheckpointRef:
+def checkpoint_ref(path: Path, progress: TrainingProgress) -> CheckpointRef:
     return CheckpointRef(
         folder=path,
         step=progress.step,
@@ -223,6 +223,6 @@ def reference(path: Path, progress: Progress) -> CheckpointRef:
     )
 
 
-def damaged(path: Path, what: str) -> CheckpointError:
+def damaged_error(path: Path, what: str) -> CheckpointError:
     remedy = f"remove {path.parent} to go on from the checkpoint before it"
     return CheckpointError(Problem(str(path), "", what, remedy))

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gpt.training.checkpoint.format import Snapshot, write_checkpoint
-from gpt.training.thread_priority import yield_to_training
+from gpt.training.thread_priority import lower_thread_priority
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class CheckpointWriter:
         self.wait()
 
     def _run(self, snapshot: Snapshot) -> None:
-        yield_to_training()
+        lower_thread_priority()
         try:
             while not self._tried(snapshot):
                 if self._giving_up.wait(RETRY_SECONDS):

@@ -14,12 +14,12 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-ADDRESS = "OVERNIGHT_LINE"
+IPC_ADDRESS = "OVERNIGHT_LINE"
 """Environment variable: the socket's path."""
 STOP = "stop"
 
 
-class Line:
+class IPCServer:
     """The end of whoever started the group."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Line:
                 self._connections.append(connection)
 
     @property
-    def is_open(self) -> bool:
+    def has_clients(self) -> bool:
         """Whether there is a process at the other end."""
         return bool(self._connections)
 
@@ -52,7 +52,7 @@ class Line:
             except (EOFError, OSError):  # it ended; the launcher says how
                 self._connections.remove(ready)
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         if self._asked_to_stop:
             return
         self._asked_to_stop = True
@@ -68,13 +68,13 @@ class Line:
         self._folder.cleanup()
 
 
-class Speaker(logging.Handler):
+class IPCClient(logging.Handler):
     """The end of one process of the group, which also hands on its log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         try:
-            self._connection = Client(os.environ[ADDRESS], "AF_UNIX")
+            self._connection = Client(os.environ[IPC_ADDRESS], "AF_UNIX")
         except OSError:
             self._end()
         self._sending = threading.Lock()

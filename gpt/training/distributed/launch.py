@@ -24,13 +24,18 @@ from pydantic import BaseModel, ConfigDict
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.tokenize.pool import cpus
-from gpt.errors import ConfigError, GPTError, GroupError, Problem
+from gpt.data.tokenize.pool import available_cpus
+from gpt.errors import ConfigError, DistributedError, GPTError, Problem
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.distributed.ipc import ADDRESS, Line
-from gpt.training.distributed.process_group import LEADS
-from gpt.training.distributed.rendezvous import interface_of, leads, own_address, wait_for
-from gpt.training.loop import StepRecord, never, train
+from gpt.training.distributed.ipc import IPC_ADDRESS, IPCServer
+from gpt.training.distributed.process_group import IS_MAIN_MACHINE
+from gpt.training.distributed.rendezvous import (
+    find_interface,
+    is_main_machine,
+    local_address,
+    wait_for_main_machine,
+)
+from gpt.training.loop import StepRecord, never_stop, train
 from gpt.training.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,7 @@ JOIN_SECONDS = 24 * 3600
 """How long machines wait for one another: one of them may be mended first."""
 
 
-class Work(BaseModel):
+class RunSpec(BaseModel):
     """What the leading machine tells the others."""
 
     model_config = ConfigDict(frozen=True)
@@ -53,88 +58,90 @@ class Work(BaseModel):
     folder: Path
 
 
-class Task(BaseModel):
+class WorkerSpec(BaseModel):
     """What a process is started with."""
 
     model_config = ConfigDict(frozen=True)
 
     config: RunConfig
-    work: Work | None = None
+    work: RunSpec | None = None
     """Where this machine leads."""
 
 
 @dataclass(frozen=True)
-class Started:
+class GroupStarted:
     """The group stands at this step, and trains on from there."""
 
     step: int
 
 
 @dataclass(frozen=True)
-class Ended:
+class WorkerFailed:
     """A process of the group ended by an error that another attempt may mend."""
 
     reason: str
 
 
-def train_on_all(
+def launch_training(
     config: RunConfig,
     dataset: DatasetManifest,
     folder: Path,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] = never_stop,
 ) -> Iterator[StepRecord]:
     """`gpt.training.loop.train` on `hardware.devices` of `hardware.nodes` machines: the same
     records, checkpoints and errors, whatever their number.
 
     After a restart of the group steps since its checkpoint are told again. Raises `ConfigError`
-    where this machine has fewer GPUs, `GroupError` after `hardware.restarts`.
+    where this machine has fewer GPUs, `DistributedError` after `hardware.restarts`.
     """
     if config.hardware.devices * config.hardware.nodes == 1:
         yield from train(config, dataset, folder, stop)
         return
     _refuse_missing_devices(config)
-    task = Task(config=config, work=Work(dataset=dataset, folder=folder.resolve()))
+    task = WorkerSpec(config=config, work=RunSpec(dataset=dataset, folder=folder.resolve()))
     with run_lock(folder):
-        yield from launched(task, folder / "group", stop)
+        yield from launch_workers(task, folder / "group", stop)
     checkpoint = latest_checkpoint(folder)
     if not stop() and not (checkpoint and checkpoint.finished):
         raise _gave_up(config, folder / "group", "another machine stopped it")
 
 
-def take_part(config: RunConfig) -> None:
+def join_training(config: RunConfig) -> None:
     """Lend this machine's devices to the run that the machine at `hardware.rendezvous` leads, until
-    that ends; waits for it, and for it to come back. Raises `ConfigError` as `train_on_all`, and
+    that ends; waits for it, and for it to come back. Raises `ConfigError` as `launch_training`, and
     what ends the run."""
     _refuse_missing_devices(config)
     while True:
-        wait_for(config.hardware.rendezvous)
+        wait_for_main_machine(config.hardware.rendezvous)
         try:
-            for _ in launched(Task(config=config), config.run.root / "group"):
+            for _ in launch_workers(WorkerSpec(config=config), config.run.root / "group"):
                 pass
             return
-        except GroupError as error:  # cut off from the others
+        except DistributedError as error:  # cut off from the others
             logger.warning("%s", error.problems[0].rule)
 
 
-def launched(task: Task, logs: Path, stop: Callable[[], bool] = never) -> Iterator[StepRecord]:
+def launch_workers(
+    task: WorkerSpec, logs: Path, stop: Callable[[], bool] = never_stop
+) -> Iterator[StepRecord]:
     """This machine's part of a run, through torch's launcher: its records, where it leads. What the
     launcher and its processes say goes below `logs`."""
     told = _Told()
     with _line() as line, _launcher(task, line, logs) as launcher:
         try:
-            while launcher.poll() is None or line.is_open:
+            while launcher.poll() is None or line.has_clients:
                 for message in line.messages(POLL_SECONDS):
                     if isinstance(message, StepRecord):
                         yield message
                     else:
                         told.take(message)
                 if stop():
-                    line.ask_to_stop()
+                    line.request_stop()
         except GPTError:
             raise
         except BaseException:  # whoever reads this leaves
             if task.work:  # not without a checkpoint; where another machine leads, the run goes on
-                line.ask_to_stop()
+                line.request_stop()
                 with suppress(subprocess.TimeoutExpired):
                     launcher.wait(LEAVE_SECONDS)
             raise
@@ -148,15 +155,15 @@ class _Told:
     def __init__(self) -> None:
         self._starts, self._end_told = 0, False
 
-    def take(self, message: logging.LogRecord | Started | Ended | GPTError) -> None:
+    def take(self, message: logging.LogRecord | GroupStarted | WorkerFailed | GPTError) -> None:
         match message:
             case logging.LogRecord():
                 logging.getLogger(message.name).handle(message)
-            case Started(step):
+            case GroupStarted(step):
                 if self._starts:
                     logger.warning("all devices started again, after step %d", step)
                 self._starts, self._end_told = self._starts + 1, False
-            case Ended(reason):
+            case WorkerFailed(reason):
                 if not self._end_told:  # the others follow
                     logger.warning("the process of a device ended: %s", reason)
                 self._end_told = True
@@ -165,8 +172,8 @@ class _Told:
 
 
 @contextmanager
-def _line() -> Iterator[Line]:
-    line = Line()
+def _line() -> Iterator[IPCServer]:
+    line = IPCServer()
     try:
         yield line
     finally:
@@ -174,7 +181,7 @@ def _line() -> Iterator[Line]:
 
 
 @contextmanager
-def _launcher(task: Task, line: Line, logs: Path) -> Iterator[subprocess.Popen]:
+def _launcher(task: WorkerSpec, line: IPCServer, logs: Path) -> Iterator[subprocess.Popen]:
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="overnight-") as folder:
         path = Path(folder, "task.json")
@@ -201,17 +208,20 @@ def _command(config: RunConfig, logs: Path) -> list[str]:
         *("--nnodes", str(hardware.nodes), "--nproc-per-node", str(hardware.devices)),
         *("--max-restarts", str(hardware.restarts), "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", hardware.rendezvous or "127.0.0.1:0"),
-        *("--rdzv-id", config.run.name, "--local-addr", own_address(hardware.rendezvous)),
-        *("--rdzv-conf", f"join_timeout={JOIN_SECONDS},is_host={int(leads(hardware.rendezvous))}"),
+        *("--rdzv-id", config.run.name, "--local-addr", local_address(hardware.rendezvous)),
+        *(
+            "--rdzv-conf",
+            f"join_timeout={JOIN_SECONDS},is_host={int(is_main_machine(hardware.rendezvous))}",
+        ),
         *("--log-dir", str(logs.resolve()), "--redirects", "3"),
         *("-m", "gpt.gc_tuning", "gpt.training.distributed.worker"),
     ]
 
 
-def _environment(task: Task, line: Line) -> dict[str, str]:
+def _environment(task: WorkerSpec, line: IPCServer) -> dict[str, str]:
     hardware = task.config.hardware
-    interface = interface_of(own_address(hardware.rendezvous))
-    threads = max(1, cpus() // hardware.devices)
+    interface = find_interface(local_address(hardware.rendezvous))
+    threads = max(1, available_cpus() // hardware.devices)
     return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": interface,
@@ -220,8 +230,8 @@ def _environment(task: Task, line: Line) -> dict[str, str]:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **({"NCCL_SOCKET_IFNAME": interface} if hardware.rendezvous else {}),
         **os.environ,
-        ADDRESS: line.address,
-        LEADS: "1" if task.work else "0",
+        IPC_ADDRESS: line.address,
+        IS_MAIN_MACHINE: "1" if task.work else "0",
     }
 
 
@@ -247,7 +257,7 @@ def _refuse_missing_devices(config: RunConfig) -> None:
         raise ConfigError(Problem("hardware.devices", str(wanted), rule, remedy))
 
 
-def _gave_up(config: RunConfig, logs: Path, what: str) -> GroupError:
+def _gave_up(config: RunConfig, logs: Path, what: str) -> DistributedError:
     rule = f"{what}, after at most {config.hardware.restarts} new starts"
     remedy = f"what its processes said last is in {logs}; the same command goes on"
-    return GroupError(Problem("hardware.devices", str(config.hardware.devices), rule, remedy))
+    return DistributedError(Problem("hardware.devices", str(config.hardware.devices), rule, remedy))

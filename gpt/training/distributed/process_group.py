@@ -20,12 +20,12 @@ from gpt.hardware.device import pick_device
 
 T = TypeVar("T")
 
-LEADS = "OVERNIGHT_LEADS"
+IS_MAIN_MACHINE = "OVERNIGHT_LEADS"
 """Set to 1 for the processes of the machine that keeps the run's records."""
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     rank: int = 0
     size: int = 1
     leader: int = 0
@@ -36,15 +36,15 @@ class Group:
         return self.size == 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == self.leader
 
-    def agreed(self, decide: Callable[[], T]) -> T:
+    def broadcast_from_main(self, decide: Callable[[], T]) -> T:
         """The leader's `decide()`, in every process; a `GPTError` that it raises likewise."""
         if self.alone:
             return decide()
         answer: list[Any] = [None, None]
-        if self.leads:
+        if self.is_main_process:
             try:
                 answer[0] = decide()
             except GPTError as error:
@@ -62,28 +62,28 @@ class Group:
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised.item())
 
-    def summed(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over the processes, in place."""
         if not self.alone:
             dist.all_reduce(value)
         return value
 
 
-ALONE = Group()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def join_group(device_type: str, timeout_seconds: float) -> Group:
+def join_process_group(device_type: str, timeout_seconds: float) -> ProcessGroup:
     """Meet the other processes, in one that the launcher started."""
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     rank, size = dist.get_rank(), dist.get_world_size()
-    mine = os.environ.get(LEADS) == "1" and os.environ["LOCAL_RANK"] == "0"
-    leads: list[Any] = [None] * size
-    dist.all_gather_object(leads, mine)
-    return Group(rank, size, leads.index(True))
+    mine = os.environ.get(IS_MAIN_MACHINE) == "1" and os.environ["LOCAL_RANK"] == "0"
+    is_main_process: list[Any] = [None] * size
+    dist.all_gather_object(is_main_process, mine)
+    return ProcessGroup(rank, size, is_main_process.index(True))
 
 
-def own_device(name: str) -> torch.device:
+def local_device(name: str) -> torch.device:
     """The device that `hardware.device` names; in a group on GPUs each process has its own."""
     device = pick_device(name)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -92,6 +92,6 @@ def own_device(name: str) -> torch.device:
     return device
 
 
-def leave_group() -> None:
+def leave_process_group() -> None:
     with suppress(RuntimeError):  # the others may be gone already
         dist.destroy_process_group()

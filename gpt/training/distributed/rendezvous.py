@@ -16,7 +16,7 @@ LOOPBACK = "127.0.0.1"
 PAUSE_SECONDS = 2.0
 
 
-def own_address(rendezvous: str) -> str:
+def local_address(rendezvous: str) -> str:
     """This machine's address as the one at `rendezvous` (host:port) sees it; without one the
     loopback. Raises OSError where there is no way there."""
     if not rendezvous:
@@ -28,7 +28,7 @@ def own_address(rendezvous: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def interface_of(address: str) -> str:
+def find_interface(address: str) -> str:
     """The network interface that has it."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in addresses):
@@ -36,7 +36,7 @@ def interface_of(address: str) -> str:
     raise OSError(f"no network interface has the address {address}")
 
 
-def wait_for(rendezvous: str) -> None:
+def wait_for_main_machine(rendezvous: str) -> None:
     """Until the machine there leads a run."""
     host, _, port = rendezvous.rpartition(":")
     told = False
@@ -51,7 +51,7 @@ def wait_for(rendezvous: str) -> None:
         time.sleep(PAUSE_SECONDS)
 
 
-def leads(rendezvous: str) -> bool:
+def is_main_machine(rendezvous: str) -> bool:
     """Whether this machine is the one that `rendezvous` names. Raises `ConfigError` where there is
     no such machine."""
     if not rendezvous:

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.transformer import GPT
-from gpt.training.distributed.process_group import Group
+from gpt.training.distributed.process_group import ProcessGroup
 
 
-def shard(model: GPT, group: Group) -> None:
+def shard(model: GPT, group: ProcessGroup) -> None:
     """Keep this process's share of each parameter alone. The rest of a block is gathered when the
     block is reached, and let go of after it."""
     kind = next(model.parameters()).device.type
@@ -37,7 +37,7 @@ def replicate(model: GPT) -> DistributedDataParallel:
 
 
 @contextmanager
-def exchanging(network: nn.Module, exchange: bool) -> Iterator[None]:
+def gradient_sync(network: nn.Module, exchange: bool) -> Iterator[None]:
     """Add up the gradients of all devices after the backward inside, or not yet."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(exchange)
@@ -50,13 +50,13 @@ def exchanging(network: nn.Module, exchange: bool) -> Iterator[None]:
         yield
 
 
-def keeps_gradients(network: nn.Module) -> bool:
+def keeps_gradient_buckets(network: nn.Module) -> bool:
     """Whether gradients stay where they are between steps: in the buckets that are exchanged, of
     which there would be a second set else."""
     return isinstance(network, DistributedDataParallel)
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Of what a forward without a backward gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -67,13 +67,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_full_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Whole tensors into a network that may be sharded."""
     here = model.state_dict()
-    model.load_state_dict({name: share_of(t, here[name]) for name, t in tensors.items()})
+    model.load_state_dict({name: shard_like(t, here[name]) for name, t in tensors.items()})
 
 
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor, which every process has, what this one keeps of `like`."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor

@@ -7,38 +7,38 @@ from pathlib import Path
 import polars
 import pytest
 from overnight_command import overnight as in_a_process
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import small_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from flows.cli.model_choice import asked_of, facts_of
+from flows.cli.model_choice import evaluation_config, read_model_facts
 from gpt.artifacts import EvaluationReport
 from gpt.errors import CheckpointError, ConfigError, ExchangeError, GenerationError
-from gpt.evaluation.heldout import heldout_running
-from gpt.evaluation.progress import finish
-from gpt.evaluation.report_store import keep_report
+from gpt.evaluation.heldout import evaluate_heldout
+from gpt.evaluation.progress import run_to_completion
+from gpt.evaluation.report_store import save_report
 from gpt.hardware.device import pick_device
-from gpt.model.io import load_saved
-from gpt.preflight.named_files import model_to_begin_with
+from gpt.model.io import load_model
+from gpt.preflight.named_files import check_init_from
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.identity import run_identity
 from gpt.training.loop import train
-from gpt.training.run_dir import open_run_folder
+from gpt.training.run_dir import open_run_dir
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("root")
-    dataset = token_dataset(root / "datasets" / "0123")
+    dataset = make_token_dataset(root / "datasets" / "0123")
     config = small_config(root)
-    folder = open_run_folder(config, dataset)
+    folder = open_run_dir(config, dataset)
     list(train(config, dataset, folder))
     report = EvaluationReport(
         step=20, tokens=64, loss=9.5, perplexity=13_000.0, bits_per_byte=3.0, samples=()
     )
-    keep_report(folder, config, report)
+    save_report(folder, config, report)
     return folder
 
 
@@ -95,24 +95,28 @@ def test_a_run_and_an_imported_model_are_evaluated_as_asked(run_folder, tmp_path
     overnight("export", run_folder, tmp_path / "hf")
     overnight("import-hf", tmp_path / "hf", tmp_path / "back")
     with pytest.raises(ConfigError, match="--config CONFIG"):
-        asked_of(tmp_path / "back", facts_of(tmp_path / "back"), None, {})
+        evaluation_config(tmp_path / "back", read_model_facts(tmp_path / "back"), None, {})
     config = tmp_path / "c.toml"
     config.write_text(
         '[run]\nname = "c"\n[data]\nsource = "x"\n[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\n'
         "block_size = 4\n[training]\nbatch_size = 1\ngrad_acc = 1\nmax_steps = 1\n"
         "[evaluation]\ntokens = 64\n"
     )
-    again = asked_of(tmp_path / "back", facts_of(tmp_path / "back"), str(config), {})
+    again = evaluation_config(
+        tmp_path / "back", read_model_facts(tmp_path / "back"), str(config), {}
+    )
     assert (again.model.n_embd, again.evaluation.tokens) == (16, 64)
     model, dataset = (
-        load_saved(tmp_path / "back", pick_device("cpu")),
-        facts_of(latest_checkpoint(run_folder).folder).dataset,
+        load_model(tmp_path / "back", pick_device("cpu")),
+        read_model_facts(latest_checkpoint(run_folder).folder).dataset,
     )
-    assert finish(heldout_running(model, again, dataset)).loss == pytest.approx(report.loss, 1e-5)
+    assert run_to_completion(evaluate_heldout(model, again, dataset)).loss == pytest.approx(
+        report.loss, 1e-5
+    )
 
 
 def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
-    dataset = token_dataset(tmp_path / "datasets" / "0123")
+    dataset = make_token_dataset(tmp_path / "datasets" / "0123")
     source = latest_checkpoint(run_folder).folder
     config = small_config(tmp_path, training__init_from=str(source))
     first = next(iter(train(config, dataset, tmp_path / "further")))
@@ -120,12 +124,12 @@ def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
     assert first.validation.loss < fresh.validation.loss - 0.5
     assert run_identity(config, "x") != run_identity(small_config(tmp_path), "x")
     wider = small_config(tmp_path, training__init_from=str(source), model__n_embd=32)
-    problem = model_to_begin_with(wider)
+    problem = check_init_from(wider)
     assert "n_embd 16 where [model] has 32" in problem.rule
     assert "--set model.n_embd=16" in problem.remedy
-    assert model_to_begin_with(config) is None
+    assert check_init_from(config) is None
     missing = small_config(tmp_path, training__init_from=str(tmp_path))
-    assert "no model.safetensors" in model_to_begin_with(missing).rule
+    assert "no model.safetensors" in check_init_from(missing).rule
 
 
 def test_mistakes_are_told(run_folder, tmp_path):
@@ -140,6 +144,6 @@ def test_mistakes_are_told(run_folder, tmp_path):
     with pytest.raises(ExchangeError, match="cannot be read"):
         overnight("import-hf", tmp_path, tmp_path / "x")
     empty = small_config(tmp_path, training__seed=2)
-    folder = open_run_folder(empty, token_dataset(tmp_path / "datasets" / "0123"))
+    folder = open_run_dir(empty, make_token_dataset(tmp_path / "datasets" / "0123"))
     with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
         overnight("generate", "--model", folder, "The")

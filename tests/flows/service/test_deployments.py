@@ -25,7 +25,7 @@ from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from flows.runtime.environment import COMPUTE, service_environment
-from flows.service.supervisor import POOL, Settings, only_service, published
+from flows.service.supervisor import POOL, ServiceSettings, hold_service_lock, publish_service
 
 ROOT = Path(__file__).resolve().parents[3]
 PROJECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -189,9 +189,11 @@ def test_a_password_in_a_named_address_is_not_written_down(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     named = "postgresql://me:secret@db/mlflow"
-    settings = Settings(tmp_path / "runs", "127.0.0.1", free_port(), 5000, mlflow_named=named)
+    settings = ServiceSettings(
+        tmp_path / "runs", "127.0.0.1", free_port(), 5000, external_mlflow=named
+    )
     assert settings.environment["MLFLOW_TRACKING_URI"] == named
-    with only_service(settings), published(settings):
+    with hold_service_lock(settings), publish_service(settings):
         written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
         assert any(settings.api_url in text for text in written)
         assert not any("secret" in text for text in written)

@@ -10,13 +10,13 @@ import pytest
 
 from flows.service import doctor
 from flows.service.doctor import FAULT, GOOD, NOTE, Finding
-from flows.service.supervisor import Settings
+from flows.service.supervisor import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def settings(root: Path, **named: str) -> Settings:
-    return Settings(root, "127.0.0.1", 1, 2, **named)
+def settings(root: Path, **named: str) -> ServiceSettings:
+    return ServiceSettings(root, "127.0.0.1", 1, 2, **named)
 
 
 def is_fault(finding: Finding, found: str, remedy: str) -> None:
@@ -26,7 +26,7 @@ def is_fault(finding: Finding, found: str, remedy: str) -> None:
 
 
 def test_a_sound_machine(tmp_path: Path) -> None:
-    levels = {f.what: f.level for f in doctor.examine_machine(settings(tmp_path), serves=False)}
+    levels = {f.what: f.level for f in doctor.check_machine(settings(tmp_path), serves=False)}
     assert levels.pop("Prefect's server") == NOTE
     assert levels.pop("GPU") in (GOOD, NOTE)
     assert set(levels.values()) == {GOOD}
@@ -104,7 +104,7 @@ def test_a_password_is_not_shown() -> None:
     ],
 )
 def test_a_prefect_server_that_is_away(tmp_path: Path, url: str, found: str, remedy: str) -> None:
-    (finding,) = doctor.prefect_server(settings(tmp_path, prefect_named=url))
+    (finding,) = doctor.prefect_server(settings(tmp_path, external_prefect=url))
     is_fault(finding, found, remedy)
 
 
@@ -119,5 +119,5 @@ def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
 
 
 def test_no_deployments_in_this_folder(tmp_path: Path) -> None:
-    (finding,) = doctor.what_is_deployed(None, tmp_path / "prefect.yaml")  # type: ignore[arg-type]
+    (finding,) = doctor.check_deployments(None, tmp_path / "prefect.yaml")  # type: ignore[arg-type]
     is_fault(finding, "no ", "checkout")

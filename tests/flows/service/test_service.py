@@ -33,10 +33,10 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Cancelled, Running
 
 from flows.service import deployments
-from flows.service.supervisor import POOL, Settings
+from flows.service.supervisor import POOL, ServiceSettings
 from gpt.config.loading import load_config
 from gpt.training.checkpoint.retention import latest_checkpoint
-from tasks.tracking.journal import METRICS, read_lines
+from tasks.tracking.journal import METRICS_FILE, read_metrics
 from tasks.tracking.runs import MlflowClient
 
 EXIT_SECONDS = 25.0
@@ -216,8 +216,8 @@ def test_one_key_is_changed_and_no_other(service: Service) -> None:
     ran = json.loads((folder / "config.json").read_text())
     asked = load_config(ROOT / "configs" / "tiny.toml", small(**named, training={"max_steps": 7}))
     assert ran == json.loads(asked.model_dump_json())
-    plain = load_config(ROOT / "configs" / "tiny.toml", small(**named)).flat()
-    assert [key for key, value in asked.flat().items() if plain[key] != value] == [
+    plain = load_config(ROOT / "configs" / "tiny.toml", small(**named)).flatten()
+    assert [key for key, value in asked.flatten().items() if plain[key] != value] == [
         "training.max_steps"
     ]
 
@@ -232,7 +232,7 @@ def run_folder(service: Service) -> Path | None:
 def last_step(service: Service) -> int:
     """The last one in the journal; 0 where there is none yet."""
     folder = run_folder(service)
-    lines, _ = read_lines(folder / METRICS) if folder else ([], 0)
+    lines, _ = read_metrics(folder / METRICS_FILE) if folder else ([], 0)
     return max((line.step for line in lines), default=0)
 
 
@@ -246,7 +246,7 @@ def in_training(service: Service, after: int, **training: Any) -> FlowRun:
 
 
 def pid_of(run: FlowRun) -> int:
-    pid = deployments.process_of(run)
+    pid = deployments.find_process(run)
     assert pid
     return pid
 
@@ -365,9 +365,9 @@ def test_a_file_that_has_come_starts_a_retraining_with_its_path(
             service.python(f"""
 from pathlib import Path
 from uuid import UUID
-from flows.service.events import send_arrival
+from flows.service.events import send_file_event
 for _ in range(2):
-    send_arrival(Path({str(arrived)!r}), UUID(int=7))
+    send_file_event(Path({str(arrived)!r}), UUID(int=7))
 """)
             wait_for("the second flow run", lambda: len(started()) == 2)
             watching.send_signal(signal.SIGINT)
@@ -401,7 +401,7 @@ def faults(service: Service) -> dict[str, dict[str, str]]:
 
 def test_the_doctor_finds_what_is_wrong_with_the_service(service: Service) -> None:
     assert faults(service) == {}
-    settings = Settings(service.root, "127.0.0.1", *service.ports)
+    settings = ServiceSettings(service.root, "127.0.0.1", *service.ports)
     with service.client() as client:
         # Four faults at once.
         client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=3))
@@ -432,8 +432,8 @@ def test_ctrl_c_leaves_no_process_and_a_checkpoint(service: Service) -> None:
     run = service.deployed("pretrain/tiny", run={"name": "last"}, training=FOREVER)
 
     def training() -> bool:
-        journals = [f / METRICS for f in (service.root / "train").glob("last-*")]
-        return any(line.step > 0 for path in journals for line in read_lines(path)[0])
+        journals = [f / METRICS_FILE for f in (service.root / "train").glob("last-*")]
+        return any(line.step > 0 for path in journals for line in read_metrics(path)[0])
 
     wait_for("the run", training)
     everything = [*service.family(), psutil.Process(pid_of(service.read(run)))]

@@ -11,8 +11,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.service import watch
-from flows.service.watch import Watcher, memory_of
-from gpt.data.new_files import Arrivals
+from flows.service.watch import Watcher, state_path
+from gpt.data.new_files import NewFileScanner
 from gpt.errors import WatchError
 
 
@@ -23,33 +23,33 @@ def parquet(path: Path, text: str = "text") -> Path:
 
 def test_a_file_arrives_when_it_rests_and_can_be_read(tmp_path):
     parquet(tmp_path / "there.parquet")
-    arrivals = Arrivals(tmp_path)
-    assert arrivals.take_as_known() == 1
-    assert arrivals.look() == ([], {})
+    arrivals = NewFileScanner(tmp_path)
+    assert arrivals.mark_existing_as_seen() == 1
+    assert arrivals.scan() == ([], {})
 
     whole = parquet(tmp_path / "whole", "a text that is longer " * 50).read_bytes()
     (tmp_path / "sub").mkdir()
     growing = tmp_path / "sub" / "growing.parquet"
     for length in (10, 50, len(whole)):
         growing.write_bytes(whole[:length])
-        assert arrivals.look() == ([], {}), "it has changed since"
-    assert arrivals.look() == ([growing], {})
-    assert arrivals.look() == ([], {}), "told once"
+        assert arrivals.scan() == ([], {}), "it has changed since"
+    assert arrivals.scan() == ([growing], {})
+    assert arrivals.scan() == ([], {}), "told once"
 
     stuck = tmp_path / "stuck.parquet"
     stuck.write_bytes(whole[:50])
     (tmp_path / ".stuck.parquet.part").write_bytes(whole)
-    arrivals.look()
-    found, broken = arrivals.look()
+    arrivals.scan()
+    found, broken = arrivals.scan()
     assert (found, list(broken)) == ([], [stuck])
-    assert arrivals.look() == ([], {}), "told once"
+    assert arrivals.scan() == ([], {}), "told once"
     stuck.write_bytes(whole)
-    arrivals.look()
-    assert arrivals.look() == ([stuck], {}), "the copy has gone on"
+    arrivals.scan()
+    assert arrivals.scan() == ([stuck], {}), "the copy has gone on"
 
     parquet(tmp_path / "there.parquet", "other text")
-    arrivals.look()
-    assert arrivals.look() == ([tmp_path / "there.parquet"], {}), "written anew"
+    arrivals.scan()
+    assert arrivals.scan() == ([tmp_path / "there.parquet"], {}), "written anew"
 
 
 class Server:
@@ -67,8 +67,8 @@ class Server:
 
 def test_what_the_server_missed_is_sent_once_also_after_a_kill(tmp_path, monkeypatch, capsys):
     server = Server()
-    monkeypatch.setattr(watch, "send_arrival", server.send)
-    folder, memory = tmp_path / "in", memory_of(tmp_path / "in", "*.parquet", tmp_path)
+    monkeypatch.setattr(watch, "send_file_event", server.send)
+    folder, memory = tmp_path / "in", state_path(tmp_path / "in", "*.parquet", tmp_path)
     folder.mkdir()
     memory.parent.mkdir()
     parquet(folder / "before.parquet")
@@ -104,7 +104,7 @@ def test_what_the_server_missed_is_sent_once_also_after_a_kill(tmp_path, monkeyp
 
 def test_existing_files_are_told_where_that_is_asked(tmp_path, monkeypatch):
     server = Server()
-    monkeypatch.setattr(watch, "send_arrival", server.send)
+    monkeypatch.setattr(watch, "send_file_event", server.send)
     parquet(tmp_path / "before.parquet")
     watcher = Watcher(tmp_path, "*.parquet", tmp_path / "memory.json", existing=True)
     for _ in range(3):

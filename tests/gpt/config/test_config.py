@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gpt.config.loading import build_config, load_config, merged, parse_override
-from gpt.config.rules import head_choices
+from gpt.config.loading import build_config, load_config, merge_overrides, parse_override
+from gpt.config.rules import valid_head_splits
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError
 
@@ -38,7 +38,7 @@ def test_the_user_s_own_mistake_is_refused_with_quotient_and_choices():
 
 @pytest.mark.parametrize(("n_embd", "n_head"), [(512, 12), (100, 7), (13, 5), (5, 12), (1, 2)])
 def test_every_choice_works(n_embd, n_head):
-    choices = head_choices(n_embd, n_head)
+    choices = valid_head_splits(n_embd, n_head)
     assert choices
     for width, heads in choices:
         assert width % heads == 0
@@ -114,7 +114,7 @@ def test_override_values_are_toml_or_bare_words(text, value):
 
 def test_merging_leaves_its_inputs_alone():
     base = {"a": {"b": 1, "c": 2}}
-    assert merged(base, {"a": {"b": 9}, "d": 0}) == {"a": {"b": 9, "c": 2}, "d": 0}
+    assert merge_overrides(base, {"a": {"b": 9}, "d": 0}) == {"a": {"b": 9, "c": 2}, "d": 0}
     assert base == {"a": {"b": 1, "c": 2}}
 
 

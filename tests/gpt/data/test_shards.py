@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt.artifacts import DatasetManifest, Shard, Split
-from gpt.data.shards import ShardWriter, open_shard, read_manifest, verify, write_manifest
+from gpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shards, write_manifest
 from gpt.errors import DatasetError
 
 
@@ -136,7 +136,7 @@ def test_manifest_reads_back_also_after_a_move(manifest, tmp_path):
     tmp_path.rename(elsewhere)
     moved = read_manifest(elsewhere)
     assert moved == manifest.model_copy(update={"folder": elsewhere})
-    verify(moved)
+    verify_shards(moved)
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"fingerprint": 1}', '{"folder": "x"'])
@@ -150,7 +150,7 @@ def test_a_manifest_that_is_missing_or_damaged_is_refused(manifest, text):
 def test_all_broken_shards_are_named_at_once(manifest):
     damage(manifest.folder / "train-00001.bin", "missing")
     damage(manifest.folder / "validation-00000.bin", "short")
-    for check in (lambda: read_manifest(manifest.folder), lambda: verify(manifest)):
+    for check in (lambda: read_manifest(manifest.folder), lambda: verify_shards(manifest)):
         with pytest.raises(DatasetError) as caught:
             check()
         assert [p.key.rpartition("/")[2] for p in caught.value.problems] == [
@@ -160,14 +160,14 @@ def test_all_broken_shards_are_named_at_once(manifest):
 
 
 def test_verify_finds_one_flipped_bit(manifest):
-    verify(manifest)
+    verify_shards(manifest)
     path = manifest.folder / "train-00002.bin"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     read_manifest(manifest.folder)
     with pytest.raises(DatasetError, match=r"train-00002\.bin"):
-        verify(manifest)
+        verify_shards(manifest)
 
 
 def test_a_training_host_needs_neither_polars_nor_pyarrow():

@@ -13,8 +13,8 @@ from servers import BUCKET, KEYS, object_store
 
 from gpt.config.loading import load_config
 from gpt.data import store as stores
-from gpt.data.shards import CHECKED, MANIFEST, verify
-from gpt.data.store import Store, fetch_dataset, put_dataset
+from gpt.data.shards import CHECKED, MANIFEST, verify_shards
+from gpt.data.store import DatasetStore, download_dataset, upload_dataset
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.errors import ConfigError, DatasetError
 
@@ -60,22 +60,22 @@ def test_what_one_machine_made_another_fetches(tmp_path, source, address):
     here, there = (asked(tmp_path / name, source, address) for name in ("here", "there"))
     made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
     assert find_dataset(here) == made
-    assert ended(fetch_dataset(there)) == ([], None), "it is in no store yet"
-    told, put = ended(put_dataset(made, address))
+    assert ended(download_dataset(there)) == ([], None), "it is in no store yet"
+    told, put = ended(upload_dataset(made, address))
     assert put
     assert (
         told[-1].bytes_done
         == told[-1].bytes_total
         > 2 * (made.train.tokens + made.validation.tokens)
     )
-    assert ended(put_dataset(made, address)) == ([], False), "all of it is there"
+    assert ended(upload_dataset(made, address)) == ([], False), "all of it is there"
 
-    told, fetched = ended(fetch_dataset(there))
+    told, fetched = ended(download_dataset(there))
     assert len(told) >= len(made.train.shards)
     assert fetched.folder == tmp_path / "there" / "datasets" / made.folder.name
     assert fetched.model_copy(update={"folder": made.folder}) == made
     assert stored(fetched) == stored(made)
-    verify(fetched)
+    verify_shards(fetched)
     assert find_dataset(there) == fetched
     names = {path.name for path in made.folder.iterdir()}
     assert {path.name for path in fetched.folder.iterdir()} == names
@@ -84,9 +84,9 @@ def test_what_one_machine_made_another_fetches(tmp_path, source, address):
 
 def test_its_units_are_known_as_well(tmp_path, source, monkeypatch):
     address = str(tmp_path / "shared")
-    ended(put_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    ended(upload_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
     more = parquet(tmp_path / "b.parquet", TEXTS[:40])
-    ended(fetch_dataset(asked(tmp_path / "there", source, address)))
+    ended(download_dataset(asked(tmp_path / "there", source, address)))
     both = [source, more]
     expected = dataset(tmp_path / "other", both, tokens_per_shard=1_000)
     from gpt.data.tokenize import job
@@ -102,43 +102,43 @@ def test_its_units_are_known_as_well(tmp_path, source, monkeypatch):
 
 def test_put_half_it_is_not_there_and_is_put_whole(tmp_path, source, address, monkeypatch):
     made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
-    putting = put_dataset(made, address)
+    putting = upload_dataset(made, address)
     next(putting)
     next(putting)
     putting.close()
     # As a copy that was broken off leaves it.
     first = sorted(path for path in made.folder.iterdir() if path.suffix == ".bin")[0]
     (tmp_path / "short").write_bytes(first.read_bytes()[:100])
-    Store(address).put(tmp_path / "short", made.folder.name, first.name)
+    DatasetStore(address).put(tmp_path / "short", made.folder.name, first.name)
     there = asked(tmp_path / "there", source, address)
-    assert ended(fetch_dataset(there)) == ([], None)
+    assert ended(download_dataset(there)) == ([], None)
 
     sent = []
-    real = Store.put
+    real = DatasetStore.put
     monkeypatch.setattr(
-        Store, "put", lambda *words: sent.append(words[-1]) or real(*words), raising=True
+        DatasetStore, "put", lambda *words: sent.append(words[-1]) or real(*words), raising=True
     )
-    assert ended(put_dataset(made, address))[1]
+    assert ended(upload_dataset(made, address))[1]
     files = [path.name for path in made.folder.iterdir() if path.name not in (MANIFEST, CHECKED)]
     assert first.name in sent
     assert sent[-1].startswith(MANIFEST)
     assert len(sent) == len(files)  # all but one of the files, and the manifest
-    assert stored(ended(fetch_dataset(there))[1]) == stored(made)
+    assert stored(ended(download_dataset(there))[1]) == stored(made)
 
 
 def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address, monkeypatch):
     made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
-    ended(put_dataset(made, address))
+    ended(upload_dataset(made, address))
     there = asked(tmp_path / "there", source, address)
-    fetching = fetch_dataset(there)
+    fetching = download_dataset(there)
     for _ in range(3):
         next(fetching)
     fetching.close()
     assert find_dataset(there) is None
     got = []
-    real = Store.get
-    monkeypatch.setattr(Store, "get", lambda *words: got.append(words[-2]) or real(*words))
-    _, fetched = ended(fetch_dataset(there))
+    real = DatasetStore.get
+    monkeypatch.setattr(DatasetStore, "get", lambda *words: got.append(words[-2]) or real(*words))
+    _, fetched = ended(download_dataset(there))
     assert stored(fetched) == stored(made)
     shards = {shard.name for shard in (*made.train.shards, *made.validation.shards)}
     assert len(shards - set(got)) in (2, 3)
@@ -148,7 +148,7 @@ def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address
 def test_a_damaged_copy_is_refused(tmp_path, source, fault):
     address = str(tmp_path / "shared")
     made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
-    ended(put_dataset(made, address))
+    ended(upload_dataset(made, address))
     copy = tmp_path / "shared" / made.folder.name
     shard = copy / made.train.shards[1].name
     if fault == "altered":
@@ -165,7 +165,7 @@ def test_a_damaged_copy_is_refused(tmp_path, source, fault):
     there = asked(tmp_path / "there", source, address)
     wrong = shard if fault in ("altered", "missing") else copy / MANIFEST
     with pytest.raises(DatasetError, match=f"delete {copy}: ") as refused:
-        ended(fetch_dataset(there))
+        ended(download_dataset(there))
     assert [problem.key for problem in refused.value.problems] == [str(wrong)]
     assert find_dataset(there) is None
 
@@ -177,24 +177,24 @@ def test_a_store_that_is_away_stops_nothing(tmp_path, source, caplog, monkeypatc
     def away(*_):
         raise ConnectionError("nobody answers")
 
-    monkeypatch.setattr(Store, "sizes", away)
-    assert ended(put_dataset(made, address)) == ([], False)
+    monkeypatch.setattr(DatasetStore, "sizes", away)
+    assert ended(upload_dataset(made, address)) == ([], False)
     assert "could not be written: ConnectionError: nobody answers" in caplog.text
     assert "the next run tries again" in caplog.text
-    assert ended(fetch_dataset(asked(tmp_path / "there", source, address))) == ([], None)
+    assert ended(download_dataset(asked(tmp_path / "there", source, address))) == ([], None)
     assert "cannot be read: ConnectionError: nobody answers" in caplog.text
 
 
 def test_a_full_disk_is_told(tmp_path, source, monkeypatch):
     address = str(tmp_path / "shared")
-    ended(put_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    ended(upload_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stores, "sync", full)
     with pytest.raises(DatasetError, match="the disk is full"):
-        ended(fetch_dataset(asked(tmp_path / "there", source, address)))
+        ended(download_dataset(asked(tmp_path / "there", source, address)))
 
 
 @pytest.mark.parametrize(

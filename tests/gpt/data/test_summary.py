@@ -7,9 +7,9 @@ import sys
 import pytest
 from corpus_data import TEXTS, both, dataset, parquet
 
-from gpt.data.loader import Sequences
+from gpt.data.loader import SequenceDataset
 from gpt.data.shards import read_manifest
-from gpt.data.summary import describe, lengths, page, samples, write_summary
+from gpt.data.summary import format_summary, lengths, read_samples, render_summary, write_summary
 from gpt.errors import DatasetError
 
 
@@ -30,7 +30,7 @@ def inspect(folder):
 
 
 def test_the_figures_are_the_manifest_s(made):
-    text = describe(made)
+    text = format_summary(made)
     text_bytes = sum(len(t.encode()) for t in TEXTS)
     tokens = made.train.tokens + made.validation.tokens - len(TEXTS)
     assert f"{text_bytes / tokens:.3f}" in text
@@ -38,19 +38,19 @@ def test_the_figures_are_the_manifest_s(made):
     assert "1 null, 1 empty" in text
     assert "min_length = 3" in text
     assert sum(count for _, count in lengths(made)) == len(TEXTS)
-    assert "## Document lengths" in page(made)
+    assert "## Document lengths" in render_summary(made)
 
 
 def test_the_page_and_the_picture_lie_beside_the_shards(made):
     files = write_summary(made)
     assert files["document-lengths.png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert files["summary.md"].read_text() == page(made)
+    assert files["summary.md"].read_text() == render_summary(made)
     assert read_manifest(made.folder) == made
 
 
 def test_samples_are_how_documents_begin(made):
     train, _ = both(made)
-    assert list(samples(made, made.train, 3)) == train[:3]
+    assert list(read_samples(made, made.train, 3)) == train[:3]
 
 
 def test_inspect_and_training_refuse_an_altered_shard(made):
@@ -66,4 +66,4 @@ def test_inspect_and_training_refuse_an_altered_shard(made):
     assert "train-00000.bin" in refused.stderr
     assert "Traceback" not in refused.stderr
     with pytest.raises(DatasetError, match=r"train-00000\.bin"):
-        Sequences(made, made.train, 8)
+        SequenceDataset(made, made.train, 8)

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import numbers, tiny_config
 
 from gpt.errors import OutOfMemoryError
 from gpt.evaluation import heldout
 from gpt.training import step
-from gpt.training.loop import never, train
+from gpt.training.loop import never_stop, train
 from gpt.training.step import Stepper
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return token_dataset(tmp_path_factory.mktemp("tokens"))
+    return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
 class FullDevice:
@@ -22,7 +22,7 @@ class FullDevice:
 
     def __init__(self, monkeypatch, limit, after=0):
         self.limit, self.after, self.calls, self.refused = limit, after, 0, 0
-        real = step.summed_loss
+        real = step.linear_cross_entropy
 
         def limited(hidden, *rest):
             loss = real(hidden, *rest)
@@ -32,7 +32,7 @@ class FullDevice:
                 raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
             return loss
 
-        monkeypatch.setattr(step, "summed_loss", limited)
+        monkeypatch.setattr(step, "linear_cross_entropy", limited)
 
 
 def records(tmp_path, dataset, name, **split):
@@ -122,7 +122,7 @@ def test_nothing_waits_for_the_device_between_micro_steps(dataset, tmp_path):
         return {event.key for event in trace.key_averages()}, result
 
     waiting = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"}
-    seen, loss = operations(lambda: one._accumulated(never))
+    seen, loss = operations(lambda: one._accumulated(never_stop))
     assert "aten::embedding" in seen
     assert not seen & waiting
     seen, _ = operations(loss.item)

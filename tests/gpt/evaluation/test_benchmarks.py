@@ -8,21 +8,21 @@ import numpy as np
 import polars
 import pytest
 import torch
-from networks import section, shaken, their_gpt2
+from networks import build_hf_gpt2, model_section, randomize_weights
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.errors import BenchmarkError, OutOfMemoryError
 from gpt.evaluation import scoring
 from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
 from gpt.evaluation.benchmarks import (
+    build_hellaswag_requests,
+    build_lambada_request,
     hellaswag,
-    hellaswag_requests,
     lambada,
-    lambada_request,
-    preprocessed,
+    preprocess,
 )
-from gpt.evaluation.progress import finish
-from gpt.evaluation.scoring import continuation, score
+from gpt.evaluation.progress import run_to_completion
+from gpt.evaluation.scoring import encode_continuation, score_continuations
 from gpt.model.transformer import build_model
 
 TEXT = """the a man woman dog ball water runs jumps over under slowly then camera shows house tree
@@ -62,13 +62,13 @@ def written(table, path, **settings):
 
 @pytest.fixture(scope="module")
 def model():
-    return shaken(build_model(section("gpt2", block_size=64, bias=True))).eval()
+    return randomize_weights(build_model(model_section("gpt2", block_size=64, bias=True))).eval()
 
 
 @pytest.fixture(scope="module")
 def reference(model):
     """Log-likelihood and greedy match of a text after a context, one at a time, no padding."""
-    theirs, _ = their_gpt2(model)
+    theirs, _ = build_hf_gpt2(model)
     theirs.eval()
     tokenizer = load_tokenizer()
 
@@ -87,8 +87,11 @@ def reference(model):
 def test_hellaswag_equals_the_reference_example_by_example(model, reference, tmp_path):
     table = hellaswag_table(40)
     path = written(table, tmp_path / "h.parquet", row_group_size=7)
-    requests = [r for example in read_hellaswag(path) for r in hellaswag_requests(example)]
-    ours = [each.log_likelihood for each in finish(score(model, requests, 2, "float32"))]
+    requests = [r for example in read_hellaswag(path) for r in build_hellaswag_requests(example)]
+    ours = [
+        each.log_likelihood
+        for each in run_to_completion(score_continuations(model, requests, 2, "float32"))
+    ]
     theirs, plain, normalized = [], [], []
     for row in table.to_dicts():
         query = f"{row['activity_label']}: {row['ctx']}"
@@ -98,7 +101,7 @@ def test_hellaswag_equals_the_reference_example_by_example(model, reference, tmp
         per_byte = four / [len(ending.encode()) for ending in row["endings"]]
         normalized.append(per_byte.argmax() == row["label"])
     assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
-    result = finish(hellaswag(model, path, 2, "float32"))
+    result = run_to_completion(hellaswag(model, path, 2, "float32"))
     assert result.examples == 40
     assert result.accuracy == pytest.approx(np.mean(plain))
     assert result.normalized_accuracy == pytest.approx(np.mean(normalized))
@@ -111,7 +114,7 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
     table = lambada_table(40)
     # A passage that the model goes on with by itself, so that one word at least is right.
     start = load_tokenizer().encode_ordinary("The man")
-    theirs, _ = their_gpt2(model)
+    theirs, _ = build_hf_gpt2(model)
     for _ in range(200):
         with torch.no_grad():
             start.append(int(theirs.eval()(torch.tensor([start[-64:]])).logits[0, -1].argmax()))
@@ -121,7 +124,9 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
     table = polars.concat([table, polars.DataFrame({"text": [f"{context} {word}"]})])
     path = written(table, tmp_path / "l.parquet", row_group_size=9)
     texts = list(read_lambada(path))
-    found = finish(score(model, [lambada_request(t) for t in texts], 2, "float32"))
+    found = run_to_completion(
+        score_continuations(model, [build_lambada_request(t) for t in texts], 2, "float32")
+    )
     expected = [
         reference(
             " ".join(t.split(" ")[:-1]).rstrip(), t[len(" ".join(t.split(" ")[:-1]).rstrip()) :]
@@ -131,7 +136,7 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
     likelihoods = [likelihood for likelihood, _ in expected]
     assert [each.log_likelihood for each in found] == pytest.approx(likelihoods, rel=0, abs=1e-4)
     assert [each.is_greedy for each in found] == [greedy for _, greedy in expected]
-    result = finish(lambada(model, path, 2, "float32"))
+    result = run_to_completion(lambada(model, path, 2, "float32"))
     assert result.accuracy == pytest.approx(np.mean([greedy for _, greedy in expected]))
     assert 0 < result.accuracy < 1
     assert result.perplexity == pytest.approx(np.exp(-np.mean(likelihoods)), rel=1e-5)
@@ -140,9 +145,11 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
 def test_a_random_model_scores_near_a_quarter(architecture, tmp_path):
     torch.manual_seed(1)
-    network = shaken(build_model(section(architecture, n_embd=16, n_layer=1, block_size=64)))
+    network = randomize_weights(
+        build_model(model_section(architecture, n_embd=16, n_layer=1, block_size=64))
+    )
     path = written(hellaswag_table(200, seed=5, longest=4), tmp_path / "h.parquet")
-    result = finish(hellaswag(network, path, 4, "float32"))
+    result = run_to_completion(hellaswag(network, path, 4, "float32"))
     for accuracy in (result.accuracy, result.normalized_accuracy):
         assert accuracy == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 200) ** 0.5)
     assert network.training
@@ -150,16 +157,18 @@ def test_a_random_model_scores_near_a_quarter(architecture, tmp_path):
 
 def test_a_context_too_long_loses_its_beginning(model, reference):
     context = " ".join(WORDS * 5)
-    [found] = finish(score(model, [continuation(context, " the dog")], 1, "float32"))
+    [found] = run_to_completion(
+        score_continuations(model, [encode_continuation(context, " the dog")], 1, "float32")
+    )
     assert found.log_likelihood == pytest.approx(reference(context, " the dog")[0], abs=1e-4)
 
 
 def test_spaces_between_go_with_the_text_and_nothing_before_is_end_of_text():
     ids = load_tokenizer().encode_ordinary
-    request = continuation("The man \n", "runs")
+    request = encode_continuation("The man \n", "runs")
     assert request.ids.tolist() == ids("The man \nruns")
     assert request.count == len(ids("The man \nruns")) - len(ids("The man"))
-    request = continuation("", "runs")
+    request = encode_continuation("", "runs")
     assert request.ids.tolist() == [END_OF_TEXT, *ids("runs")]
 
 
@@ -167,7 +176,7 @@ def test_marks_of_wikihow_are_taken_out_as_in_the_harness():
     marked = " How to wait [title] Sit down. [step] Do  nothing [substeps] at all "
     expected = marked.strip().replace(" [title]", ". ")
     expected = re.sub("\\[.*?\\]", "", expected).replace("  ", " ")
-    assert preprocessed(marked) == expected == "How to wait. Sit down. Do nothing at all"
+    assert preprocess(marked) == expected == "How to wait. Sit down. Do nothing at all"
 
 
 def test_halves_of_a_context_and_labels_as_in_the_original(tmp_path):
@@ -186,15 +195,20 @@ def test_batches_progress_limit_and_order(model, tmp_path):
     steps = list(hellaswag(model, path, 1, "float32", limit=10))
     assert len(steps) > 5
     assert (steps[-1].done, steps[-1].total) == (40, 40)
-    one, many = (finish(hellaswag(model, path, size, "float32", limit=10)) for size in (1, 50))
+    one, many = (
+        run_to_completion(hellaswag(model, path, size, "float32", limit=10)) for size in (1, 50)
+    )
     assert one == many
-    assert finish(hellaswag(model, path, 1, "float32", limit=11)).fingerprint != one.fingerprint
+    assert (
+        run_to_completion(hellaswag(model, path, 1, "float32", limit=11)).fingerprint
+        != one.fingerprint
+    )
     assert one.examples == 10
 
 
 def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, caplog):
     path = written(lambada_table(30), tmp_path / "l.parquet")
-    whole = finish(lambada(model, path, 16, "float32"))
+    whole = run_to_completion(lambada(model, path, 16, "float32"))
     real, limit = type(model).forward, 3
 
     def limited(self, ids, cache=None):
@@ -203,13 +217,13 @@ def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, caplog):
         return real(self, ids, cache)
 
     monkeypatch.setattr(type(model), "forward", limited)
-    survived = finish(lambada(model, path, 16, "float32"))
+    survived = run_to_completion(lambada(model, path, 16, "float32"))
     assert survived.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert survived.model_copy(update={"perplexity": whole.perplexity}) == whole
     assert "out of memory in evaluation" in caplog.text
     limit = 0
     with pytest.raises(OutOfMemoryError, match="one sequence"):
-        finish(lambada(model, path, 16, "float32"))
+        run_to_completion(lambada(model, path, 16, "float32"))
 
 
 def test_the_head_meets_only_what_is_predicted(model, tmp_path, monkeypatch):
@@ -222,16 +236,16 @@ def test_the_head_meets_only_what_is_predicted(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(scoring, "token_scores", counted)
     path = written(lambada_table(20), tmp_path / "l.parquet")
-    requests = [lambada_request(text) for text in read_lambada(path)]
-    finish(lambada(model, path, 2, "float32"))
+    requests = [build_lambada_request(text) for text in read_lambada(path)]
+    run_to_completion(lambada(model, path, 2, "float32"))
     assert sum(rows) == sum(request.count for request in requests)
 
 
 def test_a_context_shorter_than_an_ending_is_one_clear_error(tmp_path):
-    network = build_model(section("gpt2", block_size=8))
+    network = build_model(model_section("gpt2", block_size=8))
     path = written(hellaswag_table(20), tmp_path / "h.parquet")
     with pytest.raises(BenchmarkError, match=r"model.block_size = 8"):
-        finish(hellaswag(network, path, 1, "float32"))
+        run_to_completion(hellaswag(network, path, 1, "float32"))
 
 
 class TestFiles:

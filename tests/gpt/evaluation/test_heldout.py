@@ -6,19 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from token_data import token_dataset
+from token_data import make_token_dataset
 from torch.nn import functional as F
 from training_data import tiny_config
 
 from gpt.artifacts import EvaluationReport
-from gpt.data.loader import Sequences
+from gpt.data.loader import SequenceDataset
 from gpt.evaluation.heldout import heldout_loss
 from gpt.model.transformer import build_model
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return token_dataset(tmp_path_factory.mktemp("tokens"))
+    return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def model():
 @pytest.fixture(scope="module")
 def plain_losses(model, dataset):
     """(20 sequences, 32) of the slice of 640 tokens, by torch's own cross-entropy."""
-    inputs, targets = Sequences(dataset, dataset.validation, 32).read(np.arange(20))
+    inputs, targets = SequenceDataset(dataset, dataset.validation, 32).read(np.arange(20))
     model.eval()
     with torch.no_grad():
         logits = model(inputs) @ model.head.T
@@ -85,7 +85,7 @@ def test_the_fingerprint_names_the_predicted_tokens(model, dataset, tmp_path):
     half = {"model__block_size": 16}
     assert fingerprint(network=build_model(tiny_config("x", **half).model), **half) == whole
     assert fingerprint(evaluation__tokens=320) != whole
-    longer = token_dataset(tmp_path / "other", validation_tokens=5_000)
+    longer = make_token_dataset(tmp_path / "other", validation_tokens=5_000)
     assert fingerprint(longer) != whole
 
 

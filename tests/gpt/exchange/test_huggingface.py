@@ -8,21 +8,21 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from networks import section, shaken
+from networks import model_section, randomize_weights
 from safetensors.torch import load_file
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpt.artifacts import EvaluationReport, LambadaResult, Sample
-from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCABULARY, encode, load_tokenizer
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, load_tokenizer
 from gpt.errors import CheckpointError, ExchangeError
 from gpt.exchange import huggingface
 from gpt.exchange.huggingface import export_huggingface, import_huggingface
-from gpt.exchange.model_card import Facts
-from gpt.model.generate import Sampling, generate
-from gpt.model.io import load_saved, write_saved
-from gpt.model.loss import capped_logits
+from gpt.exchange.model_card import ModelCardData
+from gpt.model.generate import SamplingParams, generate
+from gpt.model.io import load_model, save_model
+from gpt.model.loss import compute_logits
 from gpt.model.transformer import ARCHITECTURES, build_model, parameter_count
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ def place(tmp_path):
 def exported(model, place):
     """The directory of a model, by way of a folder of ours."""
     (place / "ours").mkdir()
-    write_saved(place / "ours", model.config, model.state_dict())
-    export_huggingface(place / "ours", place / "theirs", Facts())
+    save_model(place / "ours", model.config, model.state_dict())
+    export_huggingface(place / "ours", place / "theirs", ModelCardData())
     return place / "theirs"
 
 
@@ -63,7 +63,7 @@ def drawn(config):
 def logits_of(model, ids):
     with torch.no_grad():
         hidden = model.eval()(ids)
-        logits, _ = capped_logits(hidden.flatten(0, 1), model.head, model.logit_softcap)
+        logits, _ = compute_logits(hidden.flatten(0, 1), model.head, model.logit_softcap)
     return logits.view(*ids.shape, -1)
 
 
@@ -79,17 +79,17 @@ def continued(theirs, directory, prompt, count):
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
 def test_logits_and_greedy_text_at_the_shipped_widths(architecture, n_embd, place):
     sizes = {"n_layer": 2, "n_head": 12, "n_embd": n_embd, "block_size": BLOCK}
-    model = drawn(section(architecture, **sizes))
+    model = drawn(model_section(architecture, **sizes))
     directory = exported(model, place)
     theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
     expected = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
     assert type(theirs).__name__ == expected[architecture]
-    ids = torch.randint(VOCABULARY, (2, BLOCK), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(VOCAB_SIZE, (2, BLOCK), generator=torch.Generator().manual_seed(1))
     ours = logits_of(model, ids)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours, rtol=0, atol=1e-4)
     assert ours.std() > 0.1
-    text = generate(model, "The quick brown fox", Sampling(max_tokens=8, temperature=0))
+    text = generate(model, "The quick brown fox", SamplingParams(max_tokens=8, temperature=0))
     assert text == continued(theirs, directory, "The quick brown fox", 8)
     assert len(text) > 8
 
@@ -97,7 +97,7 @@ def test_logits_and_greedy_text_at_the_shipped_widths(architecture, n_embd, plac
 @pytest.mark.parametrize(("architecture", "bias"), [("gpt2", True), ("nanochat", False)])
 def test_padding_of_the_vocabulary_is_never_written(architecture, bias, place):
     """Though a padding row has the highest logit."""
-    model = shaken(build_model(section(architecture, block_size=BLOCK, bias=bias)))
+    model = randomize_weights(build_model(model_section(architecture, block_size=BLOCK, bias=bias)))
     prompt = torch.tensor([[END_OF_TEXT, *encode("The").tolist()]])
     with torch.no_grad():
         model.head[50_300] = model.eval()(prompt)[0, -1] * 10
@@ -108,14 +108,14 @@ def test_padding_of_the_vocabulary_is_never_written(architecture, bias, place):
         torch.testing.assert_close(
             theirs(prompt).logits, logits_of(model, prompt), rtol=1e-4, atol=1e-4
         )
-    text = generate(model, "The", Sampling(max_tokens=8, temperature=0))
+    text = generate(model, "The", SamplingParams(max_tokens=8, temperature=0))
     assert continued(theirs, directory, "The", 8) == text
 
 
 @pytest.mark.parametrize("alone", [{"tokenizer.json"}, {"vocab.json", "merges.txt"}])
 def test_the_tokenizer_gives_tiktoken_s_ids(alone, place):
     """From each of its two forms by itself."""
-    directory = exported(build_model(section("gpt2", n_embd=2, n_layer=1)), place)
+    directory = exported(build_model(model_section("gpt2", n_embd=2, n_layer=1)), place)
     for name in {"tokenizer.json", "vocab.json", "merges.txt"} - alone:
         (directory / name).unlink()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -143,7 +143,7 @@ class TestImport:
         """A random GPT-2 as transformers saves it; every weight drawn, biases too."""
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=BLOCK))
-        shaken(model).save_pretrained(place / "published")
+        randomize_weights(model).save_pretrained(place / "published")
         return model.eval()
 
     def changed(self, place, **values):
@@ -158,12 +158,12 @@ class TestImport:
 
     def test_imported_and_exported_again_it_is_unchanged(self, theirs, place):
         imported = import_huggingface(place / "published", place / "ours")
-        assert (imported.n_embd, imported.vocab_size, imported.bias) == (32, VOCABULARY, True)
-        model = load_saved(place / "ours", CPU)
-        ids = torch.randint(VOCABULARY, (2, BLOCK), generator=torch.Generator().manual_seed(1))
+        assert (imported.n_embd, imported.vocab_size, imported.bias) == (32, VOCAB_SIZE, True)
+        model = load_model(place / "ours", CPU)
+        ids = torch.randint(VOCAB_SIZE, (2, BLOCK), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             torch.testing.assert_close(theirs(ids).logits, logits_of(model, ids), rtol=0, atol=1e-4)
-        export_huggingface(place / "ours", place / "again", Facts())
+        export_huggingface(place / "ours", place / "again", ModelCardData())
         before = load_file(place / "published" / "model.safetensors")
         after = load_file(place / "again" / "model.safetensors")
         assert before.keys() == after.keys()
@@ -243,16 +243,16 @@ class TestImport:
 class TestFolders:
     @pytest.fixture
     def ours(self, tmp_path):
-        model = build_model(section("gpt2", n_embd=2, n_layer=1))
+        model = build_model(model_section("gpt2", n_embd=2, n_layer=1))
         (tmp_path / "ours").mkdir()
-        write_saved(tmp_path / "ours", model.config, model.state_dict())
+        save_model(tmp_path / "ours", model.config, model.state_dict())
         return tmp_path / "ours"
 
     def test_what_is_there_stays(self, ours, tmp_path):
         (tmp_path / "out").mkdir()
-        export_huggingface(ours, tmp_path / "out", Facts())  # empty: nothing is lost
+        export_huggingface(ours, tmp_path / "out", ModelCardData())  # empty: nothing is lost
         with pytest.raises(ExchangeError, match="is there already"):
-            export_huggingface(ours, tmp_path / "out", Facts())
+            export_huggingface(ours, tmp_path / "out", ModelCardData())
 
     def test_a_failure_leaves_nothing_behind(self, ours, tmp_path, monkeypatch):
         def full(*_):
@@ -260,7 +260,7 @@ class TestFolders:
 
         monkeypatch.setattr(huggingface, "write_tokenizer", full)
         with pytest.raises(ExchangeError, match="No space left on device"):
-            export_huggingface(ours, tmp_path / "out", Facts())
+            export_huggingface(ours, tmp_path / "out", ModelCardData())
         assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
     @pytest.mark.parametrize(
@@ -278,14 +278,14 @@ class TestFolders:
         if content is not None:
             (ours / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{name}\n.*{words}"):
-            export_huggingface(ours, tmp_path / "out", Facts())
+            export_huggingface(ours, tmp_path / "out", ModelCardData())
 
     def test_weights_of_another_config(self, ours):
         values = json.loads((ours / "config.json").read_text())
         values["model"]["n_layer"] = 2
         (ours / "config.json").write_text(json.dumps(values))
         with pytest.raises(CheckpointError, match=r"h.1.ln_1.weight: missing, not 2"):
-            load_saved(ours, CPU)
+            load_model(ours, CPU)
 
 
 class TestModelCard:
@@ -297,7 +297,7 @@ class TestModelCard:
     def ours(self, place):
         config = tiny_config("unused").model
         (place / "ours").mkdir()
-        write_saved(place / "ours", config, build_model(config).state_dict())
+        save_model(place / "ours", config, build_model(config).state_dict())
         return place / "ours"
 
     def test_it_says_what_is_known(self, ours, place):
@@ -313,10 +313,10 @@ class TestModelCard:
                 examples=5153, accuracy=0.3, accuracy_error=0.01, perplexity=40, fingerprint="f"
             ),
         )
-        facts = Facts(
+        facts = ModelCardData(
             name="night",
             config=tiny_config("unused"),
-            dataset=token_dataset(place / "data"),
+            dataset=make_token_dataset(place / "data"),
             tokens_seen=5_120,
             step=20,
             report=report,
@@ -325,7 +325,7 @@ class TestModelCard:
         for part in (
             "\nlicense:\n",
             "# night",
-            f"| parameters | {parameter_count(load_saved(ours, CPU)):,} |",
+            f"| parameters | {parameter_count(load_model(ours, CPU)):,} |",
             "| tokens seen | 5,120 |",
             "| `optimizer.learning_rate` | 0.01 |",
             "- `up.parquet`: 1 rows",
@@ -339,7 +339,7 @@ class TestModelCard:
         assert "made/up" not in card  # where the user keeps files is nobody's business
 
     def test_what_is_not_known_is_not_said(self, ours, place):
-        card = self.card(ours, place, Facts())
+        card = self.card(ours, place, ModelCardData())
         assert "## Training" not in card
         assert "## Data" not in card
         assert "## Evaluation" not in card

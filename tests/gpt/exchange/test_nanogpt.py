@@ -12,7 +12,7 @@ import pytest
 
 from gpt.config.loading import build_config
 from gpt.errors import ConfigError
-from gpt.exchange.nanogpt import DEFAULTS, DIRECT, read_nanogpt
+from gpt.exchange.nanogpt import DEFAULTS, DIRECT, convert_nanogpt
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,7 +40,7 @@ weight_decay = 1e-1
 def read(tmp_path: Path, text: str) -> tuple[dict, dict[str, str]]:
     path = tmp_path / "train_user.py"
     path.write_text(text)
-    imported = read_nanogpt(path, "data/fineweb.parquet")
+    imported = convert_nanogpt(path, "data/fineweb.parquet")
     values = tomllib.loads(imported.toml())
     assert values == imported.values
     return values, dict(imported.left_out)
@@ -133,9 +133,9 @@ def test_what_is_not_python_is_said(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match="not Python"):
-        read_nanogpt(path, "x")
+        convert_nanogpt(path, "x")
     with pytest.raises(ConfigError, match="no such file"):
-        read_nanogpt(tmp_path / "none.py", "x")
+        convert_nanogpt(tmp_path / "none.py", "x")
 
 
 def test_the_command_prints_toml_and_validates_it(tmp_path: Path) -> None:

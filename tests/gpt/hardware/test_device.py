@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt.hardware import device as device_module
-from gpt.hardware.device import energy_counter_joules
+from gpt.hardware.device import read_energy_joules
 
 
 class NVMLError(Exception):
@@ -35,17 +35,17 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_card_s_counter_is_in_joules(card: Any) -> None:
-    assert energy_counter_joules(torch.device("cuda")) == 5.0
+    assert read_energy_joules(torch.device("cuda")) == 5.0
 
 
 def test_what_does_not_tell_is_none(card: Any) -> None:
-    assert energy_counter_joules(torch.device("cpu")) is None
+    assert read_energy_joules(torch.device("cpu")) is None
 
     def unsupported(_: str) -> int:
         raise NVMLError
 
     card.nvmlDeviceGetTotalEnergyConsumption = unsupported  # as a card older than Volta
-    assert energy_counter_joules(torch.device("cuda")) is None
+    assert read_energy_joules(torch.device("cuda")) is None
     card.nvmlDeviceGetHandleByUUID = unsupported
     device_module._nvml_handle.cache_clear()
-    assert energy_counter_joules(torch.device("cuda")) is None
+    assert read_energy_joules(torch.device("cuda")) is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt.hardware.gpus import CARDS, GIB, MIB, find_card
+from gpt.hardware.gpus import GIB, GPUS, MIB, find_gpu
 
 
 @pytest.mark.parametrize(
@@ -48,20 +48,20 @@ from gpt.hardware.gpus import CARDS, GIB, MIB, find_card
     ],
 )
 def test_names_find_the_card_they_name(name: str, key: str | None) -> None:
-    card = find_card(name)
+    card = find_gpu(name)
     assert (card.key if card else None) == key
 
 
 def test_every_card_is_found_by_its_key_and_by_torchs_name() -> None:
-    for card in CARDS:
-        assert find_card(card.key) is card
-        assert find_card(card.name, card.memory_bytes) is card
+    for card in GPUS:
+        assert find_gpu(card.key) is card
+        assert find_gpu(card.name, card.memory_bytes) is card
 
 
 def test_memory_decides_between_cards_that_torch_calls_alike() -> None:
     both = {"rtx-4060-ti": 8_188 * MIB, "rtx-4060-ti-16gb": 16_380 * MIB}
     for key, memory_bytes in both.items():
-        card = find_card("NVIDIA GeForce RTX 4060 Ti", memory_bytes)
+        card = find_gpu("NVIDIA GeForce RTX 4060 Ti", memory_bytes)
         assert card is not None
         assert card.key == key
 
@@ -80,14 +80,14 @@ def test_memory_decides_between_cards_that_torch_calls_alike() -> None:
     ],
 )
 def test_the_formula_gives_nvidias_figures(key: str, tflops: float) -> None:
-    card = find_card(key)
+    card = find_gpu(key)
     assert card is not None
     assert card.bf16_tflops == pytest.approx(tflops, rel=0.003)
 
 
 def test_cards_without_bfloat16_multiply_float16_instead() -> None:
-    old = find_card("t4")
-    new = find_card("rtx-4090")
+    old = find_gpu("t4")
+    new = find_gpu("rtx-4090")
     assert old is not None
     assert new is not None
     assert old.bf16_tflops is None
@@ -97,9 +97,9 @@ def test_cards_without_bfloat16_multiply_float16_instead() -> None:
 
 
 def test_the_table_is_sound() -> None:
-    keys = [card.key for card in CARDS]
+    keys = [card.key for card in GPUS]
     assert len(keys) == len(set(keys))
-    for card in CARDS:
+    for card in GPUS:
         assert 4 * GIB <= card.memory_bytes <= 192 * GIB
         assert (card.bf16_tflops is None) == (card.compute_capability < (8, 0))
         assert card.fp16_tflops > 10

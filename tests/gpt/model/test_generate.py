@@ -5,16 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from gpt.config.schema import ModelSection
-from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCABULARY, load_tokenizer
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_tokenizer
 from gpt.errors import GenerationError
 from gpt.model import generate as generation
-from gpt.model.generate import Sampling, generate, stream_text, stream_tokens
-from gpt.model.kv_cache import Cache
+from gpt.model.generate import SamplingParams, generate, stream_text, stream_tokens
+from gpt.model.kv_cache import KVCache
 from gpt.model.transformer import build_model
 
 BLOCK = 24
 PROMPT = [END_OF_TEXT, 464, 2068, 7586, 21831]
-GREEDY = Sampling(max_tokens=12, temperature=0)
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "nanochat"])
@@ -39,9 +39,9 @@ def written(model, sampling, ids=PROMPT, cached=True):
     "sampling",
     [
         # More than two blocks: the context is moved several times.
-        Sampling(max_tokens=3 * BLOCK, temperature=0),
-        Sampling(max_tokens=3 * BLOCK, temperature=1.0, top_k=0, seed=3),
-        Sampling(max_tokens=3 * BLOCK, temperature=1.5, top_k=40, top_p=0.9, seed=4),
+        SamplingParams(max_tokens=3 * BLOCK, temperature=0),
+        SamplingParams(max_tokens=3 * BLOCK, temperature=1.0, top_k=0, seed=3),
+        SamplingParams(max_tokens=3 * BLOCK, temperature=1.5, top_k=40, top_p=0.9, seed=4),
     ],
 )
 def test_cached_equals_uncached_token_for_token(model, sampling):
@@ -53,7 +53,7 @@ def test_cached_equals_uncached_token_for_token(model, sampling):
 
 @pytest.mark.parametrize("length", [BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 1])
 def test_prompts_about_and_over_the_block(model, length):
-    ids = [(7 * i) % VOCABULARY for i in range(length)]
+    ids = [(7 * i) % VOCAB_SIZE for i in range(length)]
     assert written(model, GREEDY, ids) == written(model, GREEDY, ids, cached=False)
 
 
@@ -63,15 +63,15 @@ def test_uncached_is_the_plain_network_on_the_context(model):
     for token in written(model, GREEDY):
         with torch.no_grad():
             hidden = model(torch.tensor([ids]))[0, -1]
-        assert token == int((model.head[:VOCABULARY] @ hidden).argmax())
+        assert token == int((model.head[:VOCAB_SIZE] @ hidden).argmax())
         ids.append(token)
 
 
 def test_hidden_states_and_positions_go_on_in_the_cache(model):
-    ids = torch.randint(VOCABULARY, (3, BLOCK), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(VOCAB_SIZE, (3, BLOCK), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids)
-        cache = Cache(model.config)
+        cache = KVCache(model.config)
         parts = [model(ids[:, :10], cache)]
         parts += [model(ids[:, i : i + 1], cache) for i in range(10, BLOCK)]
     assert cache.length == BLOCK
@@ -87,7 +87,7 @@ def test_each_token_after_the_first_costs_one_token(model, monkeypatch):
         return real(network, new, cache)
 
     monkeypatch.setattr(generation, "_next_logits", counted)
-    count = len(written(model, Sampling(max_tokens=2 * BLOCK, temperature=0)))
+    count = len(written(model, SamplingParams(max_tokens=2 * BLOCK, temperature=0)))
     assert lengths[: BLOCK - len(PROMPT)] == [len(PROMPT)] + [1] * (BLOCK - len(PROMPT) - 1)
     assert sum(length > 1 for length in lengths) <= 2 + count // (BLOCK // 2)
 
@@ -108,7 +108,7 @@ class Fixed:
         monkeypatch.setattr(
             generation,
             "_next_logits",
-            lambda *_: F.one_hot(torch.tensor(next(tokens)), VOCABULARY) * 100.0,
+            lambda *_: F.one_hot(torch.tensor(next(tokens)), VOCAB_SIZE) * 100.0,
         )
 
 
@@ -116,7 +116,7 @@ class Fixed:
 def test_streamed_pieces_are_whole_characters(model, monkeypatch, text):
     tokens = load_tokenizer().encode_ordinary(text)
     Fixed(monkeypatch, tokens)
-    pieces = list(stream_text(model, "x", Sampling()))
+    pieces = list(stream_text(model, "x", SamplingParams()))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -124,27 +124,29 @@ def test_streamed_pieces_are_whole_characters(model, monkeypatch, text):
 def test_a_character_that_is_never_finished_is_replaced(model, monkeypatch):
     half = load_tokenizer().encode_ordinary("🙂")[:1]
     Fixed(monkeypatch, half)
-    assert list(stream_text(model, "x", Sampling())) == [load_tokenizer().decode(half)]
+    assert list(stream_text(model, "x", SamplingParams())) == [load_tokenizer().decode(half)]
 
 
 def test_end_of_text_ends_the_text(model, monkeypatch):
     Fixed(monkeypatch, [464, 2068])
-    assert generate(model, "x", Sampling(max_tokens=9)) == "The quick"
+    assert generate(model, "x", SamplingParams(max_tokens=9)) == "The quick"
     Fixed(monkeypatch, [464, 2068])
-    assert generate(model, "x", Sampling(max_tokens=1)) == "The"
+    assert generate(model, "x", SamplingParams(max_tokens=1)) == "The"
 
 
 def test_the_seed_decides(model):
-    texts = [generate(model, "The", Sampling(temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    texts = [
+        generate(model, "The", SamplingParams(temperature=1.5, seed=seed)) for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def drawn(logits, **settings):
     """Which of four tokens are drawn in 200 draws, and how often."""
-    padded = torch.full((VOCABULARY,), -1e4)
+    padded = torch.full((VOCAB_SIZE,), -1e4)
     padded[:4] = torch.tensor(logits).log()
     generator = torch.Generator().manual_seed(0)
-    sampling = Sampling(**{"temperature": 1.0, "top_k": 0, **settings})
+    sampling = SamplingParams(**{"temperature": 1.0, "top_k": 0, **settings})
     tokens = [generation._choose(padded, sampling, generator) for _ in range(200)]
     return torch.bincount(torch.tensor(tokens), minlength=4)
 
@@ -164,7 +166,7 @@ def test_temperature_top_k_and_top_p_choose_among_the_right_tokens():
 
 def test_every_bad_setting_is_told_at_once():
     with pytest.raises(GenerationError, match="5 problems") as caught:
-        Sampling(max_tokens=-1, temperature=float("nan"), top_k=1.5, top_p=0.0, seed=True)
+        SamplingParams(max_tokens=-1, temperature=float("nan"), top_k=1.5, top_p=0.0, seed=True)
     assert [problem.key for problem in caught.value.problems] == [
         *("max_tokens", "temperature", "top_k", "top_p", "seed"),
     ]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.model.compile import compiler_fault
-from gpt.model.loss import summed_loss, token_losses, token_scores
+from gpt.model.compile import find_compiler_error
+from gpt.model.loss import linear_cross_entropy, token_losses, token_scores
 
 
 def tensors(rows, width, vocabulary, dtype=torch.float64):
@@ -29,7 +29,7 @@ def plain_losses(hidden, head, targets, softcap):
 )
 def test_loss_and_gradients_equal_the_plain_path(rows, vocabulary, chunk_rows, softcap):
     hidden, head, targets = tensors(rows, 6, vocabulary)
-    chunked = summed_loss(hidden, head, targets, softcap, chunk_rows) * 0.37
+    chunked = linear_cross_entropy(hidden, head, targets, softcap, chunk_rows) * 0.37
     ours = torch.autograd.grad(chunked, (hidden, head))
     plain = plain_losses(hidden, head, targets, softcap).sum() * 0.37
     theirs = torch.autograd.grad(plain, (hidden, head))
@@ -40,7 +40,9 @@ def test_loss_and_gradients_equal_the_plain_path(rows, vocabulary, chunk_rows, s
 
 def test_gradients_pass_finite_differences():
     hidden, head, targets = tensors(5, 4, 7)
-    assert torch.autograd.gradcheck(lambda h, w: summed_loss(h, w, targets, 2.0, 2), (hidden, head))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, 2.0, 2), (hidden, head)
+    )
 
 
 def test_token_losses_keep_the_shape_and_sum_to_the_loss():
@@ -64,9 +66,9 @@ def test_scores_are_the_losses_and_whether_the_target_is_likeliest(softcap):
 
 def test_bfloat16_autocast_stays_near_float32():
     hidden, head, targets = tensors(64, 32, 500, torch.float32)
-    exact = summed_loss(hidden, head, targets)
+    exact = linear_cross_entropy(hidden, head, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = summed_loss(hidden, head, targets)
+        rounded = linear_cross_entropy(hidden, head, targets)
     grads = torch.autograd.grad(rounded, (hidden, head))
     reference = torch.autograd.grad(exact, (hidden, head))
     assert rounded.dtype == torch.float32
@@ -78,10 +80,10 @@ def test_bfloat16_autocast_stays_near_float32():
 
 def test_compiled_chunks_give_what_eager_ones_give():
     """On the machine of the tests there is a C++ compiler; without one this would run eagerly."""
-    assert compiler_fault("cpu") is None
+    assert find_compiler_error("cpu") is None
     hidden, head, targets = tensors(10, 6, 101, torch.float32)
-    eager = summed_loss(hidden, head, targets, 15.0, 4)
-    fused = summed_loss(hidden, head, targets, 15.0, 4, compile_chunks=True)
+    eager = linear_cross_entropy(hidden, head, targets, 15.0, 4)
+    fused = linear_cross_entropy(hidden, head, targets, 15.0, 4, compile_chunks=True)
     torch.testing.assert_close(fused, eager)
     for mine, other in zip(
         torch.autograd.grad(fused, (hidden, head)),
@@ -96,11 +98,11 @@ def test_without_a_compiler_one_line_says_so_and_the_loss_is_the_same(monkeypatc
         raise RuntimeError("no C++ compiler found\nlong story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    compiler_fault.cache_clear()
+    find_compiler_error.cache_clear()
     hidden, head, targets = tensors(10, 6, 101)
     for _ in range(2):
-        summed_loss(hidden, head, targets, None, 4, compile_chunks=True)
-    compiler_fault.cache_clear()
+        linear_cross_entropy(hidden, head, targets, None, 4, compile_chunks=True)
+    find_compiler_error.cache_clear()
     assert [r.getMessage() for r in caplog.records] == [
         "torch.compile does not work here, so training runs eagerly: no C++ compiler found"
     ]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from networks import is_conv1d, section, shaken, their_gpt2
+from networks import build_hf_gpt2, is_conv1d, model_section, randomize_weights
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from gpt.config.loading import build_config
 from gpt.config.schema import ModelSection
-from gpt.model.loss import capped_logits, summed_loss
+from gpt.model.loss import compute_logits, linear_cross_entropy
 from gpt.model.transformer import build_model, parameter_count
 from gpt.training.optimizer import build_optimizers
 
@@ -36,22 +36,22 @@ def their_nanochat(ours):
 @pytest.mark.parametrize(
     ("architecture", "twin", "changes"),
     [
-        ("gpt2", their_gpt2, {"bias": True}),
+        ("gpt2", build_hf_gpt2, {"bias": True}),
         ("nanochat", their_nanochat, {}),
         ("nanochat", their_nanochat, {"n_head": 1, "n_embd": 20}),
     ],
 )
 def test_logits_and_gradients_equal_hugging_face_s(architecture, twin, changes):
-    ours = shaken(build_model(section(architecture, **changes)))
+    ours = randomize_weights(build_model(model_section(architecture, **changes)))
     theirs, renamed = twin(ours)
     ids = torch.randint(50_257, (3, 24), generator=torch.Generator().manual_seed(1))
     inputs, targets = ids[:, :-1], ids[:, 1:]
     hidden = ours(inputs)
     logits = theirs(inputs).logits
-    mine, _ = capped_logits(hidden.flatten(0, 1), ours.head, ours.logit_softcap)
+    mine, _ = compute_logits(hidden.flatten(0, 1), ours.head, ours.logit_softcap)
     torch.testing.assert_close(mine.view_as(logits), logits, rtol=0, atol=1e-4)
 
-    summed_loss(hidden, ours.head, targets, ours.logit_softcap, chunk_rows=7).backward()
+    linear_cross_entropy(hidden, ours.head, targets, ours.logit_softcap, chunk_rows=7).backward()
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="sum"
     ).backward()
@@ -65,23 +65,23 @@ def test_logits_and_gradients_equal_hugging_face_s(architecture, twin, changes):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
 def test_checkpointed_blocks_give_the_same_gradients(architecture):
-    model = shaken(build_model(section(architecture)))
+    model = randomize_weights(build_model(model_section(architecture)))
     ids = torch.arange(20).view(1, 20)
 
     def gradients():
         model.zero_grad()
-        summed_loss(model(ids), model.head, ids, model.logit_softcap).backward()
+        linear_cross_entropy(model(ids), model.head, ids, model.logit_softcap).backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     kept = gradients()
-    model.checkpoint_blocks = True
+    model.activation_checkpointing = True
     again = gradients()
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
 def test_no_token_sees_a_later_one(architecture):
-    model = shaken(build_model(section(architecture)))
+    model = randomize_weights(build_model(model_section(architecture)))
     ids = torch.arange(20).view(1, 20)
     changed = ids.clone()
     changed[0, 12:] += 100
@@ -93,7 +93,7 @@ def test_one_batch_is_learned_by_heart(architecture, optimizer):
     full = build_config(
         {
             "run": {"name": "t"},
-            "model": section(architecture).model_dump(),
+            "model": model_section(architecture).model_dump(),
             "data": {"source": "unused.parquet"},
             "training": {"batch_size": 2, "grad_acc": 1, "max_steps": 60},
             "optimizer": {"name": optimizer, "learning_rate": 0.01, "weight_decay": 0.0}
@@ -108,7 +108,10 @@ def test_one_batch_is_learned_by_heart(architecture, optimizer):
     optimizers = build_optimizers(model, config)
     ids = torch.randint(512, (2, 17))
     for _ in range(60):
-        loss = summed_loss(model(ids[:, :-1]), model.head, ids[:, 1:], model.logit_softcap) / 32
+        loss = (
+            linear_cross_entropy(model(ids[:, :-1]), model.head, ids[:, 1:], model.logit_softcap)
+            / 32
+        )
         loss.backward()
         for each in optimizers:
             each.step()

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 from gpt.config.schema import RunConfig
-from gpt.preflight.generated_docs import BEGIN, END, settings_page, sizes_table, with_sizes
-from gpt.preflight.render import markdown_page
-from gpt.preflight.report import examine
+from gpt.preflight.generated_docs import (
+    BEGIN,
+    END,
+    render_settings_page,
+    render_sizes_table,
+    replace_sizes_table,
+)
+from gpt.preflight.render import render_markdown
+from gpt.preflight.report import run_preflight
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.toml"))
@@ -68,8 +74,8 @@ def test_an_unreadable_config_beside_a_good_one() -> None:
 
 @pytest.mark.parametrize("overrides", [[], ["model.n_embd=512"], ["model.n_embd=720"]])
 def test_the_markdown_page_says_the_same(overrides: list[str]) -> None:
-    report = examine(GOOD, overrides, "rtx-4070")
-    page = markdown_page(report)
+    report = run_preflight(GOOD, overrides, "rtx-4070")
+    page = render_markdown(report)
     for problem in (*report.problems, *report.warnings):
         assert problem.rule in page
         assert problem.remedy in page
@@ -81,7 +87,7 @@ def test_the_markdown_page_says_the_same(overrides: list[str]) -> None:
 
 
 def test_readmes_table_of_sizes_is_the_computed_one() -> None:
-    table = sizes_table(ROOT / "configs")
+    table = render_sizes_table(ROOT / "configs")
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), (
         "run python -m gpt.preflight.generated_docs"
     )
@@ -92,12 +98,12 @@ def test_readmes_table_of_sizes_is_the_computed_one() -> None:
 
 def test_the_table_replaces_what_stood_between_its_marks() -> None:
     old = f"before\n{BEGIN}\nold\n{END}\nafter"
-    assert with_sizes(old, f"{BEGIN}\nnew\n{END}") == f"before\n{BEGIN}\nnew\n{END}\nafter"
-    assert with_sizes("no marks", "x") == "no marks"
+    assert replace_sizes_table(old, f"{BEGIN}\nnew\n{END}") == f"before\n{BEGIN}\nnew\n{END}\nafter"
+    assert replace_sizes_table("no marks", "x") == "no marks"
 
 
 def test_the_page_of_settings_is_the_computed_one() -> None:
-    page = settings_page()
+    page = render_settings_page()
     assert (ROOT / "configs" / "README.md").read_text(encoding="utf-8") == page, (
         "run python -m gpt.preflight.generated_docs"
     )

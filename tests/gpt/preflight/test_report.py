@@ -14,15 +14,15 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from gpt.config.loading import merged, read_toml
+from gpt.config.loading import merge_overrides, read_toml
 from gpt.errors import ConfigError
 from gpt.hardware.flops import flops_per_token
-from gpt.hardware.gpus import GIB, find_card
+from gpt.hardware.gpus import GIB, find_gpu
 from gpt.preflight import target as target_module
-from gpt.preflight.render import markdown_page
-from gpt.preflight.report import Report, examine, examine_values
-from gpt.preflight.suggestions import lay_over
-from gpt.preflight.target import Target, find_target
+from gpt.preflight.render import render_markdown
+from gpt.preflight.report import Report, run_preflight, run_preflight_on_values
+from gpt.preflight.suggestions import apply_overrides
+from gpt.preflight.target import TargetGPU, find_target_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = ROOT / "configs" / "gpt-576.toml"
@@ -34,7 +34,9 @@ BASE["model"]["architecture"] = "gpt2"
 def report_on(
     overrides: Mapping[str, Any], gpu: str = "rtx-4070", starting: bool = False
 ) -> Report:
-    return examine_values("x.toml", lay_over(BASE, overrides), find_target(gpu), starting)
+    return run_preflight_on_values(
+        "x.toml", apply_overrides(BASE, overrides), find_target_gpu(gpu), starting
+    )
 
 
 def keys(problems: tuple[Any, ...]) -> set[str]:
@@ -71,7 +73,7 @@ def test_an_unknown_card_gets_no_number() -> None:
     assert (values["hours"], values["tokens_per_second"], values["memory"]["fits"]) == (None,) * 3
     warning = next(warning for warning in report.warnings if warning.key == "--gpu")
     assert "rtx-4070" in warning.remedy
-    assert "n/a" in markdown_page(report)
+    assert "n/a" in render_markdown(report)
 
 
 def test_a_card_without_bfloat16_turns_to_float16() -> None:
@@ -174,15 +176,15 @@ def test_the_card_here_is_judged_by_what_the_driver_says(monkeypatch: pytest.Mon
     here = (("NVIDIA GeForce RTX 4070", 12 * GIB, 2 * GIB),)
     monkeypatch.setattr(target_module, "_cards_here", lambda: here)
     report = report_on({}, gpu="auto")
-    assert report.target.card is find_card("rtx-4070")
+    assert report.target.card is find_gpu("rtx-4070")
     assert any("others hold" in warning.rule for warning in report.warnings)
 
 
 def test_a_run_that_starts_too_large_is_made_to_fit() -> None:
-    report = examine_values(
+    report = run_preflight_on_values(
         "x.toml",
-        lay_over(BASE, {"training.batch_size": 64, "data.source": str(GOOD)}),
-        find_target("rtx-4070"),
+        apply_overrides(BASE, {"training.batch_size": 64, "data.source": str(GOOD)}),
+        find_target_gpu("rtx-4070"),
         starting=True,
     )
     assert "training.batch_size" not in {
@@ -296,7 +298,7 @@ def test_every_suggestion_makes_its_problem_go_away(
     block_size: int,
     card: str,
 ) -> None:
-    raw = lay_over(
+    raw = apply_overrides(
         BASE,
         {
             "model.architecture": architecture,
@@ -308,11 +310,11 @@ def test_every_suggestion_makes_its_problem_go_away(
             "training.grad_acc": grad_acc,
         },
     )
-    target = find_target(card)
-    report = examine_values("x.toml", raw, target)
+    target = find_target_gpu(card)
+    report = run_preflight_on_values("x.toml", raw, target)
     assume(report.suggestions)
     for choice in report.suggestions:
-        after = examine_values("x.toml", lay_over(raw, choice.overrides), target)
+        after = run_preflight_on_values("x.toml", apply_overrides(raw, choice.overrides), target)
         assert choice.key not in keys(after.problems) or (
             # A choice of heads may be told not to fit; that is another problem.
             choice.fits is False and after.figures is not None
@@ -343,7 +345,7 @@ def test_other_remedies_work() -> None:
 
 def test_ten_thousand_random_documents_end_in_a_report(tmp_path: Path) -> None:
     chance = random.Random(4)
-    nowhere = Target("RTX 4070", find_card("rtx-4070"), 12 * GIB, named=True)
+    nowhere = TargetGPU("RTX 4070", find_gpu("rtx-4070"), 12 * GIB, named=True)
     path, text = tmp_path / "any.toml", GOOD.read_text()
     path.write_text(text)
     raw = read_toml(path)
@@ -354,15 +356,17 @@ def test_ten_thousand_random_documents_end_in_a_report(tmp_path: Path) -> None:
                 path.write_bytes(mutilated(text, chance))
                 values = read_toml(path)
             else:
-                values = merged(raw, [random_override(chance) for _ in range(chance.randint(1, 4))])
-            report = examine_values("any.toml", values, nowhere)
+                values = merge_overrides(
+                    raw, [random_override(chance) for _ in range(chance.randint(1, 4))]
+                )
+            report = run_preflight_on_values("any.toml", values, nowhere)
         except ConfigError:
             ends["config error"] += 1
             continue
         ends["blocked" if report.blocked else "good"] += 1
         json.dumps(report.as_json())
         if number % 20 == 0:
-            markdown_page(report)
+            render_markdown(report)
     assert min(ends.values()) > 100, ends
 
 
@@ -432,5 +436,5 @@ def mutilated(text: str, chance: random.Random) -> bytes:
 
 
 def test_a_file_that_is_none_is_a_report(tmp_path: Path) -> None:
-    assert examine(str(tmp_path)).blocked
-    assert examine(str(tmp_path / "none.toml")).blocked
+    assert run_preflight(str(tmp_path)).blocked
+    assert run_preflight(str(tmp_path / "none.toml")).blocked

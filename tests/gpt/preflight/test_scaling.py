@@ -14,17 +14,17 @@ import pytest
 from gpt.config.loading import build_config, read_toml
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError
-from gpt.hardware.gpus import CARDS, find_card
-from gpt.hardware.interconnect import link_inside, network
+from gpt.hardware.gpus import GPUS, find_gpu
+from gpt.hardware.interconnect import intra_node_link, network_link
 from gpt.preflight.layout import Layout
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
-from gpt.preflight.render import markdown_page
-from gpt.preflight.report import Report, examine_values
+from gpt.preflight.render import render_markdown
+from gpt.preflight.report import Report, run_preflight_on_values
 from gpt.preflight.scaling import Scaling, estimate_scaling
 from gpt.preflight.sharding import choose_sharding
-from gpt.preflight.suggestions import lay_over
-from gpt.preflight.target import Target, find_target
+from gpt.preflight.suggestions import apply_overrides
+from gpt.preflight.target import TargetGPU, find_target_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = read_toml(ROOT / "configs" / "gpt-768.toml")
@@ -47,11 +47,13 @@ def on(devices: int, nodes: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def config_of(overrides: Mapping[str, Any]) -> RunConfig:
-    return build_config(lay_over(BASE, overrides))
+    return build_config(apply_overrides(BASE, overrides))
 
 
 def report_on(overrides: Mapping[str, Any], gpu: str = "h100", gbit: float = 25.0) -> Report:
-    return examine_values("x.toml", lay_over(BASE, overrides), find_target(gpu), network_gbit=gbit)
+    return run_preflight_on_values(
+        "x.toml", apply_overrides(BASE, overrides), find_target_gpu(gpu), network_gbit=gbit
+    )
 
 
 def scaling_of(
@@ -61,7 +63,7 @@ def scaling_of(
     hardware = config.hardware
     kind = "fsdp" if hardware.sharding == "fsdp" else "ddp"
     layout = Layout(hardware.devices * hardware.nodes, kind)
-    found = estimate_scaling(config, layout, find_card(gpu), pace, gbit)
+    found = estimate_scaling(config, layout, find_gpu(gpu), pace, gbit)
     assert found is not None
     return found
 
@@ -72,8 +74,8 @@ def scaling_of(
 def test_of_one_device_nothing_new_is_said() -> None:
     plain, asked = report_on({}), report_on({"hardware.sharding": "fsdp"}, gbit=400)
     assert "scaling" not in plain.as_json()
-    assert markdown_page(plain) == markdown_page(asked)
-    assert "many devices" not in markdown_page(plain).lower()
+    assert render_markdown(plain) == render_markdown(asked)
+    assert "many devices" not in render_markdown(plain).lower()
 
 
 # --- what is exchanged ---------------------------------------------------------------------------
@@ -107,13 +109,13 @@ def test_the_slowest_link_of_the_ring_counts() -> None:
     fast = scaling_of(on(2, 2), gpu="rtx-4060", gbit=400).exchange.link
     assert fast.name == "PCI Express 4 x8"
     assert fast.bytes_per_second == pytest.approx(15.75e9, rel=1e-3)
-    assert scaling_of(on(1, 2), gpu="rtx-4060", gbit=400).exchange.link == network(400)
+    assert scaling_of(on(1, 2), gpu="rtx-4060", gbit=400).exchange.link == network_link(400)
 
 
 def test_every_card_that_can_have_a_neighbour_has_a_link() -> None:
-    without = {card.key for card in CARDS if link_inside(card) is None}
-    assert without == {card.key for card in CARDS if "Laptop" in card.name}
-    speeds = [link.bytes_per_second for card in CARDS if (link := link_inside(card))]
+    without = {card.key for card in GPUS if intra_node_link(card) is None}
+    assert without == {card.key for card in GPUS if "Laptop" in card.name}
+    speeds = [link.bytes_per_second for card in GPUS if (link := intra_node_link(card))]
     assert 7e9 < min(speeds) < max(speeds) == 900e9
 
 
@@ -167,7 +169,7 @@ def test_without_a_link_or_a_pace_there_is_no_number(gpu: str) -> None:
     report = report_on(on(2), gpu=gpu)
     values = report.as_json()
     assert values["scaling"] is values["hours"] is values["tokens_per_second"] is None
-    assert "n/a: of this card" in markdown_page(report)
+    assert "n/a: of this card" in render_markdown(report)
 
 
 @pytest.mark.parametrize("gbit", [0.0, -1.0, float("nan"), float("inf")])
@@ -241,10 +243,10 @@ def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
 
 
 def test_a_run_that_starts_wants_its_devices_here() -> None:
-    raw = lay_over(BASE, on(8))
-    here = Target("NVIDIA H100 80GB HBM3", find_card("h100"), H100_BYTES, found=2)
+    raw = apply_overrides(BASE, on(8))
+    here = TargetGPU("NVIDIA H100 80GB HBM3", find_gpu("h100"), H100_BYTES, found=2)
     for starting in (True, False):
-        problems = examine_values("x.toml", raw, here, starting).problems
+        problems = run_preflight_on_values("x.toml", raw, here, starting).problems
         assert ("hardware.devices" in {problem.key for problem in problems}) == starting
 
 

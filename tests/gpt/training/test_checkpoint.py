@@ -10,14 +10,19 @@ import pytest
 import torch
 from overnight_up import wait_for
 from safetensors import SafetensorError
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import numbers, small_config, weights
 
 from gpt.errors import CheckpointError, RunLockedError
 from gpt.training.checkpoint import format as checkpoint_format
 from gpt.training.checkpoint import retention, writer
 from gpt.training.checkpoint.format import take_snapshot, write_checkpoint
-from gpt.training.checkpoint.retention import Progress, latest_checkpoint, sound_checkpoint, verify
+from gpt.training.checkpoint.retention import (
+    TrainingProgress,
+    latest_checkpoint,
+    latest_valid_checkpoint,
+    verify_checkpoint,
+)
 from gpt.training.loop import train
 from gpt.training.run_lock import run_lock
 
@@ -26,14 +31,14 @@ PROCESSES = faults.processes("gpt.training.loop", "test_checkpoint")
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return token_dataset(tmp_path_factory.mktemp("tokens"))
+    return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
 def snapshot_of(folder, step, **training):
     config = small_config(folder, **{f"training__{key}": value for key, value in training.items()})
     model = torch.nn.Linear(4, 4)
     torch.nn.init.constant_(model.weight, step)
-    progress = Progress(
+    progress = TrainingProgress(
         step=step, position=step, tokens_seen=step, finished=False, dataset_fingerprint="f"
     )
     return take_snapshot(config, model, [], progress)
@@ -45,7 +50,7 @@ def write(folder, step, **training):
 
 def assert_sound(folder, steps):
     """There is a checkpoint of one of `steps`, and it is what was written."""
-    found = sound_checkpoint(folder)
+    found = latest_valid_checkpoint(folder)
     assert found.step in steps
     assert torch.all(weights(folder)["weight"] == found.step)
 
@@ -216,9 +221,9 @@ def test_every_nth_is_kept_for_good(tmp_path):
 
 def test_the_best_is_kept(dataset, tmp_path, monkeypatch):
     losses = iter([11.0, 5.0, 3.0, 4.0, 4.0, 4.0])
-    real = retention.note_best
+    real = retention.record_best
     monkeypatch.setattr(
-        "gpt.training.loop.note_best", lambda folder, step, _: real(folder, step, next(losses))
+        "gpt.training.loop.record_best", lambda folder, step, _: real(folder, step, next(losses))
     )
     config = small_config(
         tmp_path,
@@ -264,7 +269,7 @@ def test_training_waits_for_the_disk_and_goes_on(
     assert told == whole
     assert "cannot be written" in caplog.text
     assert "training goes on" in caplog.text
-    verify(latest_checkpoint(tmp_path / "run").folder)
+    verify_checkpoint(latest_checkpoint(tmp_path / "run").folder)
 
 
 @pytest.mark.usefixtures("impatient")

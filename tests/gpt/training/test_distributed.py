@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import small_config
 
 from gpt.config.schema import RunConfig
-from gpt.data.loader import Sequences, TrainingBatches
-from gpt.errors import ConfigError, GroupError
-from gpt.training.checkpoint.retention import latest_checkpoint, note_batch_size
+from gpt.data.loader import SequenceDataset, TrainingLoader
+from gpt.errors import ConfigError, DistributedError
+from gpt.training.checkpoint.retention import latest_checkpoint, write_batch_size
 from gpt.training.distributed import launch
-from gpt.training.distributed.launch import train_on_all
+from gpt.training.distributed.launch import launch_training
 from gpt.training.loop import StepRecord
 
 STEPS = 30
@@ -28,7 +28,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return token_dataset(tmp_path_factory.mktemp("tokens"))
+    return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
 def group_config(root: Path, devices: int, **changes) -> RunConfig:
@@ -68,7 +68,7 @@ def alone(dataset, tmp_path_factory):
     """The records of one process, by architecture."""
     root = tmp_path_factory.mktemp("alone")
     return {
-        name: list(train_on_all(group_config(root, 1, **changes), dataset, root / name))
+        name: list(launch_training(group_config(root, 1, **changes), dataset, root / name))
         for name, changes in {"gpt2": {}, "nanochat": NANOCHAT}.items()
     }
 
@@ -82,7 +82,7 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(
 ):
     changes = NANOCHAT if architecture == "nanochat" else {}
     config = group_config(tmp_path, devices, hardware__sharding=sharding, **changes)
-    records = list(train_on_all(config, dataset, tmp_path / "run"))
+    records = list(launch_training(config, dataset, tmp_path / "run"))
     one = alone[architecture]
     assert_same_curve(losses(records), losses(one))
     norms = [r.grad_norm for r in records if r.grad_norm], [r.grad_norm for r in one if r.grad_norm]
@@ -93,16 +93,16 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(
 
 
 def test_processes_read_what_one_reads_in_its_order(dataset):
-    sequences = Sequences(dataset, dataset.train, 32)
-    whole = TrainingBatches(sequences, 5)
-    parts = [TrainingBatches(sequences, 5) for _ in range(4)]
+    sequences = SequenceDataset(dataset, dataset.train, 32)
+    whole = TrainingLoader(sequences, 5)
+    parts = [TrainingLoader(sequences, 5) for _ in range(4)]
     for turn in range(2 * len(sequences) // 3):  # over the end of an epoch
         for rank, mine in enumerate(parts):
             if turn % 4 == rank:
-                taken = mine.take(3)
+                taken = mine.next_batch(3)
             else:
                 mine.skip(3)
-        expected = whole.take(3)
+        expected = whole.next_batch(3)
         assert all(np.array_equal(a, b) for a, b in zip(taken, expected, strict=True))
     assert {part.position for part in parts} == {whole.position}
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_four_goes_on_with_one_and_with_two(dataset, alone, tmp_
     """The first are left, which leaves a checkpoint; the last begin with smaller micro-batches, as
     after one of them ran out of memory."""
     folder = tmp_path / "run"
-    four = train_on_all(group_config(tmp_path, 4), dataset, folder)
+    four = launch_training(group_config(tmp_path, 4), dataset, folder)
     first = list(itertools.takewhile(lambda record: record.step < 9, four))
     four.close()
     stands = latest_checkpoint(folder).step
@@ -119,8 +119,10 @@ def test_a_checkpoint_of_four_goes_on_with_one_and_with_two(dataset, alone, tmp_
     assert members() == []
     middle = until(20, group_config(tmp_path, 1), dataset, folder)
     assert min(losses(middle)) == stands + 1
-    note_batch_size(folder, 1)
-    last = list(train_on_all(group_config(tmp_path, 2, hardware__sharding="fsdp"), dataset, folder))
+    write_batch_size(folder, 1)
+    last = list(
+        launch_training(group_config(tmp_path, 2, hardware__sharding="fsdp"), dataset, folder)
+    )
     assert {record.batch_size for record in last if record.loss is not None} == {1}
     ours, whole = losses([*first, *middle, *last]), losses(alone["gpt2"])
     assert ours.keys() >= set(whole) - set(range(9, stands + 1))
@@ -132,7 +134,7 @@ def until(step: int, config: RunConfig, dataset, folder: Path) -> list[StepRecor
     """The records of a run that is stopped after that step, or soon after."""
     told: list[StepRecord] = []
     reached = threading.Event()
-    for record in train_on_all(config, dataset, folder, reached.is_set):
+    for record in launch_training(config, dataset, folder, reached.is_set):
         told += [record]
         if record.step >= step:
             reached.set()
@@ -148,7 +150,7 @@ def members() -> list[psutil.Process]:
 def test_a_lost_process_is_replaced_from_the_last_checkpoint(dataset, alone, tmp_path, caplog):
     config = group_config(tmp_path, 2, training__checkpoint_interval=7)
     records, killed = [], False
-    for record in train_on_all(config, dataset, tmp_path / "run"):
+    for record in launch_training(config, dataset, tmp_path / "run"):
         records.append(record)
         if record.step == 17 and not killed:
             members()[-1].send_signal(signal.SIGKILL)
@@ -163,24 +165,24 @@ def test_a_lost_process_is_replaced_from_the_last_checkpoint(dataset, alone, tmp
 def test_an_error_of_the_run_ends_the_group_with_its_message(dataset, tmp_path):
     config = group_config(tmp_path, 2, training__max_steps=10, model__block_size=8_000)
     with pytest.raises(Exception, match="too few for one sequence") as caught:
-        list(train_on_all(config, dataset, tmp_path / "run"))
+        list(launch_training(config, dataset, tmp_path / "run"))
     assert type(caught.value).__name__ == "DatasetError"
     assert members() == []
 
 
 def test_a_group_that_cannot_start_says_where_to_look(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "own_address", lambda _: "127.0.0.1")
+    monkeypatch.setattr(launch, "local_address", lambda _: "127.0.0.1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none-such")
     config = group_config(tmp_path, 2, hardware__restarts=0)
-    with pytest.raises(GroupError, match="what its processes said last is in"):
-        list(train_on_all(config, dataset, tmp_path / "run"))
+    with pytest.raises(DistributedError, match="what its processes said last is in"):
+        list(launch_training(config, dataset, tmp_path / "run"))
 
 
 def test_killed_with_9_its_processes_end_and_the_run_is_free(dataset, tmp_path):
     config, folder = group_config(tmp_path, 2, training__max_steps=100_000), tmp_path / "run"
     pid = os.fork()
     if not pid:
-        for _ in train_on_all(config, dataset, folder):
+        for _ in launch_training(config, dataset, folder):
             pass
     while latest_checkpoint(folder) is None:
         time.sleep(0.1)

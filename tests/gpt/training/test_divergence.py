@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import numbers, small_config, weights
 
 from gpt.errors import NonFiniteLossError
 from gpt.training import divergence
 from gpt.training import step as stepper
-from gpt.training.checkpoint.retention import latest_checkpoint, sound_checkpoint
-from gpt.training.divergence import LossWatch, read_recoveries
+from gpt.training.checkpoint.retention import latest_checkpoint, latest_valid_checkpoint
+from gpt.training.divergence import SpikeDetector, read_recoveries
 from gpt.training.loop import train
 from gpt.training.step import Stepper
 
@@ -22,7 +22,7 @@ A_STEP = 8
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return token_dataset(tmp_path_factory.mktemp("tokens"))
+    return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
 class Injected:
@@ -100,7 +100,7 @@ def test_repeated_ones_are_passed_over_from_a_checkpoint(
     ]
     assert told[-2].recoveries == 1
     assert "Going back to step 10 and over 24 sequences" in caplog.text
-    assert sound_checkpoint(tmp_path / "run").finished
+    assert latest_valid_checkpoint(tmp_path / "run").finished
 
 
 def test_before_the_first_checkpoint_it_goes_back_to_the_start(dataset, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_the_way_on_is_that_of_a_run_without_those_batches(dataset, tmp_path, mo
 
     def without(self, *rest):
         real(self, *rest)
-        self.batches.pass_over([(12 * A_STEP, 15 * A_STEP)])
+        self.batches.exclude_ranges([(12 * A_STEP, 15 * A_STEP)])
 
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "__init__", without)
@@ -149,7 +149,7 @@ def test_for_good_it_stops_with_the_last_good_checkpoint_intact(
     with pytest.raises(NonFiniteLossError, match=r"optimizer\.learning_rate"):
         list(train(config, dataset, tmp_path / "run"))
     assert len(read_recoveries(tmp_path / "run")) == attempts
-    assert sound_checkpoint(tmp_path / "run").step == 10
+    assert latest_valid_checkpoint(tmp_path / "run").step == 10
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
@@ -207,7 +207,7 @@ class TestSpikes:
 def test_a_falling_loss_with_noise_is_no_spike():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(5_000, generator=generator) * 0.05
-    watch = LossWatch(6.0)
+    watch = SpikeDetector(6.0)
     losses = [11 * 0.999**step + 3 + float(noise[step]) for step in range(5_000)]
     assert [watch.taken(loss) for loss in losses] == [None] * 5_000
     assert "is a spike" in watch.taken(losses[-1] + 1.0)
@@ -223,12 +223,12 @@ def test_float16_overflow_is_the_scaler_s_business(dataset, tmp_path, monkeypatc
     before = [parameter.detach().clone() for parameter in one.model.parameters()]
     for scale in (4.0, 2.0, 1.0):
         assert one.scaler.get_scale() == scale
-        one.micro_step(one.batches.take(4))
+        one.micro_step(one.batches.next_batch(4))
         one.model.head.grad[0, 0] = math.inf
         assert one._clipped(torch.tensor(5.0)).usable
         one.update()
     assert all(map(torch.equal, before, one.model.parameters()))
-    one.micro_step(one.batches.take(4))
+    one.micro_step(one.batches.next_batch(4))
     assert not one._clipped(torch.tensor(5.0)).usable
 
 

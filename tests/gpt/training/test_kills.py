@@ -11,13 +11,13 @@ import faults
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import small_config, weights
 
 from gpt.data.shards import read_manifest
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.run_dir import open_run_folder
-from tasks.tracking.runs import ended_by_outcome, make_store, open_run
+from gpt.training.run_dir import open_run_dir
+from tasks.tracking.runs import create_sqlite_store, open_run, track_run_status
 from tasks.train import train
 
 KILLS = int(os.environ.get("OVERNIGHT_KILLS", "4"))
@@ -39,8 +39,8 @@ def tracked_run(root, dataset_folder):
     """What the flow does between tokenising and evaluating."""
     torch.set_num_threads(1)
     config, dataset = config_of(root), read_manifest(dataset_folder)
-    run = open_run(config, dataset, open_run_folder(config, dataset))
-    with ended_by_outcome(run):
+    run = open_run(config, dataset, open_run_dir(config, dataset))
+    with track_run_status(run):
         train.fn(config, dataset, run)
 
 
@@ -66,7 +66,7 @@ def curve(root):
 @pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
-    dataset = token_dataset(tmp_path / "tokens")
+    dataset = make_token_dataset(tmp_path / "tokens")
     for name in ("whole", "killed"):
         # With a store that is there, the kills come in the training: making one has its own test.
         (tmp_path / name / "mlflow").mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
 
 def test_killed_while_mlflow_s_store_is_made_the_next_start_makes_it(tmp_path):
     database = tmp_path / "mlflow.db"
-    process = PROCESSES.Process(target=make_store, args=(database,))
+    process = PROCESSES.Process(target=create_sqlite_store, args=(database,))
     process.start()
     partial = tmp_path / ".mlflow.db.partial"
     while not (partial.exists() and partial.stat().st_size > 100_000):  # some of its tables
@@ -109,7 +109,7 @@ def test_killed_while_mlflow_s_store_is_made_the_next_start_makes_it(tmp_path):
     process.kill()
     process.join()
     assert not database.exists()
-    make_store(database)
+    create_sqlite_store(database)
     client = MlflowClient(f"sqlite:///{database}")
     run = client.create_run(client.create_experiment("after"))
     assert client.get_run(run.info.run_id).info.status == "RUNNING"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from token_data import token_dataset
+from token_data import make_token_dataset
 from torch.nn import functional as F
 from training_data import numbers, small_config, tiny_config, weights
 
@@ -10,13 +10,13 @@ from gpt.errors import ConfigError
 from gpt.training import loop
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.loop import Trainer, train
-from gpt.training.run_dir import open_run_folder
+from gpt.training.run_dir import open_run_dir
 from gpt.training.step import Stepper
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return token_dataset(tmp_path_factory.mktemp("tokens"))
+    return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
 def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
@@ -143,7 +143,7 @@ def test_the_first_loss_and_gradient_are_those_of_plain_torch(dataset, tmp_path)
     config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4)
     record = list(train(config, dataset, tmp_path / "run"))[1]
     stepper = Stepper(config, dataset)
-    inputs, targets = stepper.batches.take(8)
+    inputs, targets = stepper.batches.next_batch(8)
     logits = stepper.model(inputs) @ stepper.model.head.T
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     gradients = torch.autograd.grad(loss, list(stepper.model.parameters()))
@@ -160,31 +160,31 @@ def test_a_device_that_is_not_there_is_a_config_error(dataset, tmp_path):
 class TestRunFolder:
     def test_starting_is_resuming(self, dataset, tmp_path):
         config = tiny_config(tmp_path)
-        folder = open_run_folder(config, dataset)
-        assert open_run_folder(config, dataset) == folder
+        folder = open_run_dir(config, dataset)
+        assert open_run_dir(config, dataset) == folder
         assert folder.parent == tmp_path / "train"
         assert folder.name.startswith("t-")
 
     def test_what_does_not_shape_the_weights_may_change(self, dataset, tmp_path):
-        folder = open_run_folder(tiny_config(tmp_path), dataset)
+        folder = open_run_dir(tiny_config(tmp_path), dataset)
         split = {"training__batch_size": 2, "training__grad_acc": 4}
         for change in (split, {"training__log_interval": 3}, {"evaluation__interval": 5}):
-            assert open_run_folder(tiny_config(tmp_path, **change), dataset) == folder
+            assert open_run_dir(tiny_config(tmp_path, **change), dataset) == folder
 
     def test_an_interrupted_run_may_be_given_more_steps(self, dataset, tmp_path):
-        folder = open_run_folder(tiny_config(tmp_path), dataset)
+        folder = open_run_dir(tiny_config(tmp_path), dataset)
         longer = tiny_config(tmp_path, training__max_steps=30)
-        assert open_run_folder(longer, dataset) == folder
+        assert open_run_dir(longer, dataset) == folder
 
     def test_a_finished_run_stays_as_it_is(self, dataset, tmp_path):
         config = tiny_config(tmp_path, training__max_steps=4)
-        folder = open_run_folder(config, dataset)
+        folder = open_run_dir(config, dataset)
         list(train(config, dataset, folder))
-        assert open_run_folder(config, dataset) == folder
+        assert open_run_dir(config, dataset) == folder
         for steps in (5, 6):
             other = tiny_config(tmp_path, training__max_steps=steps)
-            assert open_run_folder(other, dataset) != folder
-        assert open_run_folder(config, dataset, fresh=True) != folder
+            assert open_run_dir(other, dataset) != folder
+        assert open_run_dir(config, dataset, fresh=True) != folder
 
     @pytest.mark.parametrize(
         "change",
@@ -196,5 +196,5 @@ class TestRunFolder:
         ],
     )
     def test_another_model_or_optimizer_is_another_run(self, dataset, tmp_path, change):
-        folder = open_run_folder(tiny_config(tmp_path), dataset)
-        assert open_run_folder(tiny_config(tmp_path, **change), dataset) != folder
+        folder = open_run_dir(tiny_config(tmp_path), dataset)
+        assert open_run_dir(tiny_config(tmp_path, **change), dataset) != folder

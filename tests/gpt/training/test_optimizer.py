@@ -9,8 +9,8 @@ from gpt.config.loading import build_config
 from gpt.config.schema import ScheduleSection
 from gpt.model.transformer import build_model
 from gpt.schedule import learning_rate_factor, muon_momentum, peak_learning_rates
-from gpt.training.muon import Float32Muon, orthogonalized
-from gpt.training.optimizer import build_optimizers, set_step
+from gpt.training.muon import Float32Muon, orthogonalize
+from gpt.training.optimizer import apply_schedule, build_optimizers
 
 
 def config_of(architecture="nanochat", optimizer="muon", model=(), optimizer_keys=(), **training):
@@ -89,7 +89,7 @@ def test_a_step_sets_rates_and_momentum():
     config = config_of(max_steps=100)
     optimizers = build_optimizers(build_model(config.model), config)
     for step in (0, 5, 99):
-        factor = set_step(optimizers, config, step)
+        factor = apply_schedule(optimizers, config, step)
         for group in (g for o in optimizers for g in o.param_groups):
             assert group["lr"] == pytest.approx(group["initial_lr"] * factor)
         expected = muon_momentum(config.optimizer, step, 100)
@@ -152,6 +152,6 @@ def test_muon_in_float32_is_torch_s_but_for_rounding(shape):
 
 def test_orthogonalized_has_singular_values_near_one():
     matrix = torch.randn(24, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    values = torch.linalg.svdvals(orthogonalized(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+    values = torch.linalg.svdvals(orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
     assert values.min() > 0.6
     assert values.max() < 1.3

@@ -18,7 +18,7 @@ import pytest
 from overnight_up import wait_for
 
 from gpt.training.checkpoint.retention import latest_checkpoint
-from tasks.tracking.journal import Journal
+from tasks.tracking.journal import MetricsJournal
 
 ROOT = Path(__file__).resolve().parents[3]
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -133,5 +133,7 @@ def test_a_host_cut_off_and_back_then_stopped_and_started_again(
     finished = latest_checkpoint(folder)
     assert finished
     assert finished.finished
-    steps = [json.loads(line)["step"] for line in Journal(folder).path.read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in MetricsJournal(folder).path.read_text().splitlines()
+    ]
     assert set(steps) >= set(range(1, STEPS + 1))

@@ -22,8 +22,8 @@ from gpt.data.tokenize import pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.errors import ConfigError, CorpusError
 from tasks.cluster import engines, runner
-from tasks.cluster.runner import cluster_of
-from tasks.tokenize_parquet import tokenize_parquet, tokenized
+from tasks.cluster.runner import resolve_cluster
+from tasks.tokenize_parquet import find_or_tokenize, tokenize_parquet
 
 # Ray reads these as it is imported: a token of our own, and none left in the home.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -149,7 +149,7 @@ def test_a_cluster_makes_the_shards_of_one_machine(tmp_path, source, running, no
     here = dataset(tmp_path / "here", source, **settings)
     no_local_workers()
     asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
-    assert but_folder(tokenized(asked)) == but_folder(here)
+    assert but_folder(find_or_tokenize(asked)) == but_folder(here)
 
 
 def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running, no_local_workers):
@@ -158,7 +158,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running
     here = dataset(tmp_path / "here", source, **settings)
     no_local_workers()
     asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
-    steps = tokenize_corpus(asked, cluster_of(asked.data))
+    steps = tokenize_corpus(asked, resolve_cluster(asked.data))
     victim = None
     while victim is None:  # only a few units are on their way until the next step is asked for
         done = next(step for step in steps if step.rows_done)
@@ -176,7 +176,7 @@ def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_
     here = dataset(tmp_path / "here", source)
     no_local_workers()
     before = set(psutil.Process().children(recursive=True))
-    there = tokenized(config(tmp_path / "there", source, runner=kind, workers=2))
+    there = find_or_tokenize(config(tmp_path / "there", source, runner=kind, workers=2))
     assert but_folder(there) == but_folder(here)
     # Not what was there may have started, as a browser does.
     left = {
@@ -192,7 +192,7 @@ def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_
 def test_what_a_worker_finds_wrong_is_told_once(tmp_path, source, monkeypatch, running):
     kind, at = running
     asked = config(tmp_path / "runs", source, runner=kind, cluster=at.address)
-    steps = tokenize_corpus(asked, cluster_of(asked.data))
+    steps = tokenize_corpus(asked, resolve_cluster(asked.data))
     monkeypatch.setattr("gpt.data.sources.CorpusFile.size_bytes", lambda _: 1)
     with pytest.raises(CorpusError, match=r"a\.parquet\n.* bytes and not 1 \(on "):
         list(steps)
@@ -233,7 +233,7 @@ def test_workers_that_cannot_reach_prefect_get_the_function_alone(
     )
     monkeypatch.setattr(runner, "FlowRunContext", SimpleNamespace(get=lambda: "a flow run"))
     monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
-    there = tokenized(config(tmp_path / "there", source, runner=kind, workers=2))
+    there = find_or_tokenize(config(tmp_path / "there", source, runner=kind, workers=2))
     assert but_folder(there) == but_folder(here)
     assert caplog.text.count("cannot reach Prefect's API") == 1
 
@@ -245,7 +245,7 @@ def test_workers_that_cannot_reach_prefect_get_the_function_alone(
 def test_a_package_that_is_missing(tmp_path, source, monkeypatch, kind):
     monkeypatch.setattr(runner.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"data\.runner = {kind}\n.*not installed\n.*\[{kind}\]"):
-        tokenized(config(tmp_path / "runs", source, runner=kind))
+        find_or_tokenize(config(tmp_path / "runs", source, runner=kind))
     assert not (tmp_path / "runs").exists()
 
 
@@ -258,14 +258,14 @@ ADDRESSES = {"dask": ["{}:{}", "tcp://{}:{}", "tls://{}:{}"], "ray": ["{}:{}", "
 def test_an_address_where_nobody_is(tmp_path, source, kind, form):
     address = form.format("127.0.0.1", free_port())
     with pytest.raises(ConfigError, match=rf"data\.cluster = {address}\n.*nobody answers there"):
-        tokenized(config(tmp_path / "runs", source, runner=kind, cluster=address))
+        find_or_tokenize(config(tmp_path / "runs", source, runner=kind, cluster=address))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("address", ["here", "tcp://:8786", "host:many"])
 def test_an_address_that_is_none(tmp_path, source, address):
     with pytest.raises(ConfigError, match="names no host and port"):
-        tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
+        find_or_tokenize(config(tmp_path / "runs", source, runner="dask", cluster=address))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,9 @@ def test_an_address_that_is_none(tmp_path, source, address):
 def test_an_address_of_something_else(tmp_path, source, kind, scheme):
     rule = rf"{scheme}:// is no address of {kind.capitalize()}\n.*tcp://host:8786 for Dask"
     with pytest.raises(ConfigError, match=rule):
-        tokenized(config(tmp_path, source, runner=kind, cluster=f"{scheme}://localhost:8786"))
+        find_or_tokenize(
+            config(tmp_path, source, runner=kind, cluster=f"{scheme}://localhost:8786")
+        )
 
 
 def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
@@ -289,7 +291,7 @@ def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
         threading.Thread(target=hang_up, daemon=True).start()
         address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ConfigError, match="the dask cluster cannot be opened"):
-            tokenized(config(tmp_path / "runs", source, runner="dask", cluster=address))
+            find_or_tokenize(config(tmp_path / "runs", source, runner="dask", cluster=address))
         other.shutdown(socket.SHUT_RDWR)
     assert not list(Path(tmp_path / "runs").rglob("*.bin*"))
 
@@ -301,4 +303,4 @@ def test_a_port_that_says_nothing(tmp_path, source, monkeypatch, kind):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"{address}\n.*does not answer as a cluster does"):
-            tokenized(config(tmp_path, source, runner=kind, cluster=address))
+            find_or_tokenize(config(tmp_path, source, runner=kind, cluster=address))

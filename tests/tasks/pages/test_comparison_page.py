@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import hosts_asked
-from comparison_data import entry, trained
+from comparison_data import config_result, run_result
 
 from gpt.evaluation.comparison import verdict
 from tasks.pages.comparison import COLUMNS, html_page, pictures
@@ -20,7 +20,7 @@ def texts(browser: Any, selector: str) -> list[str]:
 
 def test_a_person_sees_table_curves_samples_and_verdict(browser: Any, tmp_path: Path) -> None:
     better = (0.0, 0.1, 0.2)
-    entries = [entry(name, trained(by)) for name, by in zip(NAMES, better, strict=True)]
+    entries = [config_result(name, run_result(by)) for name, by in zip(NAMES, better, strict=True)]
     page = tmp_path / "comparison.html"
     page.write_text(html_page("widths", entries, verdict(entries), pictures(entries)))
     hosts_asked(browser)

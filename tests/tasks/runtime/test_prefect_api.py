@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from gpt.errors import CorpusError, Problem
-from tasks.runtime.prefect_api import is_away
+from tasks.runtime.prefect_api import is_api_unreachable
 
 
 def raised(error, cause):
@@ -32,4 +32,4 @@ OURS = CorpusError(Problem("s3://bucket", "", "cannot be read", "look at the net
     ],
 )
 def test_is_away(error, away):
-    assert is_away(error) is away
+    assert is_api_unreachable(error) is away

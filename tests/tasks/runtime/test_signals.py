@@ -19,7 +19,7 @@ from overnight_command import (
 from prefect.settings import PREFECT_API_URL
 
 from gpt.training.checkpoint.retention import latest_checkpoint
-from tasks.runtime.signals import Stopping, StopRequested
+from tasks.runtime.signals import StopRequested, StopSignals
 
 """Where the command starts Prefect's API itself; elsewhere the suite's server saves that time."""
 
@@ -69,18 +69,18 @@ class TestStopping:
 
     def test_outside_of_training_it_raises_at_once_and_puts_the_handlers_back(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        with Stopping() as stopping:
+        with StopSignals() as stopping:
             with pytest.raises(StopRequested, match="SIGTERM"):
                 os.kill(os.getpid(), signal.SIGTERM)
             assert stopping.requested()
         assert signal.getsignal(signal.SIGTERM) is before
 
     @staticmethod
-    def trained(stopping: Stopping, *signals: int, seconds: float = 0.0) -> bool:
+    def trained(stopping: StopSignals, *signals: int, seconds: float = 0.0) -> bool:
         """Whether the training, which gets these signals, came to its own end."""
         ended = False
         try:
-            with stopping.gracefully():
+            with stopping.graceful_stop():
                 for number in signals:
                     os.kill(os.getpid(), number)
                 time.sleep(seconds)
@@ -90,15 +90,15 @@ class TestStopping:
         raise AssertionError("nobody was told of the stop")
 
     def test_training_comes_to_its_own_end(self) -> None:
-        with Stopping() as stopping:
+        with StopSignals() as stopping:
             assert self.trained(stopping, signal.SIGINT)
 
     def test_the_same_signal_twice_at_once_is_one(self) -> None:
-        with Stopping() as stopping:
+        with StopSignals() as stopping:
             assert self.trained(stopping, signal.SIGTERM, signal.SIGTERM)
 
     def test_what_takes_too_long_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tasks.runtime.signals.GRACE_SECONDS", 0.2)
         monkeypatch.setattr("tasks.runtime.signals.REPEATED_SECONDS", 0.1)
-        with Stopping() as stopping:
+        with StopSignals() as stopping:
             assert not self.trained(stopping, signal.SIGTERM, seconds=60.0)

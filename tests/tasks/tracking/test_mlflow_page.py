@@ -12,14 +12,14 @@ from urllib.parse import quote, urlsplit
 import pytest
 from browser import WINDOW, hosts_asked
 from servers import MlflowServer, with_store
-from token_data import token_dataset
+from token_data import make_token_dataset
 
 from gpt.config.loading import load_config
 from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.loop import StepRecord
-from gpt.training.run_dir import open_run_folder
-from tasks.tracking.journal import METRICS, read_lines
-from tasks.tracking.runs import RunRef, ended_by_outcome, open_run, recording
+from gpt.training.run_dir import open_run_dir
+from tasks.tracking.journal import METRICS_FILE, read_metrics
+from tasks.tracking.runs import RunRef, open_recorder, open_run, track_run_status
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 FLOORS = {480: 3.42, 576: 3.36, 720: 3.28}
@@ -39,9 +39,9 @@ def loss(width: int, step: int) -> float:
 def tracked(width: int, root: Path) -> RunRef:
     """A whole run as MLflow gets to know it, without the training."""
     config = load_config(CONFIGS / f"gpt-{width}.toml", {"run": {"root": str(root)}})
-    dataset = token_dataset(root / "datasets" / "pages")
-    run = open_run(config, dataset, open_run_folder(config, dataset))
-    with ended_by_outcome(run), recording(run) as recorder:
+    dataset = make_token_dataset(root / "datasets" / "pages")
+    run = open_run(config, dataset, open_run_dir(config, dataset))
+    with track_run_status(run), open_recorder(run) as recorder:
         for step in range(0, STEPS + 1, EVERY):
             seen, rate = step * config.tokens_per_step, 0.02 * (1 - step / STEPS)
             if step:
@@ -115,7 +115,7 @@ def close_assistant(browser: Any) -> None:
 
 
 def points(run: RunRef, key: str) -> list[list[float]]:
-    lines, _ = read_lines(run.folder / METRICS)
+    lines, _ = read_metrics(run.folder / METRICS_FILE)
     return [[line.step, line.metrics[key]] for line in lines if key in line.metrics]
 
 

@@ -18,7 +18,7 @@ from registry_data import STEPS, finished_run, report
 from safetensors.torch import load_file
 from servers import MlflowServer
 
-from flows.cli.model_choice import facts_of, find_model
+from flows.cli.model_choice import find_model, read_model_facts
 from gpt.errors import RegistryError
 from tasks.tracking import journal, mlflow_settings, registry, sync
 from tasks.tracking.model_lookup import (
@@ -77,7 +77,7 @@ def test_the_first_model_is_the_champion(tiny_root, client, name):
     assert aliases(client, name) == {"champion": 1}
     assert version.run_id == finished.run.run_id
     assert version.tags == {
-        UID_TAG: journal.read_outbox(finished.folder).uid,
+        UID_TAG: journal.read_metadata(finished.folder).uid,
         STEP_TAG: "20",
         LOSS_TAG: f"{report().loss:.6f}",
         AGAINST_TAG: "",
@@ -115,12 +115,12 @@ def test_the_same_run_twice_is_one_version_judged_once(tiny_root, client, name):
     registered(tiny_root, name, report())
     finished, done = registered(tiny_root, name, report(-0.1, seed=2))
     assert register(finished.run, name) == done
-    (finished.folder / journal.RECEIPT).unlink()
+    (finished.folder / journal.SYNC_STATE_FILE).unlink()
     assert register(finished.run, name) == done
     assert len(versions(client, name)) == 2
     # Long beaten, it comes again: it takes nothing back.
     registered(tiny_root, name, report(-0.2, seed=3))
-    (finished.folder / journal.RECEIPT).unlink()
+    (finished.folder / journal.SYNC_STATE_FILE).unlink()
     assert register(finished.run, name) == done
     assert aliases(client, name) == {"champion": 3, "previous-champion": 2}
 
@@ -133,9 +133,9 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
         *("set_model_version_tag", "set_registered_model_alias"),
     )
     finished = finished_run(tiny_root, report())
-    outbox = journal.read_outbox(finished.folder)
-    (finished.folder / journal.RECEIPT).unlink()
-    journal.write_outbox(finished.folder, outbox.model_copy(update={"registered_model": name}))
+    outbox = journal.read_metadata(finished.folder)
+    (finished.folder / journal.SYNC_STATE_FILE).unlink()
+    journal.write_metadata(finished.folder, outbox.model_copy(update={"registered_model": name}))
     lost = 0
 
     def loses_answers(call):
@@ -156,7 +156,7 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
         loses_answers(call)
     while lost < 100:
         try:
-            sync.deliver(finished.folder, finished.run.uri)
+            sync.sync_folder(finished.folder, finished.run.uri)
             break
         except ConnectionError:
             lost += 1
@@ -164,7 +164,7 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
     monkeypatch.undo()
     [version] = versions(client, name)
     assert (aliases(client, name), version.tags[ALIAS_TAG]) == ({"champion": 1}, "champion")
-    receipt = journal.read_receipt(finished.folder)
+    receipt = journal.read_sync_state(finished.folder)
     outputs = client.get_run(receipt.run_id).outputs.model_outputs
     assert sorted(o.step for o in outputs) == list(STEPS)
     assert sorted(m.model_id for m in receipt.models.values()) == sorted(
@@ -207,7 +207,7 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
     final = {m.key: m.value for m in last.metrics}
     assert final["val/loss"] == 5.0
     assert final["final/loss"] == pytest.approx(report().loss)
-    dataset = journal.read_outbox(finished.folder).dataset
+    dataset = journal.read_metadata(finished.folder).dataset
     for model in models:
         assert {str(model.status), model.source_run_id} == {"READY", run.info.run_id}
         for metric in model.metrics:
@@ -231,17 +231,17 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
 
 
 def test_another_evaluation_replaces_the_stored_report_and_judges_no_more(tiny_root, client, name):
-    from gpt.evaluation.report_store import REPORT, keep_report, read_report
-    from tasks.evaluate import models_of
-    from tasks.tracking.runs import attach
+    from gpt.evaluation.report_store import REPORT_FILE, read_report_file, save_report
+    from tasks.evaluate import collect_models
+    from tasks.tracking.runs import attach_artifacts
 
     finished, done = registered(tiny_root, name, report())
-    keep_report(finished.folder, finished.config, report(text="b"))
-    attach(finished.run, {}, models_of(finished.folder, STEPS[-1]))
+    save_report(finished.folder, finished.config, report(text="b"))
+    attach_artifacts(finished.run, {}, collect_models(finished.folder, STEPS[-1]))
     assert register(finished.run, name) == done
     [version] = versions(client, name)
     stored = find_model(f"models:/{name}/1", tiny_root)
-    assert read_report(stored / REPORT).slice_fingerprint == "b"
+    assert read_report_file(stored / REPORT_FILE).slice_fingerprint == "b"
     assert len(client.get_run(version.run_id).outputs.model_outputs) == len(STEPS)
 
 
@@ -250,7 +250,7 @@ def test_names_of_the_registry(tiny_root, client, name, tmp_path):
     finished, _ = registered(tiny_root, name, report())
     model = find_model(f"models:/{name}@champion", tiny_root)
     assert find_model(f"models:/{name}/1", tiny_root) == model
-    facts = facts_of(model)
+    facts = read_model_facts(model)
     assert (facts.name, facts.step, facts.report) == ("t", 20, report())
     assert facts.dataset == finished.dataset
     for wrong, message in {
@@ -290,7 +290,7 @@ def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, mo
         ours = load_file(second.folder / "checkpoints" / "step-00000020" / "model.safetensors")
         assert theirs.keys() == ours.keys()
         assert all((theirs[key] == ours[key]).all() for key in ours)
-        assert facts_of(model).report == report(-0.1, seed=2)
+        assert read_model_facts(model).report == report(-0.1, seed=2)
         shutil.rmtree(tmp_path / "server" / "artifacts")
         assert find_model("models:/gpt@champion", tmp_path) == model, "fetched once"
         with pytest.raises(RegistryError, match="no model"):

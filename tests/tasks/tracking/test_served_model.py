@@ -18,8 +18,8 @@ from registry_data import finished_run, report
 from servers import free_port
 
 from flows.cli.model_choice import find_model
-from gpt.model.generate import Sampling, generate
-from gpt.model.io import load_saved
+from gpt.model.generate import SamplingParams, generate
+from gpt.model.io import load_model
 from tasks.tracking.runs import register
 
 PATIENCE_SECONDS = 90
@@ -84,9 +84,9 @@ def ask(address: str, question: object) -> tuple[int, str]:
 
 
 def test_prompts_are_gone_on_with_as_on_the_command_line(address, model):
-    network = load_saved(model, torch.device("cpu"))
+    network = load_model(model, torch.device("cpu"))
     prompts = ["The", "Once upon a time"]
-    texts = [generate(network, prompt, Sampling(**SETTINGS)) for prompt in prompts]
+    texts = [generate(network, prompt, SamplingParams(**SETTINGS)) for prompt in prompts]
     assert texts[0] != texts[1]
     for question in (
         {"inputs": {"prompt": prompts}},

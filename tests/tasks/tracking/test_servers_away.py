@@ -8,21 +8,21 @@ import pytest
 from overnight_command import command, flow_states, mlflow_run
 from overnight_up import free_port
 from servers import MlflowServer, with_store
-from token_data import token_dataset
+from token_data import make_token_dataset
 from training_data import small_config
 
 from gpt.config.schema import RunConfig
 from gpt.training.loop import StepRecord
-from gpt.training.run_dir import open_run_folder
+from gpt.training.run_dir import open_run_dir
 from tasks.tracking import journal
-from tasks.tracking.runs import MlflowClient, RunRef, ended_by_outcome, open_run, recording
+from tasks.tracking.runs import MlflowClient, RunRef, open_recorder, open_run, track_run_status
 
 
 def opened(tmp_path: Path, uri: str) -> tuple[RunConfig, RunRef]:
     config = small_config(tmp_path)
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
-    dataset = token_dataset(tmp_path / "tokens")
-    return config, open_run(config, dataset, open_run_folder(config, dataset))
+    dataset = make_token_dataset(tmp_path / "tokens")
+    return config, open_run(config, dataset, open_run_dir(config, dataset))
 
 
 def record(step: int) -> StepRecord:
@@ -44,7 +44,7 @@ def test_a_server_killed_at_step_10_and_back_at_step_40_gets_every_point_once(
     tmp_path: Path, server: MlflowServer
 ) -> None:
     _, run = opened(tmp_path, server.uri)
-    with ended_by_outcome(run), recording(run) as recorder:
+    with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 61):
             recorder.step(record(step))
             if step == 10:
@@ -61,7 +61,7 @@ def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, run = opened(tmp_path, server.uri)
-    with ended_by_outcome(run), recording(run) as recorder:
+    with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 61):
             recorder.step(record(step))
             if step == 10:
@@ -115,7 +115,7 @@ def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyP
             writes += 1
             return self.file.write(data[: len(data) // 2] if writes % 3 else data)
 
-    book = journal.Journal(tmp_path)
+    book = journal.MetricsJournal(tmp_path)
     real = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(real(self, *a, **k)))
     refused = 0
@@ -126,12 +126,12 @@ def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyP
             refused += 1
     monkeypatch.undo()
     assert refused == 20
-    lines, _ = journal.read_lines(tmp_path / journal.METRICS)
+    lines, _ = journal.read_metrics(tmp_path / journal.METRICS_FILE)
     assert [(line.step, line.metrics) for line in lines] == [
         (step, {"loss": float(step)}) for step in range(1, 31)
     ]
     # What another start repeats is there already.
-    assert not journal.Journal(tmp_path).append(30, {"loss": 0.0})
+    assert not journal.MetricsJournal(tmp_path).append(30, {"loss": 0.0})
 
 
 @pytest.mark.parametrize("fault", ["kill prefect", "hang prefect"])

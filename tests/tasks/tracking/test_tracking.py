@@ -16,7 +16,14 @@ from gpt.config.schema import RunConfig
 from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.loop import StepRecord
 from tasks.tracking import journal, runs, sync
-from tasks.tracking.runs import MlflowClient, RunRef, attach, ended_by_outcome, open_run, recording
+from tasks.tracking.runs import (
+    MlflowClient,
+    RunRef,
+    attach_artifacts,
+    open_recorder,
+    open_run,
+    track_run_status,
+)
 
 
 @pytest.fixture
@@ -77,12 +84,12 @@ def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
     held = HeldoutLoss(tokens=5, loss=3.0, perplexity=20.0, bits_per_byte=1.5)
     sample = run.folder / "sample.txt"
     sample.write_text("Once upon a time")
-    with ended_by_outcome(run):
-        with recording(run) as recorder:
+    with track_run_status(run):
+        with open_recorder(run) as recorder:
             recorder.step(StepRecord(0, 0, 0.0, validation=held))
             for step in range(1, 251):
                 recorder.step(record(step, loss=1 / step))
-        attach(run, {"samples/sample.txt": sample})
+        attach_artifacts(run, {"samples/sample.txt": sample})
 
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
@@ -106,14 +113,14 @@ def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
 def test_sending_the_journal_again_doubles_nothing(
     run: RunRef, mlflow_client: MlflowClient
 ) -> None:
-    with recording(run) as recorder:
+    with open_recorder(run) as recorder:
         for step, loss in enumerate((2.0, float("nan"), float("inf"), 1.0), start=1):
             recorder.step(record(step, loss))
     before = history(mlflow_client, run.run_id, "train/loss")
-    receipt = journal.read_receipt(run.folder)
+    receipt = journal.read_sync_state(run.folder)
     assert receipt
-    journal.write_receipt(run.folder, receipt.model_copy(update={"sent_bytes": 0}))
-    sync.deliver(run.folder, run.uri)
+    journal.write_sync_state(run.folder, receipt.model_copy(update={"sent_bytes": 0}))
+    sync.sync_folder(run.folder, run.uri)
     assert str(history(mlflow_client, run.run_id, "train/loss")) == str(before)  # nan != nan
     assert len(before) == 4
 
@@ -121,9 +128,9 @@ def test_sending_the_journal_again_doubles_nothing(
 def test_a_run_whose_receipt_was_never_written_is_found_again(
     run: RunRef, mlflow_client: MlflowClient
 ) -> None:
-    (run.folder / journal.RECEIPT).unlink()
-    sync.deliver(run.folder, run.uri)
-    receipt = journal.read_receipt(run.folder)
+    (run.folder / journal.SYNC_STATE_FILE).unlink()
+    sync.sync_folder(run.folder, run.uri)
+    receipt = journal.read_sync_state(run.folder)
     assert receipt
     assert receipt.run_id == run.run_id
 
@@ -131,7 +138,7 @@ def test_a_run_whose_receipt_was_never_written_is_found_again(
 def test_a_deleted_run_is_made_again_with_all_its_metrics(
     run: RunRef, config: RunConfig, dataset: DatasetManifest, mlflow_client: MlflowClient
 ) -> None:
-    with recording(run) as recorder:
+    with open_recorder(run) as recorder:
         recorder.step(record(1))
     mlflow_client.delete_run(run.run_id)
     again = open_run(config, dataset, run.folder)
@@ -143,21 +150,21 @@ def test_a_resumed_run_repeats_steps_without_a_trace(
     run: RunRef, mlflow_client: MlflowClient
 ) -> None:
     for steps in (range(1, 8), range(5, 11)):
-        with recording(run) as recorder:
+        with open_recorder(run) as recorder:
             for step in steps:
                 recorder.step(record(step))
     assert [s for s, _ in history(mlflow_client, run.run_id, "train/loss")] == list(range(1, 11))
 
 
 def test_a_line_torn_by_a_kill_is_dropped_and_written_again(run: RunRef) -> None:
-    first = journal.Journal(run.folder)
+    first = journal.MetricsJournal(run.folder)
     first.append(1, {"train/loss": 2.0})
     with first.path.open("a") as file:
         file.write('{"step": 2, "time_ms": 17, "metr')
-    second = journal.Journal(run.folder)
+    second = journal.MetricsJournal(run.folder)
     assert not second.append(1, {"train/loss": 2.0})
     assert second.append(2, {"train/loss": 1.0})
-    assert [line.step for line in journal.read_lines(first.path)[0]] == [1, 2]
+    assert [line.step for line in journal.read_metrics(first.path)[0]] == [1, 2]
 
 
 def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
@@ -171,7 +178,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
 ) -> None:
     run = open_run(config, dataset, tmp_path)
     assert run.run_id is None
-    with ended_by_outcome(run), recording(run) as recorder:
+    with track_run_status(run), open_recorder(run) as recorder:
         began = time.monotonic()
         for step in range(1, 101):
             recorder.step(record(step))
@@ -190,10 +197,10 @@ def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
 def test_a_slow_server_delays_no_step_and_the_end_is_bounded(
     run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "deliver", lambda *_: time.sleep(30))
+    monkeypatch.setattr(runs, "sync_folder", lambda *_: time.sleep(30))
     monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.2)
     began = time.monotonic()
-    with ended_by_outcome(run), recording(run) as recorder:
+    with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 101):
             recorder.step(record(step))
     assert time.monotonic() - began < 2
@@ -206,8 +213,8 @@ def test_a_full_disk_stops_nothing(
     def full(*_: Any) -> bool:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal.Journal, "append", full)
-    with recording(run) as recorder:
+    monkeypatch.setattr(journal.MetricsJournal, "append", full)
+    with open_recorder(run) as recorder:
         recorder.step(record(1))
         recorder.step(record(2))
     assert capsys.readouterr().out.count("No space left on device") == 1
@@ -227,16 +234,16 @@ def test_the_status_tells_how_it_ended(
     status: str,
     message: str | None,
 ) -> None:
-    with pytest.raises(type(error)), ended_by_outcome(run):
+    with pytest.raises(type(error)), track_run_status(run):
         raise error
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == status
     assert found.data.tags.get(sync.ERROR_TAG) == message
 
-    with recording(run) as recorder:
+    with open_recorder(run) as recorder:
         recorder.step(record(1))
     assert mlflow_client.get_run(run.run_id).info.status == "RUNNING"
-    with ended_by_outcome(run):
+    with track_run_status(run):
         pass
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == "FINISHED"

@@ -8,10 +8,10 @@ from corpus_data import AWKWARD_TEXTS, TEXTS, dataset, parquet, reference, store
 from hypothesis import given, settings
 
 from gpt.data.tokenize import chunks, gigatoken_encoder, tokenizer, units
-from gpt.data.tokenize.encoders import Mismatch, TiktokenEncoder
-from gpt.data.tokenize.gigatoken_encoder import CheckedGigatoken, awkward_stretches
+from gpt.data.tokenize.encoders import EncoderMismatchError, TiktokenEncoder
+from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder, spans_to_verify
 
-ENCODER = CheckedGigatoken()
+ENCODER = GigatokenEncoder()
 PLAIN = "Plain English words, one after the other; nothing else is in here. " * 400
 
 
@@ -30,7 +30,7 @@ def test_everything_awkward_is_compared(text):
     texts = [PLAIN.encode(), f"{PLAIN[:500]}{text} and {'=' * 140}{PLAIN[:300]}".encode()]
     joined = b"".join(texts)
     edges = np.cumsum([0, *map(len, texts)])
-    stretches = awkward_stretches(joined, edges)
+    stretches = spans_to_verify(joined, edges)
     covered = np.zeros(len(joined), dtype=bool)
     for start, end in stretches.tolist():
         assert not covered[start:end].any()
@@ -58,7 +58,7 @@ class Faulty:
 
 
 def letters(text):
-    ranks = tokenizer.read_ranks(tokenizer.data_folder())
+    ranks = tokenizer.read_ranks(tokenizer.ranks_folder())
     return [ranks[bytes([byte])] for byte in text]
 
 
@@ -77,13 +77,13 @@ def test_any_difference_falls_back_to_tiktoken_for_the_whole(tmp_path, monkeypat
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 3_000)
     monkeypatch.setattr(units, "UNIT_BYTES", 4_000)
     marker, ids = FAULTS[kind]
-    fresh = CheckedGigatoken._fresh
+    fresh = GigatokenEncoder._fresh
 
     def faulty(self):
         fresh(self)
         self._encoder = Faulty(self._encoder, marker, ids)
 
-    monkeypatch.setattr(CheckedGigatoken, "_fresh", faulty)
+    monkeypatch.setattr(GigatokenEncoder, "_fresh", faulty)
     texts = [text.replace("東京", "").replace("<|endoftext|>", "") for text in TEXTS]
     texts.insert(250, f"It is {marker.decode()} in here, and the rest is plain.")
     source = parquet(tmp_path / "a.parquet", texts, row_group_size=50)
@@ -107,7 +107,7 @@ def test_shards_are_the_same_with_and_without(tmp_path):
 
 
 def test_the_encoder_is_made_anew_when_it_has_grown(monkeypatch):
-    encoder = CheckedGigatoken()
+    encoder = GigatokenEncoder()
     first = encoder._encoder
     encoder.encode([b"a"])
     assert encoder._encoder is first
@@ -129,7 +129,7 @@ def test_ids_that_cross_from_one_text_to_the_next_are_noticed(monkeypatch):
         def encode(self, text):
             return next(self.parts)
 
-    encoder = CheckedGigatoken()
+    encoder = GigatokenEncoder()
     encoder._encoder = Shifted(encoder._encoder)
-    with pytest.raises(Mismatch, match="end where a text does"):
+    with pytest.raises(EncoderMismatchError, match="end where a text does"):
         encoder.encode([b"hello world", b" and more"])

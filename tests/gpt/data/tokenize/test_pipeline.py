@@ -23,13 +23,13 @@ from corpus_data import (
 
 from gpt.data import parquet as parquet_files
 from gpt.data import sources
-from gpt.data.filters import Selection
-from gpt.data.shards import verify
+from gpt.data.filters import RowFilter
+from gpt.data.shards import verify_shards
 from gpt.data.sources import find_sources
 from gpt.data.tokenize import chunks, pipeline, pool, units
 from gpt.data.tokenize.chunks import is_validation
 from gpt.data.tokenize.pipeline import TokenizeProgress, find_dataset, tokenize_corpus
-from gpt.files import sha256_of
+from gpt.files import compute_sha256
 
 
 def test_shards_decode_back_to_the_rows(tmp_path):
@@ -49,11 +49,11 @@ def test_shards_decode_back_to_the_rows(tmp_path):
     assert manifest.train.text_bytes == sum(len(t.encode()) for t in train)
     assert manifest.folder == tmp_path / "runs" / "datasets" / manifest.fingerprint[:16]
     assert manifest.sources[0].rows == len(TEXTS)
-    assert manifest.sources[0].sha256 == sha256_of(Path(source))
+    assert manifest.sources[0].sha256 == compute_sha256(Path(source))
     assert isinstance(progress[-1], TokenizeProgress)
     assert progress[-1].rows_done == progress[-1].rows_total == len(TEXTS)
     assert progress[-1].tokens == manifest.train.tokens + manifest.validation.tokens
-    verify(manifest)
+    verify_shards(manifest)
 
 
 STRINGS = [
@@ -96,7 +96,7 @@ def test_the_size_of_batches_chunks_units_and_shards_changes_no_token(tmp_path, 
 
 def test_units_are_ranges_of_row_groups_or_parts_of_large_ones():
     def cut(*groups):
-        found = list(units.cut_into_units(groups))
+        found = list(units.split_into_units(groups))
         return [(u.rows.start, u.rows.stop, u.groups.start, u.groups.stop) for u in found]
 
     mega = 1_000_000
@@ -114,13 +114,13 @@ def test_units_are_ranges_of_row_groups_or_parts_of_large_ones():
 def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 900)
     monkeypatch.setattr(parquet_files, "BATCH_ROWS", 7)
-    selection = Selection("text")
+    selection = RowFilter("text")
     source = parquet(tmp_path / "a.parquet", row_group_size=90)
     (found,) = [parquet_files.inspect(f, selection) for f in find_sources([source])]
     assert len(found.units) > 10
 
     def texts(wanted):
-        rows = list(parquet_files.read(found, wanted, selection))
+        rows = list(parquet_files.read_rows(found, wanted, selection))
         return [str(text, "utf-8") for row in rows for text in row.texts]
 
     assert texts(found.units) == TEXTS
@@ -131,7 +131,7 @@ def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(pipeline, "TEXT_PER_WORKER", 1)
+    monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
     source = parquet(tmp_path / "a.parquet", row_group_size=64)
     made = dataset(tmp_path / "runs", source, workers=workers)
@@ -205,7 +205,7 @@ def test_max_tokens_is_never_passed_and_documents_stay_whole(tmp_path, monkeypat
     fitting = max(n for n in range(len(texts)) if sum(sizes[:n]) <= most)
     assert stored(made) == reference(texts[:fitting])
     assert made.skipped["max_tokens"] == len(texts) - fitting
-    verify(made)
+    verify_shards(made)
 
 
 def test_files_behind_an_address(tmp_path):
@@ -278,9 +278,9 @@ def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
     made = config(tmp_path / "runs", source)
     assert find_dataset(made) is None
     _, manifest = run(made)
-    monkeypatch.setattr(sources, "sha256_of", None)
+    monkeypatch.setattr(sources, "compute_sha256", None)
     monkeypatch.setattr(parquet_files, "inspect", None)
-    monkeypatch.setattr(pool, "open_encoder", None)
+    monkeypatch.setattr(pool, "load_encoder", None)
     assert find_dataset(made) == manifest
     assert run(made) == ([], manifest)
 
@@ -359,7 +359,7 @@ def test_a_damaged_shard_is_made_anew_and_nothing_else(tmp_path, monkeypatch, ca
     assert "train-00002.bin" in caplog.text
     encoded = spied(monkeypatch)
     assert run(made)[1] == manifest
-    verify(manifest)
+    verify_shards(manifest)
     assert 0 < len(b"".join(encoded)) < sum(len(t.encode()) for t in TEXTS) / 2
 
 
@@ -369,7 +369,7 @@ def test_without_its_manifest_it_is_no_data_set(tmp_path):
     (manifest.folder / "manifest.json").unlink()
     assert find_dataset(made) is None
     assert run(made)[1] == manifest
-    verify(manifest)
+    verify_shards(manifest)
 
 
 def test_only_what_depends_on_a_changed_file_is_encoded_again(tmp_path, monkeypatch):
@@ -419,9 +419,9 @@ def test_left_early_it_leaves_no_data_set_and_loses_no_unit(tmp_path, monkeypatc
     encoded = spied(monkeypatch)
     progress, manifest = run(made)
     assert stored(manifest) == reference(TEXTS)
-    assert progress[0].rows_kept >= 40
-    assert progress[0].rows_kept <= done.rows_done
-    texts = TEXTS[progress[0].rows_kept :]
+    assert progress[0].rows_reused >= 40
+    assert progress[0].rows_reused <= done.rows_done
+    texts = TEXTS[progress[0].rows_reused :]
     assert b"".join(encoded) == "".join(texts).encode()
     assert not list((tmp_path / "runs/datasets").glob("*.partial"))
 

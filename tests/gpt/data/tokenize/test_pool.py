@@ -17,8 +17,8 @@ from gpt.data.tokenize import chunks, pipeline, units
 from gpt.data.tokenize import pool as engine
 from gpt.data.tokenize.encoders import Chunk, encode_chunk
 from gpt.data.tokenize.pipeline import tokenize_corpus
-from gpt.data.tokenize.pool import choose_engine, in_order, open_pool
-from gpt.data.tokenize.worker import open_encoder
+from gpt.data.tokenize.pool import map_in_order, open_pool, resolve_engine
+from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests"])}
@@ -49,8 +49,8 @@ def test_results_come_in_the_order_of_the_items(workers, children):
         return item if isinstance(item, Chunk) else None
 
     with open_pool("tiktoken", workers) as pool:
-        results = list(in_order(pool, items, chunk_of))
-    encoder = open_encoder("tiktoken")
+        results = list(map_in_order(pool, items, chunk_of))
+    encoder = load_encoder("tiktoken")
     assert [item for item, _ in results] == items
     for item, encoded in results:
         if isinstance(item, Chunk):
@@ -69,7 +69,7 @@ def test_items_are_drawn_only_as_fast_as_they_are_done():
             yield chunk(str(i))
 
     with open_pool("tiktoken", 2) as pool:
-        results = in_order(pool, items(), lambda item: item)
+        results = map_in_order(pool, items(), lambda item: item)
         next(results)
         assert len(drawn) <= 2 * engine.CHUNKS_PER_WORKER + 1
 
@@ -77,7 +77,7 @@ def test_items_are_drawn_only_as_fast_as_they_are_done():
 def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
     tmp_path, monkeypatch, children
 ):
-    monkeypatch.setattr(pipeline, "TEXT_PER_WORKER", 1)
+    monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
     made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet", row_group_size=20), workers=2)
@@ -109,10 +109,10 @@ def test_a_worker_imports_little():
 
 
 def test_an_engine_that_is_not_installed_is_a_message(monkeypatch):
-    monkeypatch.setattr(engine, "TURBO", "no_such_package_here")
-    assert choose_engine("auto") == "tiktoken"
+    monkeypatch.setattr(engine, "GIGATOKEN_PACKAGE", "no_such_package_here")
+    assert resolve_engine("auto") == "tiktoken"
     with pytest.raises(CorpusError, match="pip install"):
-        choose_engine("gigatoken")
+        resolve_engine("gigatoken")
 
 
 # --- whole processes, killed ---------------------------------------------------------------------
@@ -123,10 +123,10 @@ import sys
 from corpus_data import config
 from gpt.data import chunks, corpus, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
-corpus.TEXT_PER_WORKER, chunks.CHUNK_BYTES, units.UNIT_BYTES = 1, 5_000, 25_000
+corpus.TEXT_BYTES_PER_WORKER, chunks.CHUNK_BYTES, units.UNIT_BYTES = 1, 5_000, 25_000
 made = config(sys.argv[1], sys.argv[2], workers=2, tokens_per_shard=20_000)
 for step in tokenize_corpus(made):
-    print(step.rows_kept, step.rows_done, flush=True)
+    print(step.rows_reused, step.rows_done, flush=True)
 print("done", flush=True)
 """
 LONG = [f"{i}: It's a longer document, naïve 東京。" * (5 + i % 50) for i in range(1_500)]

@@ -11,7 +11,7 @@ import pytest
 from corpus_data import TEXTS, config, dataset, parquet, run
 
 from gpt.data.tokenize import chunks, requests, units
-from gpt.data.tokenize.encoders import Mismatch
+from gpt.data.tokenize.encoders import EncoderMismatchError
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.data.tokenize.requests import encode_unit
 from gpt.errors import CorpusError
@@ -148,7 +148,7 @@ def test_a_worker_that_sees_another_file_says_so(order):
 def test_a_worker_with_another_installation_says_so(order, monkeypatch):
     with pytest.raises(CorpusError, match="same version"):
         encode_unit(replace(order, format=0))
-    monkeypatch.setattr(requests, "choose_engine", lambda _: "tiktoken")
+    monkeypatch.setattr(requests, "resolve_engine", lambda _: "tiktoken")
     with pytest.raises(CorpusError, match="gigatoken is not installed"):
         encode_unit(replace(order, engine="gigatoken"))
 
@@ -160,7 +160,7 @@ def test_a_mismatch_on_a_worker_is_one_of_the_data_set(tmp_path, monkeypatch, cl
 
     def mistaken(order):
         if order.engine == "gigatoken":
-            raise Mismatch("for a test")
+            raise EncoderMismatchError("for a test")
         return work(order)
 
     monkeypatch.setattr(sys.modules[__name__], "encode_unit", mistaken)

