@@ -1,4 +1,4 @@
-# What `prefect deployment run` runs in on Docker and Kubernetes (docs/deploy.md): this checkout in
+# What `prefect deployment run` runs in on Docker and Kubernetes (docs/deployment.md): this checkout in
 # /overnight, where runs/ and data/ are to be mounted. torch brings CUDA; the host has the driver
 # and NVIDIA's container toolkit.
 #
