@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import Artifact
 from gpt.config.schema import RunConfig
-from gpt.evaluation.comparison import ConfigResult, LossCurve, RunResult, verdict
+from gpt.evaluation.comparison import ConfigResult, LossCurve, RunResult, summarize_comparison
 from gpt.evaluation.report_store import load_report
 from gpt.files import write_text
 from gpt.preflight.parameters import count_parameters
@@ -49,7 +49,7 @@ def compare(run: RunRef, results: tuple[VariantResult, ...]) -> Comparison:
     """Write the page of the comparison, and give it to MLflow and Prefect."""
     name = run.folder.name.rpartition("-")[0]
     entries = entries_of(results)
-    found, drawn = verdict(entries), pictures(entries)
+    found, drawn = summarize_comparison(entries), pictures(entries)
     markdown = markdown_page(name, entries, found)
     page, written = run.folder / PAGE, run.folder / MARKDOWN
     write_text(page, html_page(name, entries, found, drawn))

@@ -33,7 +33,7 @@ from rich.progress import Progress as Bar
 from gpt.config.schema import RunConfig
 from gpt.data.store import TransferProgress
 from gpt.data.tokenize.pipeline import TokenizeProgress
-from gpt.evaluation.progress import Progress, ProgressGenerator, Result
+from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator, Result
 from gpt.training.loop import StepRecord
 
 Step = TypeVar("Step")
@@ -199,13 +199,12 @@ class EvaluateDisplay:
         `EVALUATE_SECONDS`."""
         return run_with_progress(running, self._show)
 
-    def _show(self, progress: Progress) -> None:
-        self._progress.update(
-            self._task, completed=progress.done, total=progress.total, text=progress.what
-        )
+    def _show(self, progress: EvaluationProgress) -> None:
+        name, completed, total = progress.description, progress.completed, progress.total
+        self._progress.update(self._task, completed=completed, total=total, text=name)
         now = time.monotonic()
         if now - self._last_line >= EVALUATE_SECONDS and not console.is_terminal:
-            log_info(f"evaluating: {progress.what} {progress.done:,} of {progress.total:,}")
+            log_info(f"evaluating: {name} {completed:,} of {total:,}")
             self._last_line = now
 
 

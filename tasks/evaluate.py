@@ -38,7 +38,7 @@ def evaluate(
         report = load_report(run.folder, config, checkpoint.step)
         if report is None:
             log_info(f"evaluating step {checkpoint.step}")
-            report = evaluated(checkpoint.folder, config, dataset, checkpoint.step)
+            report = evaluate_saved_model(checkpoint.folder, config, dataset, checkpoint.step)
             # The samples first: a report that is there is whole.
             write_text(run.folder / SAMPLES, render_samples(report))
             save_report(run.folder, config, report)
@@ -48,7 +48,7 @@ def evaluate(
     return report
 
 
-def evaluated(
+def evaluate_saved_model(
     model: Path, config: RunConfig, dataset: DatasetManifest, step: int
 ) -> EvaluationReport:
     """The report on the model in a folder, its progress shown."""
@@ -57,10 +57,10 @@ def evaluated(
         return display.run_with_progress(evaluate_model(network, config, dataset, step))
 
 
-def collect_models(folder: Path, evaluated: int) -> tuple[PendingModel, ...]:
+def collect_models(folder: Path, evaluated_step: int) -> tuple[PendingModel, ...]:
     """The run's checkpoints; the evaluated one with its files and its report."""
     return tuple(
-        _model(path, folder / REPORT_FILE if checkpoint_step(path) == evaluated else None)
+        _model(path, folder / REPORT_FILE if checkpoint_step(path) == evaluated_step else None)
         for path in reversed(complete_checkpoints(folder))
     )
 

@@ -20,7 +20,7 @@ from gpt.evaluation.report_store import (
 )
 from gpt.model.section import load_model_section
 from tasks.display import log_info
-from tasks.evaluate import evaluated
+from tasks.evaluate import evaluate_saved_model
 from tasks.tracking.champion import Champion
 from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
@@ -111,7 +111,7 @@ def _report(
     report = load_report_for(run.folder / name, asked)
     if report is None:
         log_info(f"evaluating {model.told} on {told}")
-        report = evaluated(model.folder, config, dataset, model.step)
+        report = evaluate_saved_model(model.folder, config, dataset, model.step)
         save_report_for(run.folder / name, asked, report)
     return report
 

@@ -68,7 +68,7 @@ def evaluate(
     from gpt.evaluation.report import check_benchmarks
     from gpt.exchange.model_card import render_evaluation
     from tasks.display import print_to_stderr
-    from tasks.evaluate import evaluated, render_samples
+    from tasks.evaluate import evaluate_saved_model, render_samples
     from tasks.tokenize_parquet import find_or_tokenize
 
     folder = find_model(model, root)
@@ -78,7 +78,7 @@ def evaluate(
     with print_to_stderr(as_json):
         same_data = facts.config and facts.config.data == asked.data
         dataset = (facts.dataset if same_data else None) or find_or_tokenize(asked)
-        report = evaluated(folder, asked, dataset, facts.step or 0)
+        report = evaluate_saved_model(folder, asked, dataset, facts.step or 0)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

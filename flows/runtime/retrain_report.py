@@ -80,11 +80,11 @@ def _losses(pair: ReportPair, champion: str) -> str:
 
 
 def _told(pair: ReportPair, better: str, worse: str) -> str:
-    from gpt.evaluation.significance import difference
+    from gpt.evaluation.significance import compare_reports
 
     if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
         return "not compared, because other block sizes cut it at another place"
-    found = difference(pair.challenger, pair.champion)
+    found = compare_reports(pair.challenger, pair.champion)
     if found.low is None or found.high is None:
         return found.basis
     interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.basis}"

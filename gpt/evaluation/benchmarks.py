@@ -20,7 +20,7 @@ from gpt.evaluation.scoring import (
     fingerprint,
     score_continuations,
 )
-from gpt.model.transformer import GPT
+from gpt.model.base import GPT
 
 # --- HellaSwag -----------------------------------------------------------------------------------
 

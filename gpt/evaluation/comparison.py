@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import fmean
 
 from gpt.artifacts import EvaluationReport
-from gpt.evaluation.significance import Difference, compare_seeds, difference
+from gpt.evaluation.significance import LossDifference, compare_reports, compare_seeds
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def sort_by_loss(entries: Sequence[ConfigResult]) -> list[ConfigResult]:
     return sorted((entry for entry in entries if entry.runs), key=lambda entry: entry.loss)
 
 
-def difference_of(one: ConfigResult, other: ConfigResult) -> Difference:
+def difference_of(one: ConfigResult, other: ConfigResult) -> LossDifference:
     """Over the sequences of the slice where each has one seed, else over seeds."""
     if max(len(one.runs), len(other.runs)) > 1:
         return compare_seeds(one.losses, other.losses)
-    return difference(one.runs[0].report, other.runs[0].report)
+    return compare_reports(one.runs[0].report, other.runs[0].report)
 
 
-def verdict(entries: Sequence[ConfigResult]) -> str:
+def summarize_comparison(entries: Sequence[ConfigResult]) -> str:
     """Which config is the best, whether that is more than chance, and what to keep in mind."""
     ranked = sort_by_loss(entries)
     parts = [
@@ -94,7 +94,7 @@ def _first_sentence(
     best: ConfigResult,
     others: Sequence[ConfigResult],
     alike: Sequence[ConfigResult],
-    found: dict[str, Difference],
+    found: dict[str, LossDifference],
 ) -> str:
     if not alike:
         second = others[0]
@@ -112,7 +112,7 @@ def _first_sentence(
     return f"{sentence}; {_listed(behind)} {_is(behind)} worse." if behind else f"{sentence}."
 
 
-def _interval(found: Difference) -> str:
+def _interval(found: LossDifference) -> str:
     if found.low is None or found.high is None:
         return f"{-found.mean:.4f} nats, an interval unknown"
     return f"{-found.mean:.4f} nats, 95% interval {-found.high:.4f} to {-found.low:.4f}"

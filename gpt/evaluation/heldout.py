@@ -17,10 +17,10 @@ from gpt.config.schema import RunConfig
 from gpt.data.loader import Batch, SequenceDataset, iterate_validation_batches
 from gpt.data.tokenize.tokenizer import VOCAB_SIZE, load_tokenizer
 from gpt.evaluation.batch_size import halve_batch_size
-from gpt.evaluation.progress import Progress, ProgressGenerator, run_to_completion
+from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator, run_to_completion
 from gpt.hardware.device import autocast, is_out_of_memory
+from gpt.model.base import GPT
 from gpt.model.loss import token_losses
-from gpt.model.transformer import GPT
 
 POSITION_BUCKETS = 16
 
@@ -102,7 +102,7 @@ def _loss_over(
         text_bytes += int(_bytes_per_token()[targets.numpy()].sum())
         digest.update(targets.numpy().astype("<u2").tobytes())
         done += targets.numel()
-        yield Progress("validation loss", done, tokens)
+        yield EvaluationProgress("validation loss", done, tokens)
     sums = torch.cat(by_sequence).cpu().numpy()
     summed = float(sums.sum())
     mean = summed / done

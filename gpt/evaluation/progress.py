@@ -10,14 +10,14 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Progress:
-    what: str
+class EvaluationProgress:
+    description: str
     """What is being measured, as a person would say it."""
-    done: int
+    completed: int
     total: int
 
 
-ProgressGenerator = Generator[Progress, None, Result]
+ProgressGenerator = Generator[EvaluationProgress, None, Result]
 
 
 def run_to_completion(running: ProgressGenerator[Result]) -> Result:

@@ -8,9 +8,9 @@ from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
 from gpt.evaluation.benchmarks import hellaswag, lambada
 from gpt.evaluation.heldout import evaluate_heldout
-from gpt.evaluation.progress import Progress, ProgressGenerator
+from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator
+from gpt.model.base import GPT
 from gpt.model.generate import SamplingParams, generate
-from gpt.model.transformer import GPT
 
 
 def evaluate_model(
@@ -30,7 +30,7 @@ def evaluate_model(
     sampling = SamplingParams(asked.sample_tokens)  # one seed for every config
     for prompt in asked.prompts:
         samples.append(Sample(prompt=prompt, text=generate(model, prompt, sampling)))
-        yield Progress("samples", len(samples), len(asked.prompts))
+        yield EvaluationProgress("samples", len(samples), len(asked.prompts))
     return EvaluationReport(
         step=step, samples=tuple(samples), hellaswag=swag, lambada=last, **vars(heldout)
     )

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, encode
 from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.batch_size import halve_batch_size
-from gpt.evaluation.progress import Progress, ProgressGenerator
+from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator
 from gpt.hardware.device import autocast, is_out_of_memory
+from gpt.model.base import GPT
 from gpt.model.loss import token_scores
-from gpt.model.transformer import GPT
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def score_continuations(
                 continue
             scores.update(zip(batch, found, strict=True))
             waiting = waiting[len(batch) :]
-            yield Progress(what, len(scores), len(continuations))
+            yield EvaluationProgress(what, len(scores), len(continuations))
     finally:
         model.train(was_training)
     return [scores[i] for i in range(len(continuations))]

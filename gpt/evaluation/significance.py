@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Difference:
+class LossDifference:
     """Of two mean losses, nats a token; below zero the first is the better one."""
 
     mean: float
@@ -35,7 +35,7 @@ class Difference:
         return self.is_significant and self.mean < 0
 
 
-def difference(one: EvaluationReport, other: EvaluationReport) -> Difference:
+def compare_reports(one: EvaluationReport, other: EvaluationReport) -> LossDifference:
     """Of two models on one slice: paired over its sequences, because a hard text is hard for both
     (Student's t; Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640). Models of different
     block sizes have other sequences and are compared unpaired (Welch), which sees less.
@@ -46,29 +46,29 @@ def difference(one: EvaluationReport, other: EvaluationReport) -> Difference:
     assert one.slice_fingerprint == other.slice_fingerprint, "reports on different text"
     a, b = np.array(one.sequence_losses), np.array(other.sequence_losses)
     if min(len(a), len(b)) < 2:
-        return Difference(one.loss - other.loss, None, None, "one sequence, which says nothing")
+        return LossDifference(one.loss - other.loss, None, None, "one sequence, which says nothing")
     if len(a) == len(b):
         if np.ptp(a - b) == 0:  # as a model against itself: Student's t divides by zero
             mean = float(np.mean(a - b))
-            return Difference(mean, mean, mean, f"{len(a):,} sequences, paired")
+            return LossDifference(mean, mean, mean, f"{len(a):,} sequences, paired")
         interval = stats.ttest_rel(a, b).confidence_interval(CONFIDENCE)
         basis = f"{len(a):,} sequences, paired"
     else:
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
         basis = f"{len(a):,} and {len(b):,} sequences, unpaired"
-    return Difference(one.loss - other.loss, float(interval.low), float(interval.high), basis)
+    return LossDifference(one.loss - other.loss, float(interval.low), float(interval.high), basis)
 
 
-def compare_seeds(one: Sequence[float], other: Sequence[float]) -> Difference:
+def compare_seeds(one: Sequence[float], other: Sequence[float]) -> LossDifference:
     """Of the mean losses of two configs, each trained with several seeds (Welch's t)."""
     mean = float(np.mean(one) - np.mean(other))
     if min(len(one), len(other)) < 2:
-        return Difference(mean, None, None, "one seed, which says nothing")
+        return LossDifference(mean, None, None, "one seed, which says nothing")
     basis = f"{len(one)} and {len(other)} seeds"
     if np.ptp(one) == np.ptp(other) == 0:
-        return Difference(mean, mean, mean, basis)
+        return LossDifference(mean, mean, mean, basis)
     interval = stats.ttest_ind(one, other, equal_var=False).confidence_interval(CONFIDENCE)
-    return Difference(mean, float(interval.low), float(interval.high), basis)
+    return LossDifference(mean, float(interval.low), float(interval.high), basis)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def compare_with_champion(
             "on one slice",
             comparable=False,
         )
-    found = difference(challenger, champion)
+    found = compare_reports(challenger, champion)
     losses = f"loss {challenger.loss:.4f} against the champion's {champion.loss:.4f}"
     if found.low is None or found.high is None:
         return PromotionDecision(False, f"{losses}: {found.basis}")

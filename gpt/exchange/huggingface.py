@@ -26,8 +26,8 @@ from gpt.exchange.model_card import ModelCardData, model_card
 from gpt.exchange.tokenizer_files import write_tokenizer
 from gpt.files import atomic_folder
 from gpt.model.io import find_shape_mismatch, load_tensors, save_model, tensor_shapes
+from gpt.model.nanochat import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 from gpt.model.section import load_model_section
-from gpt.model.transformer import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, load_tokenizer
 from gpt.errors import GenerationError, Problem
+from gpt.model.base import GPT
 from gpt.model.kv_cache import KVCache
 from gpt.model.loss import compute_logits
-from gpt.model.transformer import GPT
 
 
 @dataclass(frozen=True)

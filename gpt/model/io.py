@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gpt.config.schema import ModelSection
 from gpt.errors import CheckpointError, Problem
+from gpt.model.architectures import ARCHITECTURES
+from gpt.model.base import GPT
 from gpt.model.section import CONFIG_FILE, MODEL_FILE, REMEDY, load_model_section
-from gpt.model.transformer import ARCHITECTURES, GPT
 
 
 def load_model(folder: Path, device: torch.device) -> GPT:

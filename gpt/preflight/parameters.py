@@ -46,7 +46,7 @@ class Parameters:
 
 
 def count_parameters(model: ModelSection) -> Parameters:
-    """Equal to `gpt.model.transformer.parameter_count` of the built model, to the unit."""
+    """Equal to `GPT.num_parameters` of the built model, to the unit."""
     width, layers = model.n_embd, model.n_layer
     embedding = model.vocab_size * width
     tied = model.architecture == "gpt2"

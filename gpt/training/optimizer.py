@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from gpt.config.schema import OptimizerSection, RunConfig
-from gpt.model.transformer import GPT
+from gpt.model.base import GPT
 from gpt.schedule import PeakLearningRates, learning_rate_factor, muon_momentum, peak_learning_rates
 from gpt.training.muon import Float32Muon
 

@@ -21,10 +21,11 @@ from gpt.data.loader import Batch, SequenceDataset, TrainingLoader
 from gpt.errors import OutOfMemoryError, Problem
 from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
 from gpt.hardware.device import autocast, compute_dtype, is_out_of_memory
+from gpt.model.architectures import build_model
+from gpt.model.base import GPT
 from gpt.model.compile import compile_if_supported
 from gpt.model.io import load_tensors
 from gpt.model.loss import linear_cross_entropy
-from gpt.model.transformer import GPT, build_model
 from gpt.preflight.sharding import choose_sharding
 from gpt.training.checkpoint.format import get_random_states, load_checkpoint, set_random_states
 from gpt.training.checkpoint.retention import TrainingProgress

@@ -20,7 +20,7 @@ from gpt.data.shards import MANIFEST
 from gpt.data.summary import write_summary
 from gpt.files import write_text
 from gpt.hardware.device import pick_device
-from gpt.model.transformer import build_model
+from gpt.model.architectures import build_model
 from gpt.schedule import peak_learning_rates
 from tasks.tracking.journal import DatasetInput, PendingMetadata
 

@@ -26,9 +26,9 @@ from memory_of_a_step import config_of, measured_peak_bytes
 
 from gpt.config.schema import RunConfig
 from gpt.hardware.device import autocast
+from gpt.model.architectures import build_model
 from gpt.model.compile import compile_if_supported
 from gpt.model.loss import linear_cross_entropy
-from gpt.model.transformer import build_model
 from gpt.preflight.memory import estimate_memory
 from gpt.training.optimizer import build_optimizers
 

@@ -193,7 +193,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
     """The evaluations of both models that are asked for; one of them breaks off."""
     asked: list[Any] = []
-    really = evaluate_slices.evaluated
+    really = evaluate_slices.evaluate_saved_model
 
     def evaluated(*arguments: Any) -> Any:
         asked.append(arguments)
@@ -201,7 +201,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
             raise RuntimeError("the machine went away")
         return really(*arguments)
 
-    monkeypatch.setattr(evaluate_slices, "evaluated", evaluated)
+    monkeypatch.setattr(evaluate_slices, "evaluate_saved_model", evaluated)
     return asked
 
 

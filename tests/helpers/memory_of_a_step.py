@@ -8,8 +8,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from gpt.config.loading import build_config
 from gpt.config.schema import RunConfig
+from gpt.model.architectures import ARCHITECTURES
 from gpt.model.loss import linear_cross_entropy
-from gpt.model.transformer import ARCHITECTURES
 from gpt.training.optimizer import build_optimizers
 
 

@@ -9,7 +9,7 @@ from training_data import small_config
 
 from gpt.artifacts import EvaluationReport
 from gpt.evaluation.report_store import REPORT_FILE, save_report
-from gpt.model.transformer import build_model
+from gpt.model.architectures import build_model
 from gpt.training.checkpoint.format import take_snapshot, write_checkpoint
 from gpt.training.checkpoint.retention import TrainingProgress
 from gpt.training.run_dir import open_run_dir

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.model.transformer import GPT
+from gpt.model.base import GPT
 from gpt.training.distributed.process_group import ProcessGroup
 
 

@@ -23,7 +23,7 @@ from gpt.evaluation.benchmarks import (
 )
 from gpt.evaluation.progress import run_to_completion
 from gpt.evaluation.scoring import encode_continuation, score_continuations
-from gpt.model.transformer import build_model
+from gpt.model.architectures import build_model
 
 TEXT = """the a man woman dog ball water runs jumps over under slowly then camera shows house tree
 naïve 日本 isn't puts takes 42 street, and another looking Bending while"""
@@ -194,7 +194,7 @@ def test_batches_progress_limit_and_order(model, tmp_path):
     path = written(hellaswag_table(30), tmp_path / "h.parquet", row_group_size=4)
     steps = list(hellaswag(model, path, 1, "float32", limit=10))
     assert len(steps) > 5
-    assert (steps[-1].done, steps[-1].total) == (40, 40)
+    assert (steps[-1].completed, steps[-1].total) == (40, 40)
     one, many = (
         run_to_completion(hellaswag(model, path, size, "float32", limit=10)) for size in (1, 50)
     )

@@ -8,8 +8,8 @@ from comparison_data import config_result, report, run_result
 from scipy import stats
 
 from gpt.artifacts import HellaSwagResult
-from gpt.evaluation.comparison import verdict
-from gpt.evaluation.significance import compare_seeds, compare_with_champion, difference
+from gpt.evaluation.comparison import summarize_comparison
+from gpt.evaluation.significance import compare_reports, compare_seeds, compare_with_champion
 from tasks.pages.comparison import html_page, markdown_page, pictures
 
 """How hard each sequence is for any model."""
@@ -17,21 +17,21 @@ from tasks.pages.comparison import html_page, markdown_page, pictures
 
 def test_pairs_tell_apart_what_unpaired_losses_do_not():
     one, other = report(0.01), report(0.0)
-    found = difference(one, other)
+    found = compare_reports(one, other)
     assert found.is_significantly_better
     assert found.mean == pytest.approx(-0.01)
     a, b = np.array(one.sequence_losses), np.array(other.sequence_losses)
     half = stats.t.ppf(0.975, 399) * (a - b).std(ddof=1) / 20  # Student's t by hand
     assert (found.low, found.high) == pytest.approx((-0.01 - half, -0.01 + half))
-    assert not difference(other, one).is_significantly_better
-    assert difference(other, one).is_significant
+    assert not compare_reports(other, one).is_significantly_better
+    assert compare_reports(other, one).is_significant
     halved = report(0.01, count=200)  # a model whose sequences are twice as long
-    assert not difference(halved, other).is_significant
+    assert not compare_reports(halved, other).is_significant
 
 
 def test_a_model_is_not_different_from_itself():
     same = report()
-    assert not difference(same, same).is_significant
+    assert not compare_reports(same, same).is_significant
     assert not compare_seeds([3.0, 3.0], [3.0, 3.0]).is_significant
 
 
@@ -59,7 +59,7 @@ def test_a_champion_is_beaten_by_more_than_chance(champion, promoted, reason):
 
 
 def test_the_verdict_names_the_best_and_by_how_much():
-    said = verdict(
+    said = summarize_comparison(
         [
             config_result("a", run_result(0.0)),
             config_result("b", run_result(0.2)),
@@ -73,7 +73,7 @@ def test_the_verdict_names_the_best_and_by_how_much():
 
 def test_the_verdict_knows_when_two_are_not_different():
     small, large = run_result(0.1, parameters=10), run_result(0.1001, parameters=99)
-    said = verdict(
+    said = summarize_comparison(
         [
             config_result("small", small),
             config_result("large", large),
@@ -89,7 +89,7 @@ def test_the_verdict_knows_when_two_are_not_different():
 def test_over_seeds_the_spread_of_seeds_decides():
     steady = config_result("a", *(run_result(0.1 + s / 1000, seed=s) for s in range(3)))
     wild = config_result("b", *(run_result(0.3 * s, seed=s) for s in range(3)))
-    said = verdict([steady, wild])
+    said = summarize_comparison([steady, wild])
     assert "not different" in said
     assert "Chance is measured over seeds." in said
 
@@ -97,14 +97,14 @@ def test_over_seeds_the_spread_of_seeds_decides():
 def test_a_config_that_lost_its_other_seeds_is_not_called_worse():
     several = config_result("a", *(run_result(0.2 + s / 1000, seed=s) for s in range(3)))
     single = config_result("b", run_result(0.0), failures=("out of memory", "out of memory"))
-    said = verdict([several, single])
+    said = summarize_comparison([several, single])
     assert "b (by 0.2010 nats, an interval unknown) is not different from it" in said
     assert "over seeds, of which b has one result alone." in said
 
 
 def test_the_verdict_tells_of_failures_and_of_unequal_tokens():
     failed = config_result("broken", failures=("out of memory",))
-    said = verdict(
+    said = summarize_comparison(
         [
             failed,
             config_result("a", run_result(0.1)),
@@ -113,8 +113,10 @@ def test_the_verdict_tells_of_failures_and_of_unequal_tokens():
     )
     assert "broken has no result: out of memory." in said
     assert "different numbers of tokens (a 50,000 and b 99,000)" in said
-    assert verdict([failed, config_result("a", run_result())]).startswith("Only a came to an end")
-    assert verdict([failed]).startswith("No config came to an end.")
+    assert summarize_comparison([failed, config_result("a", run_result())]).startswith(
+        "Only a came to an end"
+    )
+    assert summarize_comparison([failed]).startswith("No config came to an end.")
 
 
 def test_the_pages_hold_every_row_and_escape_what_a_model_wrote():
@@ -132,14 +134,14 @@ def test_the_pages_hold_every_row_and_escape_what_a_model_wrote():
         config_result("b", scored),
         config_result("c", failures=("<oom>",)),
     ]
-    markdown = markdown_page("three", entries, verdict(entries))
+    markdown = markdown_page("three", entries, summarize_comparison(entries))
     row = next(line for line in markdown.splitlines() if line.startswith("| b |"))
     for part in ("1,000", "50,000", "0.2612 ± 0.0439", "1,234", "0.20", "3.00", "2.000"):
         assert part in row
     assert markdown.index("| b |") < markdown.index("| a |")  # the best first
     drawn = pictures(entries)
     assert set(drawn) == {"loss-by-tokens", "loss-by-hours", "loss-by-parameters", "throughput"}
-    html = html_page("three", entries, verdict(entries), drawn)
+    html = html_page("three", entries, summarize_comparison(entries), drawn)
     assert " &lt;b&gt;end&lt;/b&gt;" in html
     assert "&lt;oom&gt;" in html
     assert "<b>end" not in html

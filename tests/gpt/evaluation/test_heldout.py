@@ -13,7 +13,7 @@ from training_data import tiny_config
 from gpt.artifacts import EvaluationReport
 from gpt.data.loader import SequenceDataset
 from gpt.evaluation.heldout import heldout_loss
-from gpt.model.transformer import build_model
+from gpt.model.architectures import build_model
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from gpt.errors import CheckpointError, ExchangeError
 from gpt.exchange import huggingface
 from gpt.exchange.huggingface import export_huggingface, import_huggingface
 from gpt.exchange.model_card import ModelCardData
+from gpt.model.architectures import ARCHITECTURES, build_model
 from gpt.model.generate import SamplingParams, generate
 from gpt.model.io import load_model, save_model
 from gpt.model.loss import compute_logits
-from gpt.model.transformer import ARCHITECTURES, build_model, parameter_count
 
 CPU = torch.device("cpu")
 BLOCK = 24
@@ -325,7 +325,7 @@ class TestModelCard:
         for part in (
             "\nlicense:\n",
             "# night",
-            f"| parameters | {parameter_count(load_model(ours, CPU)):,} |",
+            f"| parameters | {load_model(ours, CPU).num_parameters():,} |",
             "| tokens seen | 5,120 |",
             "| `optimizer.learning_rate` | 0.01 |",
             "- `up.parquet`: 1 rows",

@@ -8,9 +8,9 @@ from gpt.config.schema import ModelSection
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_tokenizer
 from gpt.errors import GenerationError
 from gpt.model import generate as generation
+from gpt.model.architectures import build_model
 from gpt.model.generate import SamplingParams, generate, stream_text, stream_tokens
 from gpt.model.kv_cache import KVCache
-from gpt.model.transformer import build_model
 
 BLOCK = 24
 PROMPT = [END_OF_TEXT, 464, 2068, 7586, 21831]

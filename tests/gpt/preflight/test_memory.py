@@ -9,8 +9,8 @@ import torch
 from memory_of_a_step import config_of, measured_peak_bytes
 
 from gpt.config.schema import ModelSection, RunConfig
+from gpt.model.architectures import ARCHITECTURES
 from gpt.model.loss import default_chunk_rows
-from gpt.model.transformer import ARCHITECTURES, parameter_count
 from gpt.preflight.memory import CPU_CHUNK_ROWS, CUDA_CHUNK_ROWS, estimate_memory
 from gpt.preflight.parameters import count_parameters
 
@@ -30,7 +30,7 @@ def test_parameters_equal_the_models() -> None:
         )
         with torch.device("meta"):
             built = ARCHITECTURES[model.architecture](model)
-        assert count_parameters(model).total == parameter_count(built), model
+        assert count_parameters(model).total == built.num_parameters(), model
 
 
 GRID: list[RunConfig] = [

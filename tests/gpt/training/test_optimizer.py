@@ -7,7 +7,7 @@ import torch
 
 from gpt.config.loading import build_config
 from gpt.config.schema import ScheduleSection
-from gpt.model.transformer import build_model
+from gpt.model.architectures import build_model
 from gpt.schedule import learning_rate_factor, muon_momentum, peak_learning_rates
 from gpt.training.muon import Float32Muon, orthogonalize
 from gpt.training.optimizer import apply_schedule, build_optimizers

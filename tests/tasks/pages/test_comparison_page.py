@@ -8,7 +8,7 @@ from typing import Any
 from browser import hosts_asked
 from comparison_data import config_result, run_result
 
-from gpt.evaluation.comparison import verdict
+from gpt.evaluation.comparison import summarize_comparison
 from tasks.pages.comparison import COLUMNS, html_page, pictures
 
 NAMES = ("gpt-480", "gpt-576", "gpt-720")
@@ -22,7 +22,7 @@ def test_a_person_sees_table_curves_samples_and_verdict(browser: Any, tmp_path: 
     better = (0.0, 0.1, 0.2)
     entries = [config_result(name, run_result(by)) for name, by in zip(NAMES, better, strict=True)]
     page = tmp_path / "comparison.html"
-    page.write_text(html_page("widths", entries, verdict(entries), pictures(entries)))
+    page.write_text(html_page("widths", entries, summarize_comparison(entries), pictures(entries)))
     hosts_asked(browser)
     browser.get(page.as_uri())
 

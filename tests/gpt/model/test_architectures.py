@@ -7,8 +7,8 @@ from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from gpt.config.loading import build_config
 from gpt.config.schema import ModelSection
+from gpt.model.architectures import build_model
 from gpt.model.loss import compute_logits, linear_cross_entropy
-from gpt.model.transformer import build_model, parameter_count
 from gpt.training.optimizer import build_optimizers
 
 
@@ -126,4 +126,4 @@ def test_true_parameter_counts_of_the_known_widths(n_embd, millions):
     heads = 8 if n_embd == 512 else 12
     with torch.device("meta"):
         model = build_model(ModelSection(n_layer=12, n_head=heads, n_embd=n_embd, block_size=1024))
-    assert round(parameter_count(model) / 1e6, 1) == millions
+    assert round(model.num_parameters() / 1e6, 1) == millions
