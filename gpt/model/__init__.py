@@ -1,1 +1,1 @@
-"""The network: transformer, loss, generation."""
+"""The networks: architectures, loss, text generation, loading and saving."""

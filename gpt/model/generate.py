@@ -1,4 +1,4 @@
-"""Text from a model: sampling one token after another.
+"""Text generation: sample one token after another.
 
 Temperature and top-k as in GPT-2's own samples; top-p is nucleus sampling (Holtzman et al. 2019,
 "The Curious Case of Neural Text Degeneration", arXiv:1904.09751).
@@ -23,22 +23,24 @@ from gpt.model.loss import compute_logits
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Raises `GenerationError` with every value that cannot be.
+    """How the next token is chosen; the same seed gives the same text on the same device.
 
-    A token is drawn from the `top_k` likeliest (0: from all), of those from the fewest that have
-    `top_p` of the probability together, at `temperature` (0: always the likeliest). The same seed
-    gives the same text on the same device.
+    Raises `GenerationError` that lists every invalid value.
     """
 
     max_tokens: int = 64
+    """Most tokens to generate; an end-of-text token stops earlier."""
     temperature: float = 0.8
+    """0: always the most likely token."""
     top_k: int = 50
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
+    """Sample from the fewest most likely tokens whose probabilities add up to at least this."""
     seed: int = 1337
 
     def __post_init__(self) -> None:
         problems = [
-            Problem(name, repr(value), *_LIMITS[name])
+            Problem(name, repr(value), *_RULES[name])
             for name, value in vars(self).items()
             if not _is_allowed(name, value)
         ]
@@ -46,13 +48,16 @@ class SamplingParams:
             raise GenerationError(*problems)
 
 
-_WHOLE = "must be a whole number, 0 or more"
-_LIMITS = {
-    "max_tokens": (_WHOLE, "give the most tokens to write, as 64"),
-    "temperature": ("must be a number, 0 or more", "give 0 for the likeliest text, or about 0.8"),
-    "top_k": (_WHOLE, "give 0 to draw from all tokens, or about 50"),
-    "top_p": ("must be over 0, at most 1", "give 1 to draw from all tokens, or about 0.95"),
-    "seed": ("must be a whole number from 0 to 2^63 - 1", "give another seed, as 1337"),
+_COUNT = "must be an integer of at least 0"
+_RULES = {
+    "max_tokens": (_COUNT, "set the most tokens to generate, e.g. 64"),
+    "temperature": (
+        "must be a number of at least 0",
+        "use 0 for the likeliest text, or e.g. 0.8",
+    ),
+    "top_k": (_COUNT, "use 0 to sample from all tokens, or e.g. 50"),
+    "top_p": ("must be above 0 and at most 1", "use 1 to sample from all tokens, or e.g. 0.95"),
+    "seed": ("must be an integer from 0 to 2^63 - 1", "use another seed, e.g. 1337"),
 }
 
 
@@ -67,14 +72,17 @@ def _is_allowed(name: str, value: object) -> bool:
 
 
 def generate(model: GPT, prompt: str, sampling: SamplingParams) -> str:
-    """The text that follows `prompt`, which is taken as the beginning of a document."""
+    """Generate the text that follows `prompt`, which is read as the beginning of a document.
+
+    The model must be in evaluation mode, as `gpt.model.io.load_model` returns it.
+    """
     return "".join(stream_text(model, prompt, sampling))
 
 
 def stream_text(model: GPT, prompt: str, sampling: SamplingParams) -> Iterator[str]:
-    """`generate` piece by piece, a character never cut; bytes that are no UTF-8 become U+FFFD."""
+    """Generate text piece by piece, never splitting a character; invalid UTF-8 becomes U+FFFD."""
     tokenizer = load_tokenizer()
-    # A document begins with end-of-text.
+    # In training, every document follows an end-of-text token.
     ids = [END_OF_TEXT, *encode(prompt).tolist()]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in stream_tokens(model, ids, sampling):
@@ -86,27 +94,26 @@ def stream_text(model: GPT, prompt: str, sampling: SamplingParams) -> Iterator[s
 
 @torch.no_grad()
 def stream_tokens(
-    model: GPT, ids: Sequence[int], sampling: SamplingParams, cached: bool = True
+    model: GPT, ids: Sequence[int], sampling: SamplingParams, use_cache: bool = True
 ) -> Iterator[int]:
-    """The ids that follow `ids` (one at least): at most `max_tokens`, ended by an end-of-text,
-    which is not given. The model must be in its evaluation mode.
+    """Generate the ids that follow `ids`, at most `max_tokens`, up to an end-of-text token.
 
-    Where the context is full, its older half is dropped and the rest computed anew, so that a long
-    text costs little more a token than a short one. `cached` false computes every token from its
-    whole context: the same tokens, slower.
+    When the context is full, its older half is dropped and the rest is recomputed, so that a token
+    of a long text costs little more than one of a short text. `use_cache=False` computes every
+    token from its whole context: the same tokens, slower.
     """
-    assert ids, "something must stand before the first token"
-    assert not model.training, "dropout would spoil the text: call model.eval()"
+    assert ids, "the prompt must have at least one token"
+    assert not model.training, "dropout would change the text: call model.eval()"
     device = model.head.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     ids = list(ids)
     start, cache = 0, KVCache(model.config)
     for _ in range(sampling.max_tokens):
         before, start = start, _window_start(len(ids), model.config.block_size)
-        if start != before or not cached:
+        if start != before or not use_cache:
             cache = KVCache(model.config)
         new = torch.tensor([ids[start + cache.length :]], device=device)
-        token = _choose(_next_logits(model, new, cache), sampling, generator)
+        token = _sample(_next_logits(model, new, cache), sampling, generator)
         if token == END_OF_TEXT:
             return
         ids.append(token)
@@ -114,30 +121,30 @@ def stream_tokens(
 
 
 def _window_start(length: int, block_size: int) -> int:
-    """Where the context of token number `length` begins: it moves by half a block at a time."""
+    """Return where the context of token number `length` starts; it moves by half a block."""
     step = max(1, block_size // 2)
     return max(0, math.ceil((length - block_size) / step)) * step
 
 
 def _next_logits(model: GPT, new: Tensor, cache: KVCache) -> Tensor:
-    """(VOCAB_SIZE,), float32; rows of the head past the vocabulary are padding that no text has."""
+    """Compute logits, (VOCAB_SIZE,) float32, without the head's padding rows."""
     last = model(new, cache)[:, -1]
     head = model.head[:VOCAB_SIZE].to(last.dtype)
     return compute_logits(last, head, model.logit_softcap)[0][0]
 
 
-def _choose(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
+def _sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
     if sampling.temperature == 0:
         return int(logits.argmax())
-    # The largest as zero before the division: a tiny temperature would give infinities.
+    # Shift the maximum to zero first, or a tiny temperature would give infinities.
     scaled = (logits - logits.max()) / sampling.temperature
     if 0 < sampling.top_k < VOCAB_SIZE:
         scaled[scaled < torch.topk(scaled, sampling.top_k).values[-1]] = -torch.inf
     probabilities = torch.softmax(scaled, dim=0)
     if sampling.top_p < 1:
-        best = probabilities.sort(descending=True).values
-        likelier = best.cumsum(0) - best
-        probabilities[probabilities < best[likelier < sampling.top_p][-1]] = 0
-    # In the order of ids, so that rounding, which swaps neighbours in an order by probability,
-    # hardly ever changes what a seed draws.
+        ranked = probabilities.sort(descending=True).values
+        cumulative_before = ranked.cumsum(0) - ranked
+        probabilities[probabilities < ranked[cumulative_before < sampling.top_p][-1]] = 0
+    # Sample in the order of ids: rounding, which swaps neighbours in an order by probability, then
+    # hardly ever changes the token that a seed selects.
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,5 +1,6 @@
-"""The folder of a model: `model.safetensors`, and `config.json`, whose section `model` says what it
-is. A checkpoint is such a folder, with more beside them. Without torch."""
+"""What a model folder holds: `model.safetensors` and `config.json`, whose `model` section describes
+the network. A checkpoint is such a folder with more files beside them. Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from gpt.errors import CheckpointError, Problem
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-REMEDY = "give a checkpoint's folder, or another with model.safetensors and config.json of ours"
+MODEL_FOLDER_REMEDY = f"give a checkpoint, or another folder with {MODEL_FILE} and {CONFIG_FILE}"
 
 
 def load_model_section(folder: Path) -> ModelSection:
-    """Raises `CheckpointError` where the file is missing or no config of ours."""
+    """Read the `[model]` section of a model folder.
+
+    Raises `CheckpointError` if the file is missing or not a model config.
+    """
     path = folder / CONFIG_FILE
     try:
         raw: Any = json.loads(path.read_bytes())
@@ -26,7 +30,7 @@ def load_model_section(folder: Path) -> ModelSection:
     except OSError as error:
         rule = f"cannot be read: {error.strerror}"
     except ValidationError as error:
-        rule = f"is no config of ours: {error.error_count()} values of [model] are wrong"
+        rule = f"is not a valid model config: {error.error_count()} invalid values in [model]"
     except (ValueError, KeyError, TypeError):
-        rule = "is no config of ours: it has no section model"
-    raise CheckpointError(Problem(str(path), "", rule, REMEDY))
+        rule = "is not a valid model config: it has no section model"
+    raise CheckpointError(Problem(str(path), "", rule, MODEL_FOLDER_REMEDY))

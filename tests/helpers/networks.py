@@ -1,4 +1,4 @@
-"""Small networks, and the same ones from transformers."""
+"""Small networks, and their counterparts from transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def model_section(architecture, **changes):
 
 
 def randomize_weights(model):
-    """Zero and one weights hide mistakes, so every weight is drawn anew."""
+    """Draw every weight at random, because weights of zero and one would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -230,7 +230,7 @@ class TestImport:
         weights = load_file(path)
         del weights["transformer.ln_f.bias"]
         huggingface.save_file(weights, path)
-        assert "ln_f.bias: missing, not 32" in self.error(place)
+        assert "ln_f.bias: missing, expected 32" in self.error(place)
         path.write_bytes(path.read_bytes()[:1000])
         assert "cannot be read" in self.error(place)
         path.rename(path.with_name("pytorch_model.bin"))
@@ -268,7 +268,7 @@ class TestFolders:
         [
             ("config.json", None, "cannot be read: No such file"),
             ("config.json", b"{}", "no section model"),
-            ("config.json", b'{"model": {"n_layer": 0}}', "values of \\[model\\] are wrong"),
+            ("config.json", b'{"model": {"n_layer": 0}}', "invalid values in \\[model\\]"),
             ("model.safetensors", None, "cannot be read: No such file"),
             ("model.safetensors", b"12345678", "cannot be read"),
         ],
@@ -284,7 +284,7 @@ class TestFolders:
         values = json.loads((ours / "config.json").read_text())
         values["model"]["n_layer"] = 2
         (ours / "config.json").write_text(json.dumps(values))
-        with pytest.raises(CheckpointError, match=r"h.1.ln_1.weight: missing, not 2"):
+        with pytest.raises(CheckpointError, match=r"h.1.ln_1.weight: missing, expected 2"):
             load_model(ours, CPU)
 
 

@@ -1,4 +1,4 @@
-"""The networks against Hugging Face's on the same weights, and as things that learn."""
+"""The networks against Hugging Face's implementations with the same weights, and in training."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from gpt.model.loss import compute_logits, linear_cross_entropy
 from gpt.training.optimizer import build_optimizers
 
 
-def their_nanochat(ours):
+def build_hf_nanochat(ours):
     config = ours.config
     theirs = NanoChatForCausalLM(
         NanoChatConfig(
@@ -37,11 +37,11 @@ def their_nanochat(ours):
     ("architecture", "twin", "changes"),
     [
         ("gpt2", build_hf_gpt2, {"bias": True}),
-        ("nanochat", their_nanochat, {}),
-        ("nanochat", their_nanochat, {"n_head": 1, "n_embd": 20}),
+        ("nanochat", build_hf_nanochat, {}),
+        ("nanochat", build_hf_nanochat, {"n_head": 1, "n_embd": 20}),
     ],
 )
-def test_logits_and_gradients_equal_hugging_face_s(architecture, twin, changes):
+def test_logits_and_gradients_equal_hugging_face(architecture, twin, changes):
     ours = randomize_weights(build_model(model_section(architecture, **changes)))
     theirs, renamed = twin(ours)
     ids = torch.randint(50_257, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -64,7 +64,7 @@ def test_logits_and_gradients_equal_hugging_face_s(architecture, twin, changes):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
-def test_checkpointed_blocks_give_the_same_gradients(architecture):
+def test_activation_checkpointing_gives_the_same_gradients(architecture):
     model = randomize_weights(build_model(model_section(architecture)))
     ids = torch.arange(20).view(1, 20)
 
@@ -80,7 +80,7 @@ def test_checkpointed_blocks_give_the_same_gradients(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
-def test_no_token_sees_a_later_one(architecture):
+def test_attention_is_causal(architecture):
     model = randomize_weights(build_model(model_section(architecture)))
     ids = torch.arange(20).view(1, 20)
     changed = ids.clone()
@@ -89,7 +89,7 @@ def test_no_token_sees_a_later_one(architecture):
 
 
 @pytest.mark.parametrize(("architecture", "optimizer"), [("gpt2", "adamw"), ("nanochat", "muon")])
-def test_one_batch_is_learned_by_heart(architecture, optimizer):
+def test_network_overfits_one_batch(architecture, optimizer):
     full = build_config(
         {
             "run": {"name": "t"},
@@ -122,7 +122,7 @@ def test_one_batch_is_learned_by_heart(architecture, optimizer):
 @pytest.mark.parametrize(
     ("n_embd", "millions"), [(480, 57.8), (512, 64.0), (576, 77.4), (720, 111.6), (768, 124.4)]
 )
-def test_true_parameter_counts_of_the_known_widths(n_embd, millions):
+def test_parameter_counts_of_known_widths(n_embd, millions):
     heads = 8 if n_embd == 512 else 12
     with torch.device("meta"):
         model = build_model(ModelSection(n_layer=12, n_head=heads, n_embd=n_embd, block_size=1024))

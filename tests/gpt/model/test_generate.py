@@ -1,4 +1,4 @@
-"""Writing with a cache is writing without one, only faster; and the settings mean what they say."""
+"""Text generation: the KV cache, the sliding context, streaming and the sampling parameters."""
 
 import pytest
 import torch
@@ -31,43 +31,43 @@ def model(request):
     return network
 
 
-def written(model, sampling, ids=PROMPT, cached=True):
-    return list(stream_tokens(model, ids, sampling, cached))
+def generate_ids(model, sampling, ids=PROMPT, use_cache=True):
+    return list(stream_tokens(model, ids, sampling, use_cache))
 
 
 @pytest.mark.parametrize(
     "sampling",
     [
-        # More than two blocks: the context is moved several times.
+        # More than two blocks, so that the context moves several times.
         SamplingParams(max_tokens=3 * BLOCK, temperature=0),
         SamplingParams(max_tokens=3 * BLOCK, temperature=1.0, top_k=0, seed=3),
         SamplingParams(max_tokens=3 * BLOCK, temperature=1.5, top_k=40, top_p=0.9, seed=4),
     ],
 )
-def test_cached_equals_uncached_token_for_token(model, sampling):
-    cached = written(model, sampling)
-    assert cached == written(model, sampling, cached=False)
+def test_tokens_with_cache_equal_tokens_without(model, sampling):
+    cached = generate_ids(model, sampling)
+    assert cached == generate_ids(model, sampling, use_cache=False)
     assert len(cached) > BLOCK
     assert len(set(cached)) > 2
 
 
 @pytest.mark.parametrize("length", [BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 1])
-def test_prompts_about_and_over_the_block(model, length):
+def test_prompt_longer_than_block_size_generates_the_same_with_cache(model, length):
     ids = [(7 * i) % VOCAB_SIZE for i in range(length)]
-    assert written(model, GREEDY, ids) == written(model, GREEDY, ids, cached=False)
+    assert generate_ids(model, GREEDY, ids) == generate_ids(model, GREEDY, ids, use_cache=False)
 
 
-def test_uncached_is_the_plain_network_on_the_context(model):
-    """Before the block is full there is one context: everything."""
+def test_tokens_without_cache_are_the_argmax_of_a_plain_forward(model):
+    """Until the block is full, the context is the whole sequence."""
     ids = list(PROMPT)
-    for token in written(model, GREEDY):
+    for token in generate_ids(model, GREEDY):
         with torch.no_grad():
             hidden = model(torch.tensor([ids]))[0, -1]
         assert token == int((model.head[:VOCAB_SIZE] @ hidden).argmax())
         ids.append(token)
 
 
-def test_hidden_states_and_positions_go_on_in_the_cache(model):
+def test_forward_in_parts_with_cache_equals_one_forward(model):
     ids = torch.randint(VOCAB_SIZE, (3, BLOCK), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids)
@@ -78,7 +78,7 @@ def test_hidden_states_and_positions_go_on_in_the_cache(model):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
 
 
-def test_each_token_after_the_first_costs_one_token(model, monkeypatch):
+def test_cached_generation_computes_one_token_per_step(model, monkeypatch):
     lengths = []
     real = generation._next_logits
 
@@ -87,12 +87,12 @@ def test_each_token_after_the_first_costs_one_token(model, monkeypatch):
         return real(network, new, cache)
 
     monkeypatch.setattr(generation, "_next_logits", counted)
-    count = len(written(model, SamplingParams(max_tokens=2 * BLOCK, temperature=0)))
+    count = len(generate_ids(model, SamplingParams(max_tokens=2 * BLOCK, temperature=0)))
     assert lengths[: BLOCK - len(PROMPT)] == [len(PROMPT)] + [1] * (BLOCK - len(PROMPT) - 1)
     assert sum(length > 1 for length in lengths) <= 2 + count // (BLOCK // 2)
 
 
-def test_the_context_is_never_short_of_half_a_block():
+def test_context_keeps_at_least_half_a_block():
     for block in (1, 2, 7, 8):
         for length in range(1, 40):
             context = length - generation._window_start(length, block)
@@ -100,8 +100,8 @@ def test_the_context_is_never_short_of_half_a_block():
             assert context == length or context > block // 2
 
 
-class Fixed:
-    """Stands for a network that finds one token after another likeliest, then end-of-text."""
+class FixedTokens:
+    """Make the model predict the given tokens, then end-of-text."""
 
     def __init__(self, monkeypatch, tokens):
         tokens = iter([*tokens, END_OF_TEXT])
@@ -113,58 +113,58 @@ class Fixed:
 
 
 @pytest.mark.parametrize("text", ["naïve 日本語 🙂🙃 done", "plain", "🙂"])
-def test_streamed_pieces_are_whole_characters(model, monkeypatch, text):
+def test_streaming_never_splits_a_character(model, monkeypatch, text):
     tokens = load_tokenizer().encode_ordinary(text)
-    Fixed(monkeypatch, tokens)
+    FixedTokens(monkeypatch, tokens)
     pieces = list(stream_text(model, "x", SamplingParams()))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_that_is_never_finished_is_replaced(model, monkeypatch):
+def test_incomplete_character_at_the_end_is_replaced(model, monkeypatch):
     half = load_tokenizer().encode_ordinary("🙂")[:1]
-    Fixed(monkeypatch, half)
+    FixedTokens(monkeypatch, half)
     assert list(stream_text(model, "x", SamplingParams())) == [load_tokenizer().decode(half)]
 
 
-def test_end_of_text_ends_the_text(model, monkeypatch):
-    Fixed(monkeypatch, [464, 2068])
+def test_generation_stops_at_end_of_text_or_max_tokens(model, monkeypatch):
+    FixedTokens(monkeypatch, [464, 2068])
     assert generate(model, "x", SamplingParams(max_tokens=9)) == "The quick"
-    Fixed(monkeypatch, [464, 2068])
+    FixedTokens(monkeypatch, [464, 2068])
     assert generate(model, "x", SamplingParams(max_tokens=1)) == "The"
 
 
-def test_the_seed_decides(model):
+def test_same_seed_gives_same_text(model):
     texts = [
         generate(model, "The", SamplingParams(temperature=1.5, seed=seed)) for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def drawn(logits, **settings):
-    """Which of four tokens are drawn in 200 draws, and how often."""
+def sample_counts(logits, **settings):
+    """Count how often each of four tokens is sampled in 200 draws."""
     padded = torch.full((VOCAB_SIZE,), -1e4)
     padded[:4] = torch.tensor(logits).log()
     generator = torch.Generator().manual_seed(0)
     sampling = SamplingParams(**{"temperature": 1.0, "top_k": 0, **settings})
-    tokens = [generation._choose(padded, sampling, generator) for _ in range(200)]
+    tokens = [generation._sample(padded, sampling, generator) for _ in range(200)]
     return torch.bincount(torch.tensor(tokens), minlength=4)
 
 
-def test_temperature_top_k_and_top_p_choose_among_the_right_tokens():
+def test_temperature_top_k_and_top_p_restrict_the_sampled_tokens():
     odds = [0.1, 0.5, 0.3, 0.1]
-    plain = drawn(odds) / 200
+    plain = sample_counts(odds) / 200
     torch.testing.assert_close(plain, torch.tensor(odds), rtol=0, atol=0.1)
-    assert drawn(odds, top_k=2).tolist()[0::3] == [0, 0]
-    assert drawn(odds, top_k=1).tolist() == [0, 200, 0, 0]
-    assert drawn(odds, top_p=0.45).tolist() == [0, 200, 0, 0]
-    assert (drawn(odds, top_p=0.75) > 0).tolist() == [False, True, True, False]
-    assert drawn(odds, temperature=0).tolist() == [0, 200, 0, 0]
-    assert drawn(odds, temperature=1e-30).tolist() == [0, 200, 0, 0]
-    assert drawn(odds, temperature=0.5)[1] > drawn(odds)[1]
+    assert sample_counts(odds, top_k=2).tolist()[0::3] == [0, 0]
+    assert sample_counts(odds, top_k=1).tolist() == [0, 200, 0, 0]
+    assert sample_counts(odds, top_p=0.45).tolist() == [0, 200, 0, 0]
+    assert (sample_counts(odds, top_p=0.75) > 0).tolist() == [False, True, True, False]
+    assert sample_counts(odds, temperature=0).tolist() == [0, 200, 0, 0]
+    assert sample_counts(odds, temperature=1e-30).tolist() == [0, 200, 0, 0]
+    assert sample_counts(odds, temperature=0.5)[1] > sample_counts(odds)[1]
 
 
-def test_every_bad_setting_is_told_at_once():
+def test_all_invalid_sampling_params_are_reported_at_once():
     with pytest.raises(GenerationError, match="5 problems") as caught:
         SamplingParams(max_tokens=-1, temperature=float("nan"), top_k=1.5, top_p=0.0, seed=True)
     assert [problem.key for problem in caught.value.problems] == [

@@ -1,4 +1,4 @@
-"""The chunked loss against torch's own cross-entropy on whole logits."""
+"""The chunked loss against torch's cross-entropy on full logits."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def plain_losses(hidden, head, targets, softcap):
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "chunk_rows"), [(12, 11, 4), (13, 101, 5), (7, 64, 100), (1, 3, 1)]
 )
-def test_loss_and_gradients_equal_the_plain_path(rows, vocabulary, chunk_rows, softcap):
+def test_loss_and_gradients_equal_unchunked_cross_entropy(rows, vocabulary, chunk_rows, softcap):
     hidden, head, targets = tensors(rows, 6, vocabulary)
     chunked = linear_cross_entropy(hidden, head, targets, softcap, chunk_rows) * 0.37
     ours = torch.autograd.grad(chunked, (hidden, head))
@@ -45,7 +45,7 @@ def test_gradients_pass_finite_differences():
     )
 
 
-def test_token_losses_keep_the_shape_and_sum_to_the_loss():
+def test_token_losses_have_the_shape_of_the_targets():
     hidden, head, targets = tensors(12, 6, 31)
     losses = token_losses(hidden.view(3, 4, 6), head, targets.view(3, 4), 15.0, chunk_rows=5)
     assert losses.shape == (3, 4)
@@ -53,7 +53,7 @@ def test_token_losses_keep_the_shape_and_sum_to_the_loss():
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_scores_are_the_losses_and_whether_the_target_is_likeliest(softcap):
+def test_token_scores_are_losses_and_greedy_matches(softcap):
     hidden, head, targets = tensors(12, 6, 11)
     likeliest = (hidden @ head.T).argmax(dim=1)
     targets[::2] = likeliest[::2]
@@ -64,7 +64,7 @@ def test_scores_are_the_losses_and_whether_the_target_is_likeliest(softcap):
     assert 6 <= hits.sum() < 12
 
 
-def test_bfloat16_autocast_stays_near_float32():
+def test_bfloat16_autocast_is_close_to_float32():
     hidden, head, targets = tensors(64, 32, 500, torch.float32)
     exact = linear_cross_entropy(hidden, head, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -78,8 +78,8 @@ def test_bfloat16_autocast_stays_near_float32():
         assert (mine - other).norm() / other.norm() < 2e-2
 
 
-def test_compiled_chunks_give_what_eager_ones_give():
-    """On the machine of the tests there is a C++ compiler; without one this would run eagerly."""
+def test_compiled_chunks_equal_eager_chunks():
+    """Needs a C++ compiler; without one, this would compare eager chunks with themselves."""
     assert find_compiler_error("cpu") is None
     hidden, head, targets = tensors(10, 6, 101, torch.float32)
     eager = linear_cross_entropy(hidden, head, targets, 15.0, 4)
@@ -93,7 +93,7 @@ def test_compiled_chunks_give_what_eager_ones_give():
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_compiler_one_line_says_so_and_the_loss_is_the_same(monkeypatch, caplog):
+def test_missing_compiler_is_logged_once_and_training_runs_eagerly(monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("no C++ compiler found\nlong story")
 
