@@ -1,8 +1,10 @@
-# make run    pretrain the tiny GPT end to end; installs everything first when it is missing
-# make test   formatting, lint and types, then the tests
-# make check  formatting, lint and types alone
-# make install what the others install first
-# make clean  remove what was installed and cached; runs/ and data/ stay
+# make run       pretrain the tiny GPT end to end; installs what a run needs first
+# make test      checks, unit and property tests, one pipeline, one service, one kill: minutes
+# make test-all  the same, and the long fault, service and cluster tests
+# make check     formatting, lint and types only
+# make docs      build the documentation into site/, offline
+# make install   what `make run` installs
+# make clean     remove what was installed and cached; runs/ and data/ stay
 
 PYTHON ?= python3
 CONFIG ?= configs/tiny.toml
@@ -10,45 +12,69 @@ WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
 SAMPLE := data/sample.parquet
+UV := $(shell command -v uv 2>/dev/null)
 # pip compiles on one core. `make COMPILE=` leaves each module to its first import.
 COMPILE ?= $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
-# Also pins what pip installs into the build's own environment.
+# Also pins what pip and uv install into the build's own environment.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# What Python compiled is kept, or each of the many processes of a test compiles it again.
+export UV_CONSTRAINT := $(CURDIR)/constraints.txt
+export UV_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+# Without Python's compiled files each of the many processes of a test compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test check install clean
+ifdef UV
+make_venv = $(UV) venv --quiet --python $(PYTHON) $(VENV)
+install = $(UV) pip install --quiet --python $(BIN)/python --editable
+else
+make_venv = $(PYTHON) -m venv $(VENV)
+install = $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable
+endif
 
-run: $(INSTALLED) $(SAMPLE)
+.PHONY: run test test-all check docs install clean
+
+run: $(VENV)/installed $(SAMPLE)
 	@$(BIN)/overnight run $(CONFIG)
 
 test: check
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+
+test-all: check
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-install: $(INSTALLED)
+install: $(VENV)/installed
 
-check: $(INSTALLED)
+check: $(VENV)/installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	@NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made last, so that an installation that was broken off is taken up again.
-$(INSTALLED): pyproject.toml constraints.txt
+# Each marker file is written last, so that an interrupted installation is repeated.
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(make_venv)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): some minutes the first time"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable '.[test]'
+	@$(install) .
 	@$(COMPILE)
 	@touch $@
 
-$(SAMPLE): | $(INSTALLED)
+$(VENV)/installed-%: pyproject.toml constraints.txt $(VENV)/installed
+	@echo "installing what \`make $*\` needs"
+	@$(install) '.[$*]'
+	@$(COMPILE)
+	@touch $@
+
+$(SAMPLE): | $(VENV)/installed
 	@$(BIN)/overnight sample-corpus $@

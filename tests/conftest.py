@@ -22,6 +22,7 @@ from unittest.mock import patch
 import pytest
 from browser import browser
 from filelock import FileLock
+from waiting import scaled
 
 from gpt.gc_tuning import tune_gc
 
@@ -30,7 +31,7 @@ __all__ = ["browser"]  # for every test that asks for it
 PREFECT_HOME = tempfile.TemporaryDirectory(prefix="overnight-prefect-", ignore_cleanup_errors=True)
 PREFECT_SETTINGS = {
     "PREFECT_HOME": PREFECT_HOME.name,
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(round(scaled(60))),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
@@ -42,6 +43,7 @@ tune_gc()
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[_name]
 os.environ |= PREFECT_SETTINGS
+os.environ.setdefault("PYTEST_TIMEOUT", str(round(scaled(240))))  # for pytest-timeout: hung tests
 # Ignored by what is started in the background, and then by all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors of tests are small: more threads would only wait for each other.
@@ -159,7 +161,7 @@ def prefect_database(shared_folder: Path) -> Path:
             root = shared_folder / "first-start"
             starting = [sys.executable, "-c", FIRST_START, str(root)]
             here = Path(__file__).resolve().parents[1]
-            subprocess.run(starting, cwd=here, env=outside, check=True, timeout=180)
+            subprocess.run(starting, cwd=here, env=outside, check=True, timeout=scaled(60))
             with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as made:
                 made.execute("VACUUM INTO ?", (str(database),))
     return database
@@ -213,7 +215,7 @@ def prefect_server(
     shutil.copy(prefect_database, folder / "prefect-test.db")  # where the harness has its own
     with (
         patch.object(utilities, "mkdtemp", lambda: str(folder)),
-        utilities.prefect_test_harness(server_startup_timeout=120),
+        utilities.prefect_test_harness(server_startup_timeout=round(scaled(60))),
     ):
         yield
 

@@ -95,7 +95,7 @@ def take(steps, count):
 @contextlib.contextmanager
 def stepping(mode, steps, checkpoint_interval):
     """An iterator that trains one step at each call."""
-    from token_data import make_token_dataset
+    from training_data import make_token_dataset
 
     from gpt.config.loading import load_config, merge_overrides
     from gpt.training.loop import train
@@ -130,7 +130,7 @@ def stepping(mode, steps, checkpoint_interval):
 
 def steps_with_a_server_away():
     from servers import MlflowServer
-    from token_data import make_token_dataset
+    from training_data import make_token_dataset
 
     from gpt.config.loading import load_config, merge_overrides
     from gpt.training.loop import train

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from overnight_up import wait_for
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
+from waiting import wait_for
 
 from flows.pretrain import pretrain
 from gpt.errors import ConfigError

@@ -6,11 +6,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,10 +19,9 @@ import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, TaskRun
+from waiting import scaled, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_SECONDS = 180.0
-"""For a server, a worker, a flow run: on a machine that does other things as well."""
 SMALL = {
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32},
     "data": {"source": "data/sample.parquet", "validation_fraction": 0.2},
@@ -39,26 +35,11 @@ SMALL = {
 """Laid over any config, it is done in seconds."""
 
 
-def wait_for(what: str, found: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < end:
-        if value := found():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"waited in vain for {what}")
-
-
 def cmdline_of(process: psutil.Process) -> list[str]:
     """Empty once it has ended, be it this moment."""
     with suppress(psutil.NoSuchProcess):
         return cast("list[str]", process.cmdline())
     return []
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Service:
@@ -117,7 +98,7 @@ class Service:
     def interrupt(self) -> None:
         assert self.process
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(PATIENCE_SECONDS)
+        self.process.wait(scaled(60))
 
     def kill(self) -> None:
         """With everything that it has started."""
@@ -159,14 +140,14 @@ class Service:
     def python(self, code: str) -> None:
         environment = self.environment | {"PREFECT_API_URL": self.api_url}
         words = [sys.executable, "-c", code]
-        subprocess.run(words, cwd=self.project, env=environment, check=True, timeout=60)
+        subprocess.run(words, cwd=self.project, env=environment, check=True, timeout=scaled(60))
 
     def _called(
         self, words: list[str], settings: dict[str, str]
     ) -> subprocess.CompletedProcess[str]:
         environment = self.environment | settings
         place = {"cwd": self.project, "env": environment}
-        return subprocess.run(words, **place, capture_output=True, text=True, timeout=180)
+        return subprocess.run(words, **place, capture_output=True, text=True, timeout=scaled(60))
 
     def deployed(self, name: str, **overrides: Any) -> FlowRun:
         """A run of a deployment, small, with the overrides by section laid over that."""

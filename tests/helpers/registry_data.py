@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from token_data import make_token_dataset
-from training_data import small_config
+from training_data import make_token_dataset, small_config
 
 from gpt.artifacts import EvaluationReport
 from gpt.evaluation.report_store import REPORT_FILE, save_report

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from overnight_up import free_port, wait_for
+from waiting import free_port, wait_for
 
 START_SECONDS = 90
 

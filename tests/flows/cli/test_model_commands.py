@@ -7,8 +7,7 @@ from pathlib import Path
 import polars
 import pytest
 from overnight_command import overnight as in_a_process
-from token_data import make_token_dataset
-from training_data import small_config
+from training_data import make_token_dataset, small_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

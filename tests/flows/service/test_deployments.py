@@ -16,13 +16,13 @@ import pytest
 import yaml
 from docker.types import HostConfig
 from overnight_command import overnight
-from overnight_up import free_port
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from waiting import free_port
 
 from flows.runtime.environment import COMPUTE, service_environment
 from flows.service.supervisor import POOL, ServiceSettings, hold_service_lock, publish_service

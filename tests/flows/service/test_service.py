@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from overnight_up import ROOT, SMALL, Service, Webhook, free_port, small, wait_for
+from overnight_up import ROOT, SMALL, Service, Webhook, small
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import (
     DeploymentScheduleCreate,
@@ -31,6 +31,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import Artifact, FlowRun, StateType, TaskRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Cancelled, Running
+from waiting import free_port, wait_for
 
 from flows.service import deployments
 from flows.service.supervisor import POOL, ServiceSettings

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from token_data import make_token_dataset
-from training_data import numbers, tiny_config
+from training_data import make_token_dataset, numbers, tiny_config
 
 from gpt.errors import OutOfMemoryError
 from gpt.evaluation import heldout

@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from token_data import make_token_dataset
 from torch.nn import functional as F
-from training_data import tiny_config
+from training_data import make_token_dataset, tiny_config
 
 from gpt.artifacts import EvaluationReport
 from gpt.data.loader import SequenceDataset

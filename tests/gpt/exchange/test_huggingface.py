@@ -10,8 +10,7 @@ import pytest
 import torch
 from networks import model_section, randomize_weights
 from safetensors.torch import load_file
-from token_data import make_token_dataset
-from training_data import tiny_config
+from training_data import make_token_dataset, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpt.artifacts import EvaluationReport, LambadaResult, Sample

@@ -8,10 +8,9 @@ import threading
 import faults
 import pytest
 import torch
-from overnight_up import wait_for
 from safetensors import SafetensorError
-from token_data import make_token_dataset
-from training_data import numbers, small_config, weights
+from training_data import make_token_dataset, numbers, small_config, weights
+from waiting import wait_for
 
 from gpt.errors import CheckpointError, RunLockedError
 from gpt.training.checkpoint import format as checkpoint_format

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from token_data import make_token_dataset
-from training_data import small_config
+from training_data import make_token_dataset, small_config
 
 from gpt.config.schema import RunConfig
 from gpt.data.loader import SequenceDataset, TrainingLoader

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from token_data import make_token_dataset
-from training_data import numbers, small_config, weights
+from training_data import make_token_dataset, numbers, small_config, weights
 
 from gpt.errors import NonFiniteLossError
 from gpt.training import divergence

@@ -11,8 +11,7 @@ import faults
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from token_data import make_token_dataset
-from training_data import small_config, weights
+from training_data import make_token_dataset, small_config, weights
 
 from gpt.data.shards import read_manifest
 from gpt.training.checkpoint.retention import latest_checkpoint

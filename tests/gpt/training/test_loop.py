@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from token_data import make_token_dataset
 from torch.nn import functional as F
-from training_data import numbers, small_config, tiny_config, weights
+from training_data import make_token_dataset, numbers, small_config, tiny_config, weights
 
 from gpt.errors import ConfigError
 from gpt.training import loop

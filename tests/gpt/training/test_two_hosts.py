@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from overnight_up import wait_for
+from waiting import wait_for
 
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.tracking.journal import MetricsJournal

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from corpus_data import TEXTS, config, dataset, parquet
-from overnight_up import free_port
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from waiting import free_port
 
 from gpt.data.tokenize import pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus

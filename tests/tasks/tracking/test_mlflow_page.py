@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 from browser import WINDOW, hosts_asked
 from servers import MlflowServer, with_store
-from token_data import make_token_dataset
+from training_data import make_token_dataset
 
 from gpt.config.loading import load_config
 from gpt.evaluation.heldout import HeldoutLoss

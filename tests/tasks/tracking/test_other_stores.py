@@ -11,8 +11,9 @@ from typing import Any
 
 import polars
 import pytest
-from overnight_up import SMALL, Service, free_port, small
+from overnight_up import SMALL, Service, small
 from servers import BUCKET, KEYS, SECRET, object_store
+from waiting import free_port
 
 from tasks.tracking.runs import MlflowClient
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from registry_data import finished_run, report
-from servers import free_port
+from waiting import free_port
 
 from flows.cli.model_choice import find_model
 from gpt.model.generate import SamplingParams, generate

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from overnight_command import command, flow_states, mlflow_run
-from overnight_up import free_port
 from servers import MlflowServer, with_store
-from token_data import make_token_dataset
-from training_data import small_config
+from training_data import make_token_dataset, small_config
+from waiting import free_port
 
 from gpt.config.schema import RunConfig
 from gpt.training.loop import StepRecord

@@ -4,7 +4,7 @@ an epoch, on metadata alone. Its full size is tests/benchmarks/bench_planner.py.
 import numpy as np
 import planner_data
 import pytest
-from token_data import make_token_dataset
+from training_data import make_token_dataset
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import fingerprint
