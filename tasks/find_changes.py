@@ -18,7 +18,7 @@ from gpt.data.parquet import inspect
 from gpt.data.source_changes import SourceChanges, find_source_changes
 from gpt.data.sources import find_sources
 from gpt.errors import ConfigError, CorpusError, Problem
-from gpt.preflight.named_files import check_init_from
+from gpt.preflight.checks import check_init_from
 from gpt.training.identity import identity_values
 from tasks.display import log_info, log_warning
 from tasks.tracking.champion import (

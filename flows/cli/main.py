@@ -302,9 +302,9 @@ def import_nanogpt(
     from rich.console import Console
 
     from gpt.exchange.nanogpt import convert_nanogpt
+    from gpt.hardware.target_gpu import find_target_gpu
     from gpt.preflight.render import print_report
     from gpt.preflight.report import run_preflight_on_values
-    from gpt.preflight.target import find_target_gpu
 
     imported = convert_nanogpt(path, data)
     print(imported.toml(), end="")

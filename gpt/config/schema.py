@@ -1,10 +1,8 @@
-"""The whole configuration of a run: its sections and every rule on a value; those between values
-are in `gpt.config.rules`.
+"""The sections and values of a config. Rules between values are in `gpt.config.rules`.
 
-A config is TOML, merged with overrides while still a plain dict, then checked as a whole:
-`load_config` reports every problem at once in one `ConfigError`. Values are frozen and strict
-(no "512" for 512, unknown keys refused). Nothing here imports torch: an answer takes
-milliseconds.
+Values are frozen and strict: "512" is refused for 512, and so are unknown keys. The docstring of a
+field appears in error messages, in configs/README.md and in configs/schema.json. Nothing here
+imports torch, so checking a config takes milliseconds.
 """
 
 from __future__ import annotations
@@ -19,10 +17,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
-def _listed(value: Any) -> Any:
-    """One path as a list of one; strict pydantic wants the tuple itself after this."""
+def _as_tuple(value: Any) -> Any:
+    """Accept one path for a list of paths; strict pydantic wants a tuple."""
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
@@ -40,11 +39,11 @@ class Section(BaseModel):
 
 class RunSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    """Names the run's folder and its MLflow run."""
+    """Name of the run folder and of the MLflow run."""
     root: Path = Path("runs")
-    """Folder of everything that is written: data sets, checkpoints, MLflow, Prefect."""
+    """Folder for all output: datasets, checkpoints, MLflow, Prefect."""
     notify: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]+/[^/]+$")], ...] = ()
-    """Prefect blocks that are told how a run ended, as slack-webhook/me: any that notifies."""
+    """Prefect notification blocks to notify when a run ends, e.g. slack-webhook/me."""
 
 
 class ModelSection(Section):
@@ -52,190 +51,207 @@ class ModelSection(Section):
     """gpt2: learned positions, LayerNorm, GELU, tied head. nanochat: rotary positions, RMSNorm,
     QK-norm, ReLU squared, untied head, capped logits."""
     n_layer: Annotated[int, Field(ge=1, le=1_000)]
-    """Number of blocks."""
+    """Number of transformer blocks."""
     n_head: Annotated[int, Field(ge=1, le=65_536)]
-    """Attention heads a block; must divide n_embd."""
+    """Attention heads per block; must divide n_embd."""
     n_embd: Annotated[int, Field(ge=1, le=65_536)]
     """Width of the residual stream."""
     block_size: Annotated[int, Field(ge=1, le=1_048_576)]
-    """Context length, tokens."""
+    """Context length in tokens."""
     vocab_size: Annotated[int, Field(ge=50_257, le=65_536)] = 50_304
-    """Rows of the embedding; GPT-2's 50,257 ids padded to a multiple of 64."""
+    """Rows of the embedding; default: GPT-2's 50,257 tokens padded to a multiple of 64."""
     dropout: Fraction = 0.0
-    """Probability of dropping an activation; 0 for pretraining on data seen once."""
+    """Dropout probability; use 0 for pretraining that sees each token once."""
     bias: bool = False
-    """Biases in linear layers and LayerNorms, as the original GPT-2 has them; gpt2 only."""
+    """Biases in linear layers and LayerNorms, as in the original GPT-2; gpt2 only."""
 
 
 class DataSection(Section):
     source: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...],
-        BeforeValidator(_listed),
+        tuple[Text, ...],
+        BeforeValidator(
+            _as_tuple, json_schema_input_type=Text | Annotated[list[Text], Field(min_length=1)]
+        ),
         Field(min_length=1),
     ]
-    """Parquet: a file, a glob, a directory (hive partitions too), an address such as
-    hf://datasets/... or s3://..., or a list of those."""
-    text_column: Annotated[str, Field(min_length=1)] = "text"
-    """The column that holds the documents."""
+    """Parquet to train on: a file, a glob, a directory (including hive partitions), an address such
+    as hf://datasets/... or s3://..., or a list of these."""
+    text_column: Text = "text"
+    """Column that holds the documents."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-    """Share of documents kept out of training, chosen by a hash of their text."""
+    """Fraction of documents in the validation split, selected by a hash of their text."""
     tokens_per_shard: Annotated[int, Field(ge=1_000)] = 100_000_000
-    """Most tokens in one shard file (2 bytes each)."""
+    """Maximum number of tokens per shard file (2 bytes each)."""
     where: str = ""
-    """Only rows for which this polars SQL condition holds, as language_score > 0.9; empty: all."""
+    """Keep only rows that satisfy this polars SQL condition, e.g. language_score > 0.9; empty: all
+    rows."""
     min_length: Annotated[int, Field(ge=0)] = 0
-    """Fewest characters of a document; shorter ones are left out."""
+    """Skip documents with fewer characters."""
     max_length: Count | None = None
-    """Most characters of a document; longer ones are left out."""
+    """Skip documents with more characters; default: no limit."""
     drop_duplicates: bool = False
-    """Keep the first of documents whose text is exactly the same."""
+    """Keep only the first of several documents with identical text."""
     max_tokens: Count | None = None
-    """Most tokens of the data set, both sides together: the document that would pass it and all
-    after it are left out."""
+    """Maximum number of tokens of both splits together: the document that would exceed it and all
+    later ones are skipped; default: no limit."""
     on_bad_file: Literal["fail", "skip"] = "fail"
-    """fail: stop at a file that cannot be used. skip: leave it out, count it and say so."""
+    """fail: stop at an unusable file. skip: skip it, count it and log a warning."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
-    """tiktoken, or gigatoken checked against it; auto: gigatoken where it is installed. The tokens
-    are the same."""
+    """Tokeniser: tiktoken, or gigatoken verified against it; auto: gigatoken if it is installed.
+    The
+    tokens are the same."""
     workers: Annotated[int, Field(ge=1, le=1_024)] | None = None
-    """Processes that tokenise; left out: one for each CPU. The tokens are the same."""
+    """Number of tokenising processes; default: one per CPU. The tokens are the same."""
     runner: Literal["local", "dask", "ray"] = "local"
-    """Where files are tokenised: in processes of this machine, or on a Dask or Ray cluster that
+    """Where files are tokenised: in processes on this machine, or on a Dask or Ray cluster that
     reads and writes the same paths. The tokens are the same."""
     cluster: str = ""
-    """Address of the Dask scheduler or Ray cluster, as tcp://host:8786 or ray://host:10001; empty:
-    one on this machine for as long as it is needed."""
+    """Address of the Dask scheduler or Ray cluster, e.g. tcp://host:8786 or ray://host:10001;
+    empty:
+    start a temporary one on this machine."""
     store: str = ""
-    """Where finished data sets are kept for other machines, a folder or an address as
-    s3://bucket/data: fetched from there instead of made, and put there; empty: nowhere else."""
+    """Folder or address, e.g. s3://bucket/data, that shares finished datasets between machines: a
+    dataset found there is downloaded, a new one is uploaded; empty: do not share."""
 
 
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw: for everything. muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    """adamw: AdamW for all parameters. muon: Muon for the matrices of the blocks, AdamW for the
+    rest."""
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
-    """Highest learning rate, of Muon's matrices with muon; left out: by rule from width and tokens
-    a step (gpt.schedule)."""
+    """Peak learning rate (with muon: of Muon's matrices); default: derived from width and tokens
+    per
+    step (gpt/schedule.py)."""
     embedding_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
-    """Highest learning rate of the embedding, with muon; left out: by rule."""
+    """Peak learning rate of the embedding, with muon; default: derived likewise."""
     head_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
-    """Highest learning rate of an untied head and of vectors, with muon; left out: by rule."""
+    """Peak learning rate of an untied head and of vectors, with muon; default: derived likewise."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Decay of the matrices (with muon: of Muon's); vectors have none."""
+    """Weight decay of matrices (with muon: of Muon's); vectors have none."""
     beta1: Fraction = 0.9
-    """AdamW's first-moment decay."""
+    """AdamW's first-moment decay rate."""
     beta2: Fraction = 0.95
-    """AdamW's second-moment decay."""
+    """AdamW's second-moment decay rate."""
     momentum: Fraction = 0.95
     """Muon's momentum."""
     momentum_warmup_steps: Annotated[int, Field(ge=0)] = 300
-    """Steps over which Muon's momentum rises from 0.85, at most a tenth of the run."""
+    """Steps over which Muon's momentum rises from 0.85; at most a tenth of the run."""
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Clip gradients to this global norm; 0: no clipping."""
 
 
 class ScheduleSection(Section):
     name: Literal["cosine", "linear"] = "cosine"
-    """cosine: half a cosine down to the last step. linear: constant, then straight down over the
-    last cooldown_fraction of the steps."""
+    """cosine: cosine decay until the last step. linear: constant, then linear decay over the last
+    cooldown_fraction of the steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 to its peak."""
     cooldown_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
-    """Share of the steps in which a linear schedule falls."""
+    """Fraction of the steps in which a linear schedule decays."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Learning rate at the last step, as a share of the highest."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
 
 class TrainingSection(Section):
     batch_size: Count
-    """Micro-batch, sequences: what is on the device at once."""
+    """Sequences per micro-batch: what the device processes at once."""
     grad_acc: Count
-    """Micro-batches a step; tokens a step = batch_size * grad_acc * block_size."""
+    """Micro-batches per step; tokens per step = batch_size * grad_acc * block_size."""
     max_steps: Count
     """Optimizer steps of the whole run."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Autocast type on CUDA (bfloat16 turns to float16 where the card lacks it); a CPU always
-    computes in float32."""
+    """Autocast dtype on CUDA (float16 if the GPU lacks bfloat16); a CPU always computes in
+    float32."""
     compile: bool = True
-    """Compile the network and the loss; where there is no compiler, a line says so."""
+    """Compile the network and the loss with torch.compile; without a compiler, log a line and run
+    uncompiled."""
     loss_chunk_rows: Count | None = None
-    """Tokens whose logits exist at once; left out: 2,048 on CUDA, 512 on a CPU (128 uncompiled)."""
+    """Tokens whose logits are computed at once; default: 2,048 on CUDA, 512 on a CPU (128
+    uncompiled)."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and compute the rest again in backward: less memory, about a
-    third more work."""
+    """Store only the input of each block and recompute the rest in the backward pass: less memory,
+    about a third more FLOPs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
-    """Seed of the weights, the data order and dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     init_from: str = ""
-    """Folder of a model whose weights to begin with, as `overnight import-hf` makes one or a
-    checkpoint is; empty: random weights."""
+    """Folder of a model whose weights to start from: a checkpoint, or one made by `overnight
+    import-hf`; empty: random weights."""
     checkpoint_interval: Count = 250
     """Steps between checkpoints; the last step always writes one."""
     checkpoints_kept: Count = 2
-    """Newest checkpoints that stay on disk, beside the one with the best validation loss."""
+    """Number of latest checkpoints to keep, besides the one with the best validation loss."""
     checkpoint_keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints of every so many steps stay on disk for good; 0: none does."""
+    """Keep the checkpoints of multiples of this many steps forever; 0: keep none."""
     spike_sigma: Annotated[float, Field(ge=0.0)] = 6.0
-    """Standard deviations above the mean of the last 128 losses from which a loss is a spike that
-    sends the run back to the last checkpoint and over that batch; 0: none is."""
+    """A loss this many standard deviations above the mean of the last 128 is a spike: the run rolls
+    back to the last checkpoint and skips that batch; 0: never."""
     recovery_attempts: Annotated[int, Field(ge=0)] = 3
-    """Returns to a checkpoint after numbers went wrong in the same place before training stops."""
+    """Rollbacks at the same place, after a spike or a non-finite loss, before training stops."""
     log_interval: Count = 10
-    """Steps between lines in the terminal; every step goes to MLflow."""
+    """Steps between lines in the terminal; MLflow gets every step."""
 
 
 class EvaluationSection(Section):
     interval: Count = 250
-    """Steps between validation losses during training; also taken before step 1 and at the end."""
+    """Steps between validation losses during training, besides those before step 1 and at the
+    end."""
     tokens: Count = 1_048_576
-    """Length of the fixed validation slice, tokens; the same for every config on the data."""
+    """Tokens of the fixed validation slice; the same for every config on the same data."""
     interval_tokens: Count = 131_072
-    """How much of the slice's beginning is evaluated during training; all of it at the end."""
+    """Tokens, from the beginning of the slice, to evaluate during training; at the end all of it
+    is."""
     batch_size: Count = 8
-    """Sequences at once when evaluating; independent of training."""
+    """Sequences per batch in evaluation; independent of training."""
     prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
     """Prompts of the samples in the report."""
     sample_tokens: Annotated[int, Field(ge=0)] = 64
-    """Tokens generated for each prompt."""
+    """Tokens to generate per prompt."""
     hellaswag: str = ""
-    """HellaSwag's Parquet, a file or an address, to score the trained model on; empty: left out."""
+    """HellaSwag as Parquet, a file or an address, to score the trained model on; empty: skip."""
     lambada: str = ""
-    """LAMBADA's Parquet (OpenAI's variant), likewise."""
+    """LAMBADA (OpenAI's variant) as Parquet, likewise."""
     benchmark_examples: Count | None = None
-    """Score the first so many examples of each; left out: all."""
+    """Score only this many examples of each benchmark; default: all."""
 
 
 class TrackingSection(Section):
-    experiment: Annotated[str, Field(min_length=1)] = "overnight"
+    experiment: Text = "overnight"
     """MLflow experiment."""
     uri: str = ""
-    """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite under run.root."""
+    """MLflow server; empty: MLFLOW_TRACKING_URI, otherwise SQLite under run.root."""
     registered_model: Annotated[str, Field(pattern=r"^[^/:@'\"]*$", max_length=256)] = "gpt"
-    """Name in MLflow's model registry that trained models become versions of; empty: none does."""
+    """Name in MLflow's model registry under which to register trained models; empty: do not
+    register."""
 
 
 class HardwareSection(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """auto takes the GPU where there is one."""
+    """auto, cpu, cuda or cuda:INDEX; auto: the GPU if there is one."""
     devices: Annotated[int, Field(ge=1, le=1_024)] = 1
-    """GPUs of each machine that train together (processes, on a CPU); grad_acc is shared out among
-    them."""
+    """GPUs per machine that train together (on a CPU: processes); they share a step's
+    micro-batches."""
     nodes: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Machines that train together; start the same command on each."""
     rendezvous: str = ""
-    """host:port where the machines find one another, of one of them; empty with one machine."""
+    """host:port of one of the machines, where they connect; empty with one machine."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: each device holds the whole model. fsdp: each holds its share of weights, gradients and
-    optimizer states. auto: ddp where it fits."""
+    """ddp: each device holds the whole model. fsdp: each holds a share of weights, gradients and
+    optimizer states. auto: ddp if it fits."""
     timeout_seconds: Annotated[int, Field(ge=1)] = 600
-    """How long devices wait for one that does not answer before they start again from the last
+    """How long devices wait for one that does not respond before they restart from the last
     checkpoint."""
     restarts: Annotated[int, Field(ge=0)] = 10
-    """How often they do so before the run fails."""
+    """Number of such restarts before the run fails."""
+
+    @property
+    def world_size(self) -> int:
+        """Devices of all machines together."""
+        return self.devices * self.nodes
 
 
 class RunConfig(Section):
-    """Everything that decides a run. Built by `load_config` or `build_config` only, which apply
-    the rules between values as well."""
+    """The complete config of a run. Build it with `load_config` or `build_config`, which also apply
+    the rules between values."""
 
     run: RunSection
     model: ModelSection
@@ -256,7 +272,7 @@ class RunConfig(Section):
         return self.sequences_per_step * self.model.block_size
 
     def flatten(self) -> dict[str, Any]:
-        """Every value by its dotted key, as it would stand in JSON."""
+        """Return every value by its dotted key, as in JSON."""
         return dict(_flatten(self.model_dump(mode="json")))
 
 
@@ -269,5 +285,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """Hash of plain values, the same in every process: hexadecimal, 64 digits."""
+    """Return the SHA-256 of plain values in hexadecimal, the same in every process."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where tensors live, and in which type they are multiplied."""
+"""Torch devices: which one to use, the dtype it multiplies in, its memory and energy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import pynvml
 import torch
 
 from gpt.errors import ConfigError, Problem
@@ -19,17 +20,17 @@ DTYPES = {
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `hardware.device` names. Raises `ConfigError` for one that is not there."""
-    found = torch.cuda.device_count()
+    """Return the device that `hardware.device` names. Raises `ConfigError` if it does not exist."""
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if found else "cpu")
+        return torch.device("cuda" if count else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= found:
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
             Problem(
                 "hardware.device",
                 name,
-                f"torch {torch.__version__} sees {found} CUDA devices on this machine",
+                f"does not exist: torch {torch.__version__} finds {count} CUDA devices",
                 'use "auto" or "cpu", or install the CUDA build of torch and the driver',
             )
         )
@@ -37,8 +38,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """The type of matrix products: the config's on CUDA, float16 for bfloat16 where the card has
-    no bfloat16; a CPU always computes in float32."""
+    """Return the dtype of matrix products: on CUDA the config's, with float16 for bfloat16 if the
+    GPU lacks it; on a CPU always float32."""
     if device.type == "cpu":
         return torch.float32
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -47,21 +48,21 @@ def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Matrix products in `compute_dtype`, everything that needs it in float32."""
+    """Return a context that runs matrix products in `compute_dtype`."""
     chosen = compute_dtype(device, dtype)
     lower = chosen != torch.float32
     return torch.autocast(device.type, dtype=chosen if lower else None, enabled=lower)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's allocator, or the CPU's, had no more to give."""
+    """Return whether an allocation failed, on the GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: torch's allocations on a GPU, the resident set on a CPU."""
+    """Return the peak so far: of torch's allocations on a GPU, of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -69,15 +70,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def read_energy_joules(device: torch.device) -> float | None:
-    """What the card has used since its driver was loaded; None for a CPU, for a card older than
-    Volta, and where nvidia-ml-py is not installed."""
+    """Return the energy that the GPU has used since its driver was loaded. None for a CPU and for a
+    GPU older than Volta."""
     if device.type != "cuda":
         return None
     handle = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
     if handle is None:
         return None
-    import pynvml
-
     try:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000  # millijoules
     except pynvml.NVMLError:
@@ -86,13 +85,9 @@ def read_energy_joules(device: torch.device) -> float | None:
 
 @cache
 def _nvml_handle(uuid: str) -> Any:
-    """By UUID, because CUDA_VISIBLE_DEVICES changes the numbers."""
+    """Look a GPU up by UUID, because CUDA_VISIBLE_DEVICES changes its index."""
     try:
-        import pynvml
-
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except ImportError:
-        return None
     except pynvml.NVMLError:
         return None

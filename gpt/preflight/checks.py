@@ -1,407 +1,251 @@
-"""Rules that need more than the values: the card, the data, the disk, the network. And warnings:
-what works but costs something.
+"""Checks that stop a run: they need more than the config's values, e.g. the GPU, the data, the
+disk.
 
-Each is a function of the `CheckContext` that gives a `Problem` or None; `PROBLEMS` stop a run,
-`WARNINGS` do not.
+Each check takes the `CheckContext` and returns a `Problem` or None. Checks that only warn are in
+`gpt.preflight.warnings`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from gpt.config.schema import RunConfig
-from gpt.errors import Problem
+from gpt.errors import CheckpointError, Problem
 from gpt.hardware.gpus import GIB
+from gpt.hardware.target_gpu import TargetGPU
+from gpt.model.section import MODEL_FILE, load_model_section
 from gpt.preflight.data_estimate import DataEstimate
-from gpt.preflight.layout import devices_of
-from gpt.preflight.memory import Memory
-from gpt.preflight.named_files import check_benchmark_files, check_init_from
-from gpt.preflight.sharding import misfit
-from gpt.preflight.target import TargetGPU
-from gpt.preflight.time import disk_bytes, total_tokens
-from gpt.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
+from gpt.preflight.memory import Memory, Sharding, estimate_memory
+from gpt.preflight.time import estimate_disk
 
-TRACKING_SECONDS = 0.3
-"""Longest wait for a tracking server to answer."""
-REPEATS_WORTH_IT = 4
-"""Epochs after which text teaches much less (Muennighoff et al. 2023, arXiv:2305.16264)."""
-TOKENS_PER_STEP_FACTOR = 4
-"""How far tokens a step may be from what the learning rate by rule was found with."""
+NOT_PART_OF_THE_WEIGHTS = {"dropout"}
+"""Keys of [model] that may differ from those of `training.init_from`."""
 
 
 @dataclass(frozen=True)
 class CheckContext:
-    """All that the checks look at."""
+    """What the checks look at."""
 
     config: RunConfig
-    target: TargetGPU
+    gpu: TargetGPU
     data: DataEstimate
     memory: Memory
+    sharding: Sharding
     starting: bool
-    """Whether a run starts now, on this machine, and not a person asks beforehand."""
-    smaller: tuple[str, ...] = ()
-    """Settings with which a run that does not fit would, each as overrides."""
+    """Whether a run starts now on this machine; False for a question about it."""
+    memory_savings: tuple[str, ...] = ()
+    """Overrides with which a run that does not fit would; none if it fits."""
+
+    @property
+    def exceeds_memory(self) -> bool:
+        memory_bytes = self.gpu.memory_bytes
+        if memory_bytes is None or self.config.hardware.device == "cpu":
+            return False
+        return self.memory.needed_bytes > memory_bytes
+
+    @property
+    def is_reduced_at_start(self) -> bool:
+        """Whether training reduces the micro-batch until the run fits; it does on one device."""
+        one_device = self.config.hardware.world_size == 1
+        return self.starting and one_device and self.exceeds_memory and bool(self.memory_savings)
+
+    @property
+    def memory_rule(self) -> str:
+        memory_bytes = self.gpu.memory_bytes or 0
+        return f"needs {gib(self.memory.needed_bytes)}; {self.gpu.name} has {gib(memory_bytes)}"
 
 
 Check = Callable[[CheckContext], Problem | None]
 
 
 def gb(count: float) -> str:
-    """As disks are sold."""
+    """Format bytes in decimal units, as disks are sold."""
     return f"{count / 1e9:.1f} GB"
 
 
 def gib(count: float) -> str:
-    """As cards are sold: one of 12 GB has 12 x 2^30 bytes."""
+    """Format bytes in binary units, as GPUs are sold: one of "12 GB" has 12 x 2^30 bytes."""
     return f"{count / GIB:.1f} GiB"
 
 
-# --- what stops a run ----------------------------------------------------------------------------
+# --- the machine ---------------------------------------------------------------------------------
 
 
-def device_exists(facts: CheckContext) -> Problem | None:
-    wanted, target = facts.config.hardware.device, facts.target
-    if not wanted.startswith("cuda") or target.named:
+def check_device(context: CheckContext) -> Problem | None:
+    device, gpu = context.config.hardware.device, context.gpu
+    if not device.startswith("cuda") or gpu.is_named:
         return None
-    index = int(wanted.partition(":")[2] or 0)
-    if index < target.found:
+    if int(device.partition(":")[2] or 0) < gpu.installed:
         return None
     return Problem(
         "hardware.device",
-        wanted,
-        f"this machine shows {target.found} NVIDIA GPUs",
-        'use "auto" or "cpu", mend the driver, or name a card with --gpu to ask about another '
-        "machine",
+        device,
+        f"does not exist: this machine has {gpu.installed} NVIDIA GPUs",
+        'use "auto" or "cpu", repair the driver, or give --gpu NAME to ask about another machine',
     )
 
 
-def devices_are_here(facts: CheckContext) -> Problem | None:
-    hardware, target = facts.config.hardware, facts.target
-    asked_about = target.named or not facts.starting or hardware.device == "cpu"
-    if asked_about or not 0 < target.found < hardware.devices:
+def check_devices(context: CheckContext) -> Problem | None:
+    hardware, gpu = context.config.hardware, context.gpu
+    is_question = gpu.is_named or not context.starting or hardware.device == "cpu"
+    if is_question or not 0 < gpu.installed < hardware.devices:
         return None
     return Problem(
         "hardware.devices",
         str(hardware.devices),
-        f"this machine shows {target.found} NVIDIA GPUs",
-        f"set hardware.devices to {target.found}, or start on a machine that has more",
+        f"exceeds the {gpu.installed} NVIDIA GPUs of this machine",
+        f"set hardware.devices to {gpu.installed}, or use a machine that has more",
     )
 
 
-def fits_the_card(facts: CheckContext) -> Problem | None:
-    target, memory = facts.target, facts.memory
-    if target.memory_bytes is None or facts.config.hardware.device == "cpu":
+def check_memory(context: CheckContext) -> Problem | None:
+    if not context.exceeds_memory or context.is_reduced_at_start:
         return None
-    if devices_of(facts.config) > 1:
-        return misfit(facts.config, target.memory_bytes)
-    # A run that starts makes its own micro-batches smaller, if that can help.
-    if memory.needed_bytes <= target.memory_bytes or (facts.starting and facts.smaller):
+    config, memory_bytes = context.config, context.gpu.memory_bytes or 0
+    savings = f"set {', or '.join(context.memory_savings)}" if context.memory_savings else ""
+    if config.hardware.world_size == 1:
+        remedy = savings or "use a smaller model or a larger GPU"
+        value = str(config.training.batch_size)
+        return Problem("training.batch_size", value, context.memory_rule, remedy)
+    setting = config.hardware.sharding
+    if setting == "ddp" and estimate_memory(config, "fsdp").needed_bytes <= memory_bytes:
+        remedy = 'set hardware.sharding to "auto" or "fsdp"'
+    else:
+        remedy = savings or "use more devices, a smaller model or a larger GPU"
+    rule = f"{context.memory_rule} (each of {config.hardware.world_size}, {context.sharding})"
+    return Problem("hardware.sharding", setting, rule, remedy)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def check_data_exists(context: CheckContext) -> Problem | None:
+    return missing_data(context) if context.starting else None
+
+
+def missing_data(context: CheckContext) -> Problem | None:
+    if not context.data.missing:
         return None
-    remedy = "take a smaller model, or a larger card"
-    if facts.smaller:
-        remedy = f"set {', or '.join(facts.smaller)}"
     return Problem(
-        "training.batch_size",
-        str(facts.config.training.batch_size),
-        f"needs {gib(memory.needed_bytes)}, and {target.name} has {gib(target.memory_bytes)}",
-        remedy,
+        "data.source",
+        ", ".join(context.data.missing),
+        "does not exist, or matches no file",
+        f"put Parquet there, or give another path; paths are relative to {Path.cwd()}",
     )
 
 
-def data_is_there(facts: CheckContext) -> Problem | None:
-    if not facts.data.missing or not facts.starting:
-        return None
-    return _missing(facts)
-
-
-def data_fills_a_batch(facts: CheckContext) -> Problem | None:
-    tokens, training = facts.data.most_train_tokens, facts.config.training
-    block = facts.config.model.block_size
+def check_data_fills_a_batch(context: CheckContext) -> Problem | None:
+    tokens, training = context.data.max_train_tokens, context.config.training
+    block = context.config.model.block_size
     if tokens is None or tokens > training.batch_size * block:
         return None
-    remedy = f"give more text, or a batch of at most {max(1, (tokens - 1) // block)} sequences"
     if tokens <= block:
-        remedy = f"give more text, or a model.block_size under {tokens}"
-    return Problem(
-        "model.block_size" if tokens <= block else "training.batch_size",
-        str(block if tokens <= block else training.batch_size),
-        f"one batch is {training.batch_size} x {block:,} tokens, and there are at most {tokens:,} "
-        "to train on",
-        remedy,
+        key, value = "model.block_size", block
+        remedy = f"use more text, or a model.block_size below {tokens}"
+    else:
+        key, value = "training.batch_size", training.batch_size
+        remedy = f"use more text, or a batch_size of at most {max(1, (tokens - 1) // block)}"
+    rule = (
+        f"makes batches of {training.batch_size} x {block:,} tokens, and the training data has at "
+        f"most {tokens:,}"
     )
+    return Problem(key, str(value), rule, remedy)
 
 
-def begins_with_this_model(facts: CheckContext) -> Problem | None:
-    return check_init_from(facts.config)
+def check_initial_weights(context: CheckContext) -> Problem | None:
+    return check_init_from(context.config)
 
 
-def benchmarks_are_there(facts: CheckContext) -> Problem | None:
-    return check_benchmark_files(facts.config) if facts.starting else None
+def check_init_from(config: RunConfig) -> Problem | None:
+    """Check that the run can start from the weights of `training.init_from`."""
+    path = config.training.init_from
+    if not path:
+        return None
+    remedy = "give a folder made by overnight import-hf, or a checkpoint"
+    if not (Path(path) / MODEL_FILE).is_file():
+        return Problem("training.init_from", path, f"has no {MODEL_FILE}", remedy)
+    try:
+        theirs = load_model_section(Path(path)).model_dump()
+    except CheckpointError as error:
+        return Problem("training.init_from", path, error.problems[0].rule, remedy)
+    ours = config.model.model_dump()
+    differing = {
+        key: value
+        for key, value in theirs.items()
+        if ours[key] != value and key not in NOT_PART_OF_THE_WEIGHTS
+    }
+    if not differing:
+        return None
+    rule = "is a model of another shape: " + ", ".join(
+        f"{key} {value}, not {ours[key]} as in [model]" for key, value in differing.items()
+    )
+    settings = " ".join(f"--set model.{key}={value}" for key, value in differing.items())
+    return Problem("training.init_from", path, rule, settings)
 
 
-def output_is_writable(facts: CheckContext) -> Problem | None:
-    root = facts.config.run.root
+def check_benchmark_files(context: CheckContext) -> Problem | None:
+    """Addresses are not checked: that would take a download."""
+    for key in ("hellaswag", "lambada"):
+        path = getattr(context.config.evaluation, key)
+        if context.starting and path and "://" not in path and not Path(path).is_file():
+            remedy = "give the path of the benchmark's Parquet file, or remove the key"
+            return Problem(f"evaluation.{key}", path, "does not exist", remedy)
+    return None
+
+
+def check_output_folder(context: CheckContext) -> Problem | None:
+    root = context.config.run.root
     try:
         ancestor = _existing_ancestor(root)
-        fault = None
+        rule = None
         if not ancestor.is_dir():
-            fault = f"{ancestor} is a file, not a folder"
+            rule = f"is impossible: {ancestor} is a file, not a folder"
         elif not os.access(ancestor, os.W_OK | os.X_OK):
-            fault = f"{ancestor} cannot be written to"
+            rule = f"is not writable: no permission to write to {ancestor}"
     except (OSError, ValueError) as error:
-        fault = f"no such folder can be: {error}"
-    if fault is None:
-        return None
-    return Problem("run.root", str(root), fault, "name a folder that can be written to")
+        rule = f"is not a possible folder: {error}"
+    return Problem("run.root", str(root), rule, "use a writable folder") if rule else None
 
 
-def disk_suffices(facts: CheckContext) -> Problem | None:
-    needed, free = disk_needed(facts), free_disk_bytes(facts.config)
-    if free is None or sum(needed.values()) <= free:
+def check_disk(context: CheckContext) -> Problem | None:
+    needed, free = disk_needed(context.config, context.data), free_disk_bytes(context.config)
+    total = sum(needed.values())
+    if free is None or total <= free:
         return None
     parts = ", ".join(f"{name} {gb(size)}" for name, size in needed.items())
     return Problem(
         "run.root",
-        str(facts.config.run.root),
-        f"has {gb(free)} free, and the run writes {gb(sum(needed.values()))}: {parts}",
-        "free some, keep fewer checkpoints (training.checkpoints_kept), or name another folder",
+        str(context.config.run.root),
+        f"has {gb(free)} free; the run writes {gb(total)}: {parts}",
+        "free disk space, keep fewer checkpoints (training.checkpoints_kept), or use another disk",
     )
 
 
-# --- what does not -------------------------------------------------------------------------------
-
-
-def card_is_known(facts: CheckContext) -> Problem | None:
-    return facts.target.warning
-
-
-def data_is_missing(facts: CheckContext) -> Problem | None:
-    if not facts.data.missing or facts.starting:
-        return None
-    return _missing(facts)
-
-
-def card_is_free(facts: CheckContext) -> Problem | None:
-    target, needed = facts.target, facts.memory.needed_bytes
-    total, free = target.memory_bytes, target.free_bytes
-    if total is None or free is None or not free < needed <= total:
-        return None
-    return Problem(
-        "hardware.device",
-        facts.config.hardware.device,
-        f"the run needs {gib(needed)}, and others hold all but {gib(free)} of {target.name}",
-        "end what else runs on the card, as a desktop's windows or another training",
-    )
-
-
-def card_is_made_to_fit(facts: CheckContext) -> Problem | None:
-    target, needed = facts.target, facts.memory.needed_bytes
-    if not (facts.starting and facts.smaller) or facts.config.hardware.device == "cpu":
-        return None
-    if target.memory_bytes is None or needed <= target.memory_bytes:
-        return None
-    if devices_of(facts.config) > 1:
-        return None
-    return Problem(
-        "training.batch_size",
-        str(facts.config.training.batch_size),
-        f"needs {gib(needed)}, and {target.name} has {gib(target.memory_bytes)}: it will be halved "
-        "and grad_acc doubled until the run fits",
-        "nothing has to be done; the suggestions say what would fit at once",
-    )
-
-
-def heads_are_aligned(facts: CheckContext) -> Problem | None:
-    model = facts.config.model
-    size = model.n_embd // model.n_head
-    if size % 8 == 0:
-        return None
-    return Problem(
-        "model.n_head",
-        str(model.n_head),
-        f"heads of {model.n_embd} / {model.n_head} = {size} channels: attention kernels pad them "
-        f"to {-(-size // 8) * 8}, at the cost of memory and time",
-        "take a suggestion with a multiple of 8, or leave it: it works",
-    )
-
-
-def vocabulary_is_aligned(facts: CheckContext) -> Problem | None:
-    size = facts.config.model.vocab_size
-    if size % 64 == 0:
-        return None
-    return Problem(
-        "model.vocab_size",
-        str(size),
-        "is no multiple of 64, so the head's products miss the fast kernels",
-        f"set model.vocab_size to {min(-(-size // 64) * 64, 65_536)}; the rows on top cost little",
-    )
-
-
-def dtype_is_the_cards(facts: CheckContext) -> Problem | None:
-    card, dtype = facts.target.card, facts.config.training.dtype
-    if card is None or dtype != "bfloat16" or card.bf16_tflops is not None:
-        return None
-    return Problem(
-        "training.dtype",
-        dtype,
-        f"{card.name} has no bfloat16, so the run takes float16 and scales its gradients",
-        "nothing has to be done",
-    )
-
-
-def learning_rate_suits_the_step(facts: CheckContext) -> Problem | None:
-    config, tokens = facts.config, facts.config.tokens_per_step
-    low = REFERENCE_TOKENS_PER_STEP // TOKENS_PER_STEP_FACTOR
-    high = REFERENCE_TOKENS_PER_STEP * TOKENS_PER_STEP_FACTOR
-    if config.optimizer.learning_rate is not None or low <= tokens <= high:
-        return None
-    one = config.training.batch_size * config.model.block_size
-    grad_acc = max(1, round(REFERENCE_TOKENS_PER_STEP / one))
-    rate = peak_learning_rates(config).matrices
-    return Problem(
-        "training.grad_acc",
-        str(config.training.grad_acc),
-        f"makes {tokens:,} tokens a step, and the learning rate by rule, {rate:.2g}, was found at "
-        f"about {REFERENCE_TOKENS_PER_STEP:,}",
-        f"set training.grad_acc to {grad_acc}, or give optimizer.learning_rate",
-    )
-
-
-def learning_rates_are_in_order(facts: CheckContext) -> Problem | None:
-    optimizer, rates = facts.config.optimizer, peak_learning_rates(facts.config)
-    if optimizer.name == "adamw":
-        given = [
-            name
-            for name in ("embedding_learning_rate", "head_learning_rate")
-            if getattr(optimizer, name) is not None
-        ]
-        if not given:
-            return None
-        return Problem(
-            f"optimizer.{given[0]}",
-            f"{getattr(optimizer, given[0]):g}",
-            "adamw has one learning rate, so this does nothing",
-            'leave it out, or set optimizer.name to "muon"',
-        )
-    if rates.head <= rates.matrices <= rates.embedding:
-        return None
-    return Problem(
-        "optimizer.learning_rate",
-        f"{rates.matrices:g}",
-        f"with muon the embedding's ({rates.embedding:.2g}) is the highest, the head's "
-        f"({rates.head:.2g}) the lowest: these are out of order",
-        "leave all three out to have them by rule",
-    )
-
-
-def biases_are_used(facts: CheckContext) -> Problem | None:
-    model = facts.config.model
-    if model.architecture == "gpt2" or not model.bias:
-        return None
-    return Problem("model.bias", "true", "nanochat has no biases, so this does nothing", "leave it")
-
-
-def data_lasts(facts: CheckContext) -> Problem | None:
-    tokens, asked = facts.data.train_tokens, total_tokens(facts.config)
-    if not tokens or asked <= REPEATS_WORTH_IT * tokens:
-        return None
-    about = "" if facts.data.exact else "about "
-    steps = max(1, REPEATS_WORTH_IT * tokens // facts.config.tokens_per_step)
-    return Problem(
-        "training.max_steps",
-        str(facts.config.training.max_steps),
-        f"asks for {asked:,} tokens of {about}{tokens:,}: {about}{asked / tokens:,.1f} times each",
-        f"give more text, or at most {steps:,} steps: after {REPEATS_WORTH_IT} times text teaches "
-        "little",
-    )
-
-
-def step_is_no_epoch(facts: CheckContext) -> Problem | None:
-    tokens, step = facts.data.train_tokens, facts.config.tokens_per_step
-    if not tokens or tokens >= step:
-        return None
-    about = "" if facts.data.exact else "about "
-    return Problem(
-        "training.grad_acc",
-        str(facts.config.training.grad_acc),
-        f"one step takes {step:,} tokens and there are {about}{tokens:,}: it would see some twice",
-        "give more text, or a smaller grad_acc",
-    )
-
-
-def validation_fills_the_slice(facts: CheckContext) -> Problem | None:
-    tokens, wanted = facts.data.validation_tokens, facts.config.evaluation.tokens
-    if tokens is None or tokens >= wanted:
-        return None
-    about = "" if facts.data.exact else "about "
-    return Problem(
-        "evaluation.tokens",
-        str(wanted),
-        f"the validation side has {about}{tokens:,} tokens, so the loss is of those alone",
-        f"set evaluation.tokens to {max(1, tokens)}, or a larger data.validation_fraction",
-    )
-
-
-def tracking_answers(facts: CheckContext) -> Problem | None:
-    uri = facts.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri.startswith(("http://", "https://")) or _answers(uri):
-        return None
-    return Problem(
-        "tracking.uri",
-        uri,
-        "no MLflow server answers there; a run goes on and tells it all when one does",
-        "start the server, or leave the address out to track on this machine",
-    )
-
-
-PROBLEMS: tuple[Check, ...] = (
-    device_exists,
-    devices_are_here,
-    fits_the_card,
-    data_is_there,
-    data_fills_a_batch,
-    begins_with_this_model,
-    benchmarks_are_there,
-    output_is_writable,
-    disk_suffices,
-)
-WARNINGS: tuple[Check, ...] = (
-    card_is_known,
-    card_is_free,
-    card_is_made_to_fit,
-    dtype_is_the_cards,
-    heads_are_aligned,
-    vocabulary_is_aligned,
-    learning_rate_suits_the_step,
-    learning_rates_are_in_order,
-    biases_are_used,
-    data_is_missing,
-    step_is_no_epoch,
-    data_lasts,
-    validation_fills_the_slice,
-    tracking_answers,
+CHECKS: tuple[Check, ...] = (
+    check_device,
+    check_devices,
+    check_memory,
+    check_data_exists,
+    check_data_fills_a_batch,
+    check_initial_weights,
+    check_benchmark_files,
+    check_output_folder,
+    check_disk,
 )
 
 
-# --- what they share -----------------------------------------------------------------------------
-
-
-def disk_needed(facts: CheckContext) -> dict[str, int]:
-    """Bytes by part; shards that are there already cost nothing again."""
-    data = facts.data
+def disk_needed(config: RunConfig, data: DataEstimate) -> dict[str, int]:
+    """Return the bytes to be written, by part; an existing dataset is not written again."""
     tokens = 0 if data.exact else (data.train_tokens or 0) + (data.validation_tokens or 0)
-    return disk_bytes(facts.config, tokens)
+    return estimate_disk(config, tokens)
 
 
 def free_disk_bytes(config: RunConfig) -> int | None:
-    """Where the run would write; None where that cannot be told."""
+    """Return the free space at `run.root`; None if it is unknown."""
     try:
         return shutil.disk_usage(_existing_ancestor(config.run.root)).free
     except (OSError, ValueError):
@@ -411,21 +255,3 @@ def free_disk_bytes(config: RunConfig) -> int | None:
 def _existing_ancestor(path: Path) -> Path:
     absolute = path.expanduser().absolute()
     return next(p for p in (absolute, *absolute.parents) if p.exists())
-
-
-def _missing(facts: CheckContext) -> Problem:
-    sources = ", ".join(facts.data.missing)
-    rule = "there is no such file, or nothing matches"
-    remedy = f"put Parquet there, or name another; paths start from {Path.cwd()}"
-    return Problem("data.source", sources, rule, remedy)
-
-
-@cache
-def _answers(uri: str) -> bool:
-    try:
-        address = urlsplit(uri)
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname or "", port), TRACKING_SECONDS).close()
-    except (OSError, ValueError, UnicodeError):
-        return False
-    return True

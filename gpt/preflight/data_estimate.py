@@ -1,5 +1,5 @@
-"""What can be known of the data before a row is read: from a data set made earlier, else from the
-size of the files. Parquet's own figures would take pyarrow, and that a second."""
+"""How many tokens the data has, without reading a row: from an existing dataset, otherwise from
+file sizes. (Reading Parquet metadata would import pyarrow, which takes a second.)"""
 
 from __future__ import annotations
 
@@ -13,68 +13,63 @@ from typing import Any
 from gpt.config.schema import RunConfig
 
 BYTES_PER_TOKEN = 2.0
-"""Of compressed Parquet with FineWeb's columns: 1.6 in a sample of it, some 2.8 in its sample-10BT,
-1.1 where the text is novels and manuals. So an estimate is right within a factor of two."""
-MOST_TOKENS_PER_BYTE = 8
-"""Text that is one page over and over compresses further; more than this is taken for certain."""
+"""Of compressed Parquet with FineWeb's columns: 1.6 in a sample of it, about 2.8 in its
+sample-10BT, 1.1 for novels and manuals. So the estimate is right within a factor of two."""
+MAX_TOKENS_PER_BYTE = 8
+"""Repetitive text compresses further than BYTES_PER_TOKEN; a file never holds more than this."""
 
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """Tokens of both sides. None: the sources are not here."""
+    """Tokens of both splits; None if the sources are not on this machine."""
 
     train_tokens: int | None
     validation_tokens: int | None
     basis: str
     exact: bool
     missing: tuple[str, ...] = ()
-    """Sources that name nothing on this machine."""
+    """Local sources that match no file."""
     source_bytes: int = 0
 
     @property
-    def most_train_tokens(self) -> int | None:
-        """What the training side certainly does not pass."""
+    def max_train_tokens(self) -> int | None:
+        """An upper bound of `train_tokens`."""
         if self.train_tokens is None or self.exact:
             return self.train_tokens
-        return self.source_bytes * MOST_TOKENS_PER_BYTE
+        return self.source_bytes * MAX_TOKENS_PER_BYTE
 
 
 def estimate_data(config: RunConfig) -> DataEstimate:
-    files: dict[Path, None] = {}
-    missing, elsewhere = [], 0
-    for source in config.data.source:
-        found = [] if "://" in source else _files(source)
-        files |= dict.fromkeys(found)
-        elsewhere += "://" in source
-        if not found and "://" not in source:
-            missing.append(source)
+    """Look for the sources and for a dataset that was made from them."""
+    local = {source: _find_files(source) for source in config.data.source if "://" not in source}
+    missing = tuple(source for source, files in local.items() if not files)
     if missing:
-        return DataEstimate(None, None, "n/a: the sources are not here", False, tuple(missing))
-    if elsewhere:
+        return DataEstimate(None, None, "n/a: the sources do not exist", False, missing)
+    if len(local) < len(set(config.data.source)):
         return DataEstimate(None, None, "n/a: the sources are not on this machine", False)
-    sizes = {path.name: path.stat().st_size for path in files}
+    sizes = {path.name: path.stat().st_size for files in local.values() for path in files}
     for manifest in newest_first(config.run.root / "datasets", "*/manifest.json"):
-        facts = _from_manifest(manifest, config, sizes)
-        if facts:
-            return facts
+        if found := _from_manifest(manifest, config, sizes):
+            return found
     total = sum(sizes.values())
     tokens = round(total / BYTES_PER_TOKEN)
     validation = round(tokens * config.data.validation_fraction)
     basis = (
-        f"estimated: {total:,} bytes of Parquet at {BYTES_PER_TOKEN:g} a token, give or take half"
+        f"estimated within a factor of two: {total:,} bytes of Parquet at {BYTES_PER_TOKEN:g} "
+        "bytes per token"
     )
     return DataEstimate(tokens - validation, validation, basis, False, source_bytes=total)
 
 
 def newest_first(folder: Path, pattern: str) -> list[Path]:
-    """What matches below a folder; nothing where there is no such folder, or can be none."""
+    """Return the matches below a folder, newest first; none if the folder cannot exist."""
     try:
         return sorted(folder.glob(pattern), key=lambda path: -path.stat().st_mtime)
-    except (OSError, ValueError):  # a name too long, a NUL in it
+    except (OSError, ValueError):  # e.g. a name that is too long or holds a NUL
         return []
 
 
-def _files(source: str) -> list[Path]:
+def _find_files(source: str) -> list[Path]:
     try:
         path = Path(source).expanduser()
         if path.is_file():
@@ -82,13 +77,13 @@ def _files(source: str) -> list[Path]:
         if path.is_dir():
             return sorted(below for below in path.rglob("*.parquet") if below.is_file())
         matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
-    except (OSError, ValueError, RuntimeError):  # a NUL in a path, no such home
+    except (OSError, ValueError, RuntimeError):  # e.g. a NUL in a path, no such home
         return []
-    return [file for match in matches if match != str(path) for file in _files(match)]
+    return [file for match in matches if match != str(path) for file in _find_files(match)]
 
 
 def _from_manifest(path: Path, config: RunConfig, sizes: Mapping[str, int]) -> DataEstimate | None:
-    """The facts of a data set that was made from files of these names and sizes in this way."""
+    """Return the counts of a dataset made from files of these names and sizes in the same way."""
     try:
         manifest: Any = json.loads(path.read_bytes())
         made_from = {Path(s["path"]).name: s["size_bytes"] for s in manifest["sources"]}
@@ -97,7 +92,7 @@ def _from_manifest(path: Path, config: RunConfig, sizes: Mapping[str, int]) -> D
             and manifest["text_column"] == config.data.text_column
             and manifest["validation_fraction"] == config.data.validation_fraction
         )
-        train, validation = (int(manifest[side]["tokens"]) for side in ("train", "validation"))
+        train, validation = (int(manifest[split]["tokens"]) for split in ("train", "validation"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     basis = f"counted: {path.parent} was made from these files"

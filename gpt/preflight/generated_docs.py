@@ -1,7 +1,7 @@
-"""Pages that are computed, so that they cannot be wrong: README's table of sizes, and every setting
-in configs/README.md.
+"""Generate the files that are computed from code: configs/README.md (every setting),
+configs/schema.json (JSON schema of a config) and the table of model sizes in README.md.
 
-`python -m gpt.preflight.generated_docs` writes them; a test holds the files to what it would write.
+Run `python -m gpt.preflight.generated_docs` to write them; a test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from gpt.preflight.checks import gib
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
 from gpt.preflight.render import markdown_table
-from gpt.preflight.time import estimate_throughput, hours
+from gpt.preflight.time import nominal_throughput, training_hours
 
 BEGIN = "<!-- sizes: written by `python -m gpt.preflight.generated_docs` -->"
 END = "<!-- end of sizes -->"
-CARD = "rtx-4070"
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+GPU = "rtx-4070"
 SIZES = (
     ("gpt-480", None),
     ("gpt-576", (512, 8)),
@@ -33,40 +34,40 @@ SIZES = (
     ("gpt-720", None),
     ("gpt-768", None),
 )
-"""A shipped config, and the width and heads that are laid over it."""
+"""A shipped config, and width and heads that override its own."""
 
 
 def render_sizes_table(configs: Path) -> str:
-    """What each size comes to on a card with 12 GB, as Markdown between its marks."""
-    card = find_gpu(CARD)
-    assert card is not None, f"{CARD} is not in the table"
+    """Return a Markdown table of memory and hours by model size, between its marks."""
+    gpu = find_gpu(GPU)
+    assert gpu is not None, f"{GPU} is not in the table"
     rows = []
     for name, split in SIZES:
         overrides = [f"model.n_embd={split[0]}", f"model.n_head={split[1]}"] if split else []
         config = load_config(configs / f"{name}.toml", overrides)
-        model, pace = config.model, estimate_throughput(config, card)
-        needed = estimate_memory(config).needed_bytes
-        asked = " ".join(f"--set {override}" for override in overrides)
+        model, needed = config.model, estimate_memory(config).needed_bytes
+        hours = training_hours(config, nominal_throughput(config, gpu).tokens_per_second)
+        command = [f"configs/{name}.toml", *(f"--set {override}" for override in overrides)]
         rows.append(
             (
                 f"{model.n_layer}/{model.n_head}/{model.n_embd}",
                 model.architecture,
                 str(model.n_embd // model.n_head),
                 f"{count_parameters(model).total / 1e6:.1f}M",
-                f"{gib(needed)}{'' if needed <= card.memory_bytes else ' (does not fit)'}",
-                f"{hours(config, pace):.1f}",
-                f"`configs/{name}.toml{' ' if asked else ''}{asked}`",
+                f"{gib(needed)}{'' if needed <= gpu.memory_bytes else ' (does not fit)'}",
+                f"{hours:.1f}",
+                f"`{' '.join(command)}`",
             )
         )
     heads = (
         *("layers/heads/width", "network", "head size", "parameters"),
-        *(f"memory on a {card.name.removeprefix('NVIDIA ')}", "hours there", "config"),
+        *(f"memory on a {gpu.name.removeprefix('NVIDIA ')}", "hours", "config"),
     )
     return "\n".join([BEGIN, *markdown_table(heads, rows), END])
 
 
 def replace_sizes_table(text: str, table: str) -> str:
-    """`text` with what stands between the marks replaced; unchanged where there are none."""
+    """Replace what is between the marks; return the text unchanged if there are none."""
     if BEGIN not in text or END not in text:
         return text
     before, _, rest = text.partition(BEGIN)
@@ -74,14 +75,14 @@ def replace_sizes_table(text: str, table: str) -> str:
 
 
 def render_settings_page() -> str:
-    """Every setting with its meaning, default and limits, from the fields themselves."""
+    """Return a Markdown page of every setting: meaning, default and limits."""
     lines = [
         "# Settings",
         "",
-        "Every value a config can hold, written by `python -m gpt.preflight.generated_docs` from "
-        "`gpt/config/schema.py`. Any can be laid over a config: "
-        "`overnight run CONFIG --set section.key=value`. What a config comes to on your card: "
-        "`overnight validate CONFIG --gpu rtx-4070`.",
+        "Every setting of a config, generated from `gpt/config/schema.py` by "
+        "`python -m gpt.preflight.generated_docs`. Any can be overridden on the command line: "
+        "`overnight run CONFIG --set section.key=value`. To see memory and time of a config on "
+        "your GPU: `overnight validate CONFIG --gpu rtx-4070`.",
     ]
     for section, field in RunConfig.model_fields.items():
         fields: dict[str, FieldInfo] = field.annotation.model_fields  # type: ignore[union-attr]
@@ -107,7 +108,7 @@ def _meaning(info: FieldInfo) -> str:
 
 
 def _limits(info: FieldInfo) -> list[str]:
-    """Bounds and choices as `>= 1`; those of an optional value lie one level deeper."""
+    """Bounds like `>= 1` and choices; those of an optional value are one level deeper."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     inner = [part for arg in get_args(info.annotation) for part in getattr(arg, "__metadata__", ())]
     found = []
@@ -121,13 +122,34 @@ def _limits(info: FieldInfo) -> list[str]:
     return found + ([" or ".join(f"`{choice}`" for choice in choices)] if choices else [])
 
 
+def render_json_schema() -> str:
+    """Return the JSON schema of a config, with which editors complete and check TOML files."""
+    schema = {"$schema": SCHEMA_DIALECT}
+    schema |= _simplify(RunConfig.model_json_schema())
+    return json.dumps(schema, indent=1) + "\n"
+
+
+def _simplify(node: Any) -> Any:
+    """Remove what means nothing in TOML: titles, nulls, and formats and line breaks of Python."""
+    if isinstance(node, list):
+        return [_simplify(item) for item in node if item != {"type": "null"}]
+    if not isinstance(node, dict):
+        return node
+    result: dict[str, Any] = {
+        key: " ".join(value.split()) if key == "description" else _simplify(value)
+        for key, value in node.items()
+        if key not in ("title", "format") and value is not None
+    }
+    choices = result.get("anyOf", ())
+    return {**result.pop("anyOf")[0], **result} if len(choices) == 1 else result
+
+
 def main(root: Path) -> None:
-    (root / "configs" / "README.md").write_text(render_settings_page(), encoding="utf-8")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(
-        replace_sizes_table(text, render_sizes_table(root / "configs")), encoding="utf-8"
-    )
+    configs, readme = root / "configs", root / "README.md"
+    (configs / "README.md").write_text(render_settings_page(), encoding="utf-8")
+    (configs / "schema.json").write_text(render_json_schema(), encoding="utf-8")
+    text = replace_sizes_table(readme.read_text(encoding="utf-8"), render_sizes_table(configs))
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from gpt.config.schema import ModelSection
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable numbers. Groups are disjoint; a tied head counts nothing."""
+    """Counts of trainable parameters by disjoint groups. A tied head counts 0."""
 
     token_embedding: int
     position_embedding: int
@@ -26,44 +26,32 @@ class Parameters:
 
     @property
     def block_matrices(self) -> int:
-        """What Muon updates where it is chosen."""
+        """Parameters that Muon updates, if it is chosen."""
         return self.attention + self.mlp
 
     @property
     def in_blocks(self) -> int:
-        """Of all blocks, the last norm among them."""
+        """Parameters of all blocks, including the final norm."""
         return self.attention + self.mlp + self.vectors
 
     def groups(self) -> dict[str, int]:
-        return {
-            "token_embedding": self.token_embedding,
-            "position_embedding": self.position_embedding,
-            "attention": self.attention,
-            "mlp": self.mlp,
-            "vectors": self.vectors,
-            "head": self.head,
-        }
+        names = ("token_embedding", "position_embedding", "attention", "mlp", "vectors", "head")
+        return {name: getattr(self, name) for name in names}
 
 
 def count_parameters(model: ModelSection) -> Parameters:
-    """Equal to `GPT.num_parameters` of the built model, to the unit."""
-    width, layers = model.n_embd, model.n_layer
+    """Count parameters; equals `GPT.num_parameters` of the built model."""
+    width, layers, gpt2 = model.n_embd, model.n_layer, model.architecture == "gpt2"
     embedding = model.vocab_size * width
-    tied = model.architecture == "gpt2"
+    norms = 2 * layers + 1
+    # One per norm; per block 3 + 1 + 4 + 1 widths in the linear layers.
+    biases = norms + 9 * layers if model.bias else 0
     return Parameters(
         token_embedding=embedding,
-        position_embedding=model.block_size * width if tied else 0,
+        position_embedding=model.block_size * width if gpt2 else 0,
         attention=4 * width**2 * layers,
         mlp=8 * width**2 * layers,
-        vectors=_gpt2_vectors(model) if tied else 0,
-        head=0 if tied else embedding,
-        tied=tied,
+        vectors=(norms + biases) * width if gpt2 else 0,
+        head=0 if gpt2 else embedding,
+        tied=gpt2,
     )
-
-
-def _gpt2_vectors(model: ModelSection) -> int:
-    """Two norms a block and one at the end; with biases theirs, and 3 + 1 + 4 + 1 widths of the
-    linear layers of a block."""
-    norms = 2 * model.n_layer + 1
-    biases = norms + 9 * model.n_layer if model.bias else 0
-    return (norms + biases) * model.n_embd

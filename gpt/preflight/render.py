@@ -1,10 +1,11 @@
-"""A report as people read it: in the terminal, as Markdown, and several side by side.
+"""Show reports: one in the terminal, several side by side, one as Markdown.
 
-The rows are made once, as (name, text), and shown in each form.
+The rows of a report are made once, as (name, text), for the terminal and for Markdown.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -16,17 +17,22 @@ from gpt.errors import Problem
 from gpt.hardware.flops import flops_per_token
 from gpt.preflight.checks import gb, gib
 from gpt.preflight.report import Figures, Report
-from gpt.preflight.scaling_render import scaling_rows
+from gpt.preflight.scaling import BASIS, Scaling
 from gpt.preflight.suggestions import Suggestion
 from gpt.preflight.time import total_tokens
 from gpt.schedule import peak_learning_rates
 
 Rows = list[tuple[str, str]]
-NONE = "n/a"
+UNKNOWN = "n/a"
+FITS = {True: "yes", False: "no", None: UNKNOWN}
+SHARDINGS = {
+    "ddp": "each device holds the whole model",
+    "fsdp": "weights, optimizer states and reduced gradients are sharded",
+}
 
 
 def summarize_report(report: Report) -> str:
-    """One word and its reason."""
+    """Return "good", "good, with N warnings" or "blocked: N problems"."""
     if report.problems:
         count = len(report.problems)
         return f"blocked: {count} problem{'s' if count > 1 else ''}"
@@ -40,16 +46,17 @@ def summarize_report(report: Report) -> str:
 
 
 def sections(report: Report) -> Iterator[tuple[str, Rows]]:
-    """The figures, section by section; none for a config that is wrong."""
+    """Yield title and rows of each section of figures; nothing for an invalid config."""
     figures = report.figures
     if figures is None:
         return
+    world_size = figures.config.hardware.world_size
     yield "model", _model_rows(figures)
-    each = "" if figures.layout.devices == 1 else f", each of {figures.layout.devices:,}"
-    yield f"memory on the card{each}", _memory_rows(figures, report)
-    yield "work", _work_rows(figures, report)
-    if figures.layout.devices > 1:
-        yield "many devices", scaling_rows(figures, report.target.name)
+    title = "memory of the GPU" if world_size == 1 else f"memory of each of {world_size:,} GPUs"
+    yield title, _memory_rows(figures, report)
+    yield "compute", _compute_rows(figures, report)
+    if world_size > 1:
+        yield "several devices", _scaling_rows(figures, report.gpu.name)
     yield "data and disk", _data_rows(figures)
 
 
@@ -57,7 +64,7 @@ def _model_rows(figures: Figures) -> Rows:
     config, parameters = figures.config, figures.parameters
     model, optimizer = config.model, config.optimizer
     rate = peak_learning_rates(config).matrices
-    by_rule = "" if optimizer.learning_rate else " by rule"
+    default = "" if optimizer.learning_rate else " (default)"
     warmup = config.schedule.warmup_steps
     groups = ", ".join(f"{_name(n)} {c / 1e6:.1f}M" for n, c in parameters.groups().items() if c)
     return [
@@ -70,33 +77,33 @@ def _model_rows(figures: Figures) -> Rows:
         ("", groups),
         (
             "optimizer",
-            f"{optimizer.name}, learning rate {rate:.2g}{by_rule}, {config.schedule.name}"
-            f"{f' after {warmup:,} steps of warm-up' if warmup else ''}",
+            f"{optimizer.name}, learning rate {rate:.2g}{default}, {config.schedule.name}"
+            f"{f' after {warmup:,} warm-up steps' if warmup else ''}",
         ),
     ]
 
 
 def _memory_rows(figures: Figures, report: Report) -> Rows:
-    memory, target = figures.memory, report.target
+    memory, gpu = figures.memory, report.gpu
     rows = [(_name(part), gib(size)) for part, size in memory.parts.items() if size]
-    rows.append(("peak, not compiled", f"{gib(memory.peak_bytes)}, at the {memory.moment}"))
+    rows.append(("peak, uncompiled", f"{gib(memory.peak_bytes)}, at: {_name(memory.moment)}"))
     saved = memory.peak_bytes - memory.compiled_bytes
     if saved > 0:
-        rows.append(("compiling saves", gib(saved)))
+        rows.append(("saved by compiling", gib(saved)))
     rows += [(f"{_name(part)}, assumed", gib(s)) for part, s in memory.overheads.items() if s]
     rows.append(("evaluation", gib(memory.evaluation_bytes)))
-    of = f" of {gib(target.memory_bytes)} of {target.name}" if target.memory_bytes else ""
+    available = f" of {gib(gpu.memory_bytes)} on {gpu.name}" if gpu.memory_bytes else ""
     fits = {True: ": fits", False: ": does not fit", None: ""}[figures.fits]
-    rows.append(("needed", f"{gib(memory.needed_bytes)}{of}{fits}"))
+    rows.append(("needed", f"{gib(memory.needed_bytes)}{available}{fits}"))
     return rows
 
 
-def _work_rows(figures: Figures, report: Report) -> Rows:
-    config, pace = figures.config, figures.pace
-    training, tokens = config.training, total_tokens(config)
-    per_token = flops_per_token(config)
-    many = figures.layout.devices > 1
-    timed = [] if many else [("time", f"{_hours(figures.hours)} on {report.target.name}")]
+def _compute_rows(figures: Figures, report: Report) -> Rows:
+    config, throughput = figures.config, figures.throughput
+    training, tokens, flops = config.training, total_tokens(config), flops_per_token(config)
+    one_device = config.hardware.world_size == 1
+    time = [("time", f"{_hours(figures.hours)} on {report.gpu.name}")] if one_device else []
+    rate = throughput.tokens_per_second
     return [
         (
             "step",
@@ -104,26 +111,90 @@ def _work_rows(figures: Figures, report: Report) -> Rows:
             f"{config.tokens_per_step:,} tokens",
         ),
         ("run", f"{training.max_steps:,} steps = {tokens:,} tokens"),
+        ("FLOPs", f"{flops / 1e6:,.0f} million per token, {flops * tokens / 1e18:,.3g} x 10^18"),
         (
-            "operations",
-            f"{per_token / 1e6:,.0f} million a token, {per_token * tokens / 1e18:,.3g} x 10^18 in "
-            "all",
+            "throughput" if one_device else "throughput, one GPU",
+            UNKNOWN if rate is None else f"{rate:,.0f} tokens/s",
         ),
-        ("pace of one device" if many else "pace", _pace(pace.tokens_per_second)),
-        *timed,
-        ("basis", pace.basis),
+        *time,
+        ("basis", throughput.basis),
     ]
+
+
+def _scaling_rows(figures: Figures, gpu: str) -> Rows:
+    hardware, training = figures.config.hardware, figures.config.training
+    machines = f"{hardware.nodes:,} machines x " if hardware.nodes > 1 else ""
+    rows = [
+        (
+            "devices",
+            f"{machines}{hardware.devices:,} {gpu} = {hardware.world_size:,}, each "
+            f"{training.grad_acc // hardware.world_size:,} of {training.grad_acc:,} micro-batches "
+            "per step",
+        ),
+        ("sharding", f"{figures.sharding}: {SHARDINGS[figures.sharding]}"),
+    ]
+    scaling = figures.scaling
+    if scaling is None:
+        reason = "n/a: throughput or interconnect of this GPU is unknown"
+        return [*rows, ("communication and time", reason)]
+    sent = f"gradients {gb(scaling.gradient_bytes)}"
+    if scaling.gathered_bytes:
+        sent += f", weights {gb(scaling.micro_batches * scaling.gathered_bytes)}"
+    links = [("within a machine", scaling.intra_node)]
+    links += [("between machines", scaling.network)] if scaling.nodes > 1 else []
+    full, none = scaling.step_seconds
+    full_hours, no_hours = scaling.hours(training.max_steps)
+    full_efficiency, no_efficiency = scaling.efficiency
+    factor = scaling.needed_factor
+    batch_size = max(1, math.ceil(training.batch_size * factor))
+    needed = scaling.link.bytes_per_second * factor
+    return [
+        *rows,
+        ("sent per device and step", f"{gb(scaling.sent_bytes)}: {sent}, in float32"),
+        *(
+            (place, f"{link.name}: {gb(link.bytes_per_second)}/s each way; {link.source}")
+            for place, link in links
+        ),
+        (
+            "step",
+            f"{_seconds(scaling.compute_seconds)} of computation, "
+            f"{_seconds(scaling.communication_seconds)} of communication: {_seconds(full)} with "
+            f"full overlap, {_seconds(none)} with none",
+        ),
+        ("efficiency", f"{full_efficiency:.0%} with full overlap, {no_efficiency:.0%} with none"),
+        ("time", f"{_hours(full_hours)} with full overlap, {_hours(no_hours)} with none"),
+        ("network-bound", _network_bound(scaling)),
+        (
+            "",
+            f"full overlap from training.batch_size = {batch_size:,}, "
+            f"or with a link of {gb(needed)}/s ({needed * 8 / 1e9:,.0f} Gbit/s)",
+        ),
+        ("basis", BASIS),
+    ]
+
+
+def _network_bound(scaling: Scaling) -> str:
+    name = scaling.link.name
+    here = f"no: {name} is fast enough for full overlap"
+    if scaling.is_network_bound:
+        here = f"yes: a device waits {_seconds(scaling.wait_seconds)} per step for {name}"
+    if (bound_from := scaling.network_bound_from) is None:
+        return f"{here}; nor with more machines"
+    devices, nodes = bound_from
+    place = f"{nodes:,} machines of {devices:,}" if nodes > 1 else f"{devices:,} devices"
+    return f"{here}; with this micro-batch, from {place}"
 
 
 def _data_rows(figures: Figures) -> Rows:
     data, disk = figures.data, figures.disk
-    train = NONE if data.train_tokens is None else f"{data.train_tokens:,} tokens"
-    epochs = NONE if figures.epochs is None else f"{figures.epochs:,.2f} times each"
+    train = UNKNOWN if data.train_tokens is None else f"{data.train_tokens:,} tokens"
+    if figures.epochs is not None:
+        train += f"; the run makes {figures.epochs:,.2f} epochs"
     parts = ", ".join(f"{_name(part)} {gb(size)}" for part, size in disk.items() if size)
-    free = NONE if figures.free_disk_bytes is None else gb(figures.free_disk_bytes)
+    free = UNKNOWN if figures.free_disk_bytes is None else gb(figures.free_disk_bytes)
     return [
         ("data", ", ".join(figures.config.data.source)),
-        ("to train on", f"{train}; the run asks for {epochs}" if data.train_tokens else train),
+        ("training split", train),
         ("basis", data.basis),
         ("disk", f"{gb(sum(disk.values()))} of {free} free: {parts}"),
     ]
@@ -133,31 +204,27 @@ def _name(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _pace(tokens_per_second: float | None) -> str:
-    return NONE if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s"
-
-
 def _hours(count: float | None) -> str:
     if count is None:
-        return NONE
+        return UNKNOWN
     return f"{count:,.1f} hours" if count >= 1 else f"{count * 60:,.1f} minutes"
 
 
-def _fits(fits: bool | None) -> str:
-    return {True: "yes", False: "no", None: NONE}[fits]
+def _seconds(count: float) -> str:
+    return f"{count:,.2f} s" if count >= 1 else f"{count * 1000:,.1f} ms"
 
 
-_SUGGESTION_HEADS = ("for", "set", "head size", "parameters", "fits")
+SUGGESTION_HEADS = ("for", "set", "head size", "parameters", "fits")
 
 
 def _suggestion_row(suggestion: Suggestion) -> tuple[str, ...]:
-    parameters = NONE if suggestion.parameters is None else f"{suggestion.parameters / 1e6:.1f}M"
+    count = suggestion.parameters
     return (
         suggestion.key,
         suggestion.as_overrides(),
         str(suggestion.head_size),
-        parameters,
-        _fits(suggestion.fits),
+        UNKNOWN if count is None else f"{count / 1e6:.1f}M",
+        FITS[suggestion.fits],
     )
 
 
@@ -165,135 +232,119 @@ def _suggestion_row(suggestion: Suggestion) -> tuple[str, ...]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    console.print(_terminal_page(report))
-
-
-def _terminal_page(report: Report) -> RenderableType:
+    """Print one report in full."""
     style = "bold red" if report.blocked else "bold yellow" if report.warnings else "bold green"
-    parts: list[RenderableType] = [
-        Text.assemble((f"{report.path}: ", "bold"), (summarize_report(report), style))
-    ]
-    for name, rows in sections(report):
-        table = Table.grid(padding=(0, 2))
-        table.add_column(min_width=22)
-        table.add_column(overflow="fold")
-        for label, text in rows:
-            table.add_row(Text(label, "dim"), Text(text))
-        parts += [Text(f"\n{name}", "bold"), Padding(table, (0, 0, 0, 2), expand=False)]
-    parts += _noted("problem", report.problems, "red") + _noted(
-        "warning", report.warnings, "yellow"
-    )
+    summary = (summarize_report(report), style)
+    parts: list[RenderableType] = [Text.assemble((f"{report.path}: ", "bold"), summary)]
+    for title, rows in sections(report):
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(min_width=22)
+        grid.add_column(overflow="fold")
+        for name, text in rows:
+            grid.add_row(Text(name, "dim"), Text(text))
+        parts += [Text(f"\n{title}", "bold"), _indent(grid, 2)]
+    for kind, problems, style in (
+        ("problem", report.problems, "red"),
+        ("warning", report.warnings, "yellow"),
+    ):
+        for problem in problems:
+            parts.append(Text.assemble("\n", (f"{kind}  ", style), (_found(problem), "bold")))
+            parts.append(_indent(Text(f"{problem.rule}\n-> {problem.remedy}"), 4))
     if report.suggestions:
-        parts.append(Text("\nsuggestions, to lay over with --set", "bold"))
-        parts.append(Padding(_suggestions(report.suggestions), (0, 0, 0, 2), expand=False))
-    return Group(*parts)
+        choices = [_suggestion_row(suggestion) for suggestion in report.suggestions]
+        table = _table(SUGGESTION_HEADS, choices, "dim", right=("head size", "parameters"))
+        parts += [Text("\nsuggestions for --set", "bold"), _indent(table, 2)]
+    console.print(Group(*parts))
 
 
-def _noted(kind: str, problems: Sequence[Problem], style: str) -> list[RenderableType]:
-    notes: list[RenderableType] = []
-    for problem in problems:
-        value = f" = {problem.value}" if problem.value else ""
-        notes.append(Text.assemble("\n", (f"{kind}  ", style), (f"{problem.key}{value}", "bold")))
-        said = Text(f"{problem.rule}\n-> {problem.remedy}")
-        notes.append(Padding(said, (0, 0, 0, 4), expand=False))
-    return notes
+def _indent(part: RenderableType, left: int) -> Padding:
+    return Padding(part, (0, 0, 0, left), expand=False)
 
 
-def _suggestions(suggestions: Sequence[Suggestion]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for head in _SUGGESTION_HEADS:
-        right = head in ("head size", "parameters")
-        table.add_column(head, justify="right" if right else "left", overflow="fold")
-    for suggestion in suggestions:
-        table.add_row(*map(Text, _suggestion_row(suggestion)))
+def _found(problem: Problem) -> str:
+    return f"{problem.key} = {problem.value}" if problem.value else problem.key
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], style: str, right: Sequence[str]
+) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=style)
+    for head in heads:
+        table.add_column(
+            head,
+            justify="right" if head in right else "left",
+            overflow="fold",
+            no_wrap=head == "parameters",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
-# --- side by side --------------------------------------------------------------------------------
-
-COMPARISON = (
-    "config",
-    "network",
-    "parameters",
-    "needed",
-    "fits",
-    "tokens a step",
-    "tokens",
-    "tokens/s",
-    "time",
-    "verdict",
+COMPARISON_HEADS = (
+    *("config", "network", "parameters", "needed", "fits"),
+    *("tokens/step", "tokens", "tokens/s", "time", "verdict"),
 )
 
 
-def comparison_row(report: Report) -> tuple[str, ...]:
-    """One config in the comparison of several, by the heads of `COMPARISON`."""
+def print_reports(reports: Sequence[Report], console: Console) -> None:
+    """Print several reports as one table, then each problem and warning once."""
+    rows = [_comparison_row(report) for report in reports]
+    right = ("parameters", "needed", "tokens/step", "tokens", "tokens/s", "time")
+    console.print(_table(COMPARISON_HEADS, rows, "bold", right))
+    console.print(Text(f"on {reports[0].gpu.name}", "dim"))
+    for basis in dict.fromkeys(r.figures.throughput.basis for r in reports if r.figures):
+        console.print(Text(f"throughput: {basis}", "dim"))
+    paths: dict[Problem, list[str]] = {}
+    for report in reports:
+        for problem in (*report.problems, *report.warnings):
+            paths.setdefault(problem, []).append(report.path)
+    for problem, having in paths.items():
+        console.print(Text.assemble("\n", (", ".join(having), "bold"), f"\n  {problem}"))
+
+
+def _comparison_row(report: Report) -> tuple[str, ...]:
     figures = report.figures
     if figures is None:
-        return (report.path, *[NONE] * (len(COMPARISON) - 2), summarize_report(report))
-    config, pace = figures.config, figures.tokens_per_second
+        unknown = [UNKNOWN] * (len(COMPARISON_HEADS) - 2)
+        return (report.path, *unknown, summarize_report(report))
+    config, rate = figures.config, figures.tokens_per_second
     model = config.model
     return (
         report.path,
         f"{model.architecture} {model.n_layer}/{model.n_head}/{model.n_embd}",
         f"{figures.parameters.total / 1e6:.1f}M",
         gib(figures.memory.needed_bytes),
-        _fits(figures.fits),
+        FITS[figures.fits],
         f"{config.tokens_per_step:,}",
         f"{total_tokens(config) / 1e9:.2f}B",
-        NONE if pace is None else f"{pace:,.0f}",
+        UNKNOWN if rate is None else f"{rate:,.0f}",
         _hours(figures.hours),
         summarize_report(report),
     )
-
-
-def print_reports(reports: Sequence[Report], console: Console) -> None:
-    """The table, then what is to be said of each config."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in COMPARISON:
-        left = head in ("config", "network", "fits", "verdict")
-        table.add_column(head, justify="left" if left else "right", no_wrap=head == "parameters")
-    for report in reports:
-        table.add_row(*map(Text, comparison_row(report)))
-    console.print(table)
-    console.print(Text(f"on {reports[0].target.name}", "dim"))
-    for basis in dict.fromkeys(r.figures.pace.basis for r in reports if r.figures):
-        console.print(Text(f"pace: {basis}", "dim"))
-    for problem, paths in _gathered(reports).items():
-        console.print(Text.assemble("\n", (", ".join(paths), "bold"), f"\n  {problem}"))
-
-
-def _gathered(reports: Sequence[Report]) -> dict[Problem, list[str]]:
-    """Each problem and warning once, with the configs that have it."""
-    found: dict[Problem, list[str]] = {}
-    for report in reports:
-        for problem in (*report.problems, *report.warnings):
-            found.setdefault(problem, []).append(report.path)
-    return found
 
 
 # --- as Markdown ---------------------------------------------------------------------------------
 
 
 def render_markdown(report: Report) -> str:
-    """The same report, for the page of a Prefect run."""
+    """Return the report as Markdown, for an artifact of a Prefect run."""
     lines = [f"# {report.path}: {summarize_report(report)}"]
-    for kind, problems in (("Problems", report.problems), ("Warnings", report.warnings)):
+    for title, problems in (("Problems", report.problems), ("Warnings", report.warnings)):
         if problems:
-            lines += ["", f"## {kind}", ""]
-            lines += [f"- **`{_key(p)}`** {p.rule}\n  → {p.remedy}" for p in problems]
+            lines += ["", f"## {title}", ""]
+            lines += [f"- **`{_found(p)}`** {p.rule}\n  → {p.remedy}" for p in problems]
     if report.suggestions:
         rows = [_suggestion_row(suggestion) for suggestion in report.suggestions]
-        lines += ["", "## Suggestions", "", *markdown_table(_SUGGESTION_HEADS, rows)]
+        lines += ["", "## Suggestions", "", *markdown_table(SUGGESTION_HEADS, rows)]
     for title, section in sections(report):
         lines += ["", f"## {title.capitalize()}", "", *markdown_table(("", ""), section)]
     return "\n".join(lines) + "\n"
 
 
-def _key(problem: Problem) -> str:
-    return f"{problem.key} = {problem.value}" if problem.value else problem.key
-
-
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+
     def line(cells: Sequence[str]) -> str:
         escaped = [cell.replace("|", "\\|") for cell in cells]
         return f"| {' | '.join(escaped)} |"

@@ -1,73 +1,71 @@
-"""The report: what a run will take, whether it can work, and what to change where not.
+"""The report of a preflight: what a run will need, whether it can work, and what to change.
 
-Computed from the config, the table of cards and a look at the files; nothing is read, started or
-asked of a GPU. `Report` is plain values; `gpt.preflight.render` shows it to people.
+It is computed from the config, the table of GPUs and the sizes of files; nothing is read, started
+or run on a GPU. `Report` holds plain values; `gpt.preflight.render` shows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt.config.loading import build_config, merge_overrides, read_toml
+from gpt.config.rules import HEAD_SPLIT_REMEDY
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
-from gpt.preflight.checks import PROBLEMS, WARNINGS, CheckContext, disk_needed, free_disk_bytes
+from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
+from gpt.preflight.checks import CHECKS, CheckContext, disk_needed, free_disk_bytes
 from gpt.preflight.data_estimate import DataEstimate, estimate_data
-from gpt.preflight.layout import ONE_DEVICE, Layout
-from gpt.preflight.measured_pace import find_measured_throughput
-from gpt.preflight.memory import Memory, estimate_memory
+from gpt.preflight.memory import Memory, Sharding, estimate_memory
 from gpt.preflight.parameters import Parameters, count_parameters
 from gpt.preflight.scaling import Scaling, estimate_scaling
-from gpt.preflight.sharding import choose_layout
+from gpt.preflight.sharding import choose_sharding, fits_memory
 from gpt.preflight.suggestions import (
     Suggestion,
-    fits,
-    smaller,
     suggest_aligned_heads,
     suggest_head_splits,
+    suggest_memory_savings,
 )
-from gpt.preflight.target import TargetGPU, find_target_gpu
-from gpt.preflight.time import Throughput, estimate_throughput, hours, total_tokens
+from gpt.preflight.time import Throughput, estimate_throughput, total_tokens, training_hours
+from gpt.preflight.warnings import WARNINGS
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a config that is right comes to."""
+    """The numbers of a valid config."""
 
     config: RunConfig
     parameters: Parameters
+    sharding: Sharding
     memory: Memory
+    """Of one device with `sharding`."""
     fits: bool | None
-    pace: Throughput
+    throughput: Throughput
+    """Of one device."""
     data: DataEstimate
     disk: Mapping[str, int]
     free_disk_bytes: int | None
-    layout: Layout = ONE_DEVICE
-    """Of the devices that `memory` and `fits` are of."""
-    scaling: Scaling | None = None
-    """None with one device, and where card or pace are not known."""
+    scaling: Scaling | None
+    """None with one device, or if GPU or throughput are unknown."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all devices, with no exchange hidden."""
-        if self.layout.devices == 1:
-            return self.pace.tokens_per_second
-        seconds = self.scaling.step_seconds_exposed if self.scaling else None
-        return self.config.tokens_per_step / seconds if seconds else None
+        """Of all devices, without overlap of communication and computation."""
+        if self.config.hardware.world_size == 1:
+            return self.throughput.tokens_per_second
+        return self.config.tokens_per_step / self.scaling.step_seconds[1] if self.scaling else None
 
     @property
     def hours(self) -> float | None:
-        """Of training on all devices, with no exchange hidden."""
-        return hours(self.config, Throughput(self.tokens_per_second, self.pace.basis))
+        """Training time on all devices, without overlap."""
+        return training_hours(self.config, self.tokens_per_second)
 
     @property
     def epochs(self) -> float | None:
-        """Times that each training token is seen."""
         tokens = self.data.train_tokens
         return total_tokens(self.config) / tokens if tokens else None
 
@@ -75,24 +73,24 @@ class Figures:
 @dataclass(frozen=True)
 class Report:
     path: str
-    target: TargetGPU
+    gpu: TargetGPU
     figures: Figures | None
-    """None where the config itself is wrong: then the problems say why."""
+    """None if the config is invalid; `problems` say why."""
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...] = ()
-    suggestions: tuple[Suggestion, ...] = field(default=())
+    suggestions: tuple[Suggestion, ...] = ()
 
     @property
     def blocked(self) -> bool:
         return bool(self.problems)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values. What is not known is null, and so are the figures of a wrong config."""
+        """Return plain values. Unknown values, and all figures of an invalid config, are null."""
         return {
             "config": self.path,
-            "gpu": self.target.name,
+            "gpu": self.gpu.name,
             "blocked": self.blocked,
-            **(_figures_json(self.figures, self.target) if self.figures else _NO_FIGURES),
+            **(_figures_json(self.figures, self.gpu) if self.figures else _NO_FIGURES),
             "problems": [asdict(problem) for problem in self.problems],
             "warnings": [asdict(warning) for warning in self.warnings],
             "suggestions": [suggestion.as_json() for suggestion in self.suggestions],
@@ -106,9 +104,11 @@ def run_preflight(
     starting: bool = False,
     network_gbit: float = DEFAULT_NETWORK_GBIT,
 ) -> Report:
-    """The report on a config file. `starting`: a run begins now on this machine, so sources that
-    are missing stop it; asked beforehand they are a warning. `network_gbit`: of each machine, where
-    there are several; `ConfigError` for one of no speed. Never raises for a bad config."""
+    """Report on a config file. An invalid config is reported, not raised.
+
+    `starting`: a run begins now on this machine, so missing sources block it; otherwise they are a
+    warning. `network_gbit`: per machine, with several machines; `ConfigError` unless positive.
+    """
     target = find_target_gpu(gpu)
     try:
         raw = merge_overrides(read_toml(Path(path)), overrides)
@@ -124,65 +124,62 @@ def run_preflight_on_values(
     starting: bool = False,
     network_gbit: float = DEFAULT_NETWORK_GBIT,
 ) -> Report:
-    """The report on values that came from `path`, overrides laid over."""
+    """Report on the values of `path` with overrides applied."""
     try:
         config = build_config(raw)
     except ConfigError as error:
-        warning = target.warning
-        return Report(
-            path,
-            target,
-            None,
-            error.problems,
-            (warning,) if warning else (),
-            _suggestions_for(error.problems, raw, target.memory_bytes),
-        )
-    return _examined(path, target, starting, _figures(config, target, network_gbit))
-
-
-def _examined(path: str, target: TargetGPU, starting: bool, figures: Figures) -> Report:
-    config = figures.config
+        unknown_gpu = (target.warning,) if target.warning else ()
+        heads = _suggest_heads(error.problems, raw, target.memory_bytes)
+        return Report(path, target, None, error.problems, unknown_gpu, heads)
+    figures = _compute_figures(config, target, network_gbit)
     suggestions: list[Suggestion] = []
     if figures.fits is False and target.memory_bytes is not None:
-        key = "training.batch_size" if figures.layout.devices == 1 else "hardware.sharding"
-        suggestions += smaller(key, config, target.memory_bytes)
-    ways = tuple(suggestion.as_overrides() for suggestion in suggestions)
-    facts = CheckContext(config, target, figures.data, figures.memory, starting, ways)
-    problems = tuple(found for check in PROBLEMS if (found := check(facts)))
-    warnings = tuple(found for check in WARNINGS if (found := check(facts)))
+        one_device = config.hardware.world_size == 1
+        key = "training.batch_size" if one_device else "hardware.sharding"
+        suggestions += suggest_memory_savings(key, config, target.memory_bytes)
+    context = CheckContext(
+        config=config,
+        gpu=target,
+        data=figures.data,
+        memory=figures.memory,
+        sharding=figures.sharding,
+        starting=starting,
+        memory_savings=tuple(suggestion.as_overrides() for suggestion in suggestions),
+    )
+    problems = tuple(found for check in CHECKS if (found := check(context)))
+    warnings = tuple(found for check in WARNINGS if (found := check(context)))
     if any(warning.key == "model.n_head" for warning in warnings):
         suggestions += suggest_aligned_heads("model.n_head", config, target.memory_bytes)
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
 
 
-def _figures(config: RunConfig, target: TargetGPU, network_gbit: float) -> Figures:
-    layout = choose_layout(config, target.memory_bytes)
-    memory, data = estimate_memory(config, layout), estimate_data(config)
-    pace = estimate_throughput(config, target.card, find_measured_throughput(config, target.card))
+def _compute_figures(config: RunConfig, target: TargetGPU, network_gbit: float) -> Figures:
+    sharding, data = choose_sharding(config, target.memory_bytes), estimate_data(config)
     on_cpu = config.hardware.device == "cpu"
-    if on_cpu:
-        pace = Throughput(None, "n/a: on a CPU")
-    facts = CheckContext(config, target, data, memory, starting=False)
+    throughput = (
+        Throughput(None, "n/a: on a CPU") if on_cpu else estimate_throughput(config, target.spec)
+    )
+    rate = throughput.tokens_per_second
     return Figures(
         config=config,
         parameters=count_parameters(config.model),
-        memory=memory,
-        fits=None if on_cpu else fits(config, target.memory_bytes),
-        pace=pace,
+        sharding=sharding,
+        memory=estimate_memory(config, sharding),
+        fits=None if on_cpu else fits_memory(config, target.memory_bytes),
+        throughput=throughput,
         data=data,
-        disk=disk_needed(facts),
+        disk=disk_needed(config, data),
         free_disk_bytes=free_disk_bytes(config),
-        layout=layout,
-        scaling=estimate_scaling(config, layout, target.card, pace.tokens_per_second, network_gbit),
+        scaling=estimate_scaling(config, sharding, target.spec, rate, network_gbit),
     )
 
 
-def _suggestions_for(
+def _suggest_heads(
     problems: Sequence[Problem], raw: Mapping[str, Any], memory_bytes: int | None
 ) -> tuple[Suggestion, ...]:
-    """Choices of heads, where those are what is wrong."""
+    """Suggest splits if `check_head_split` is what failed."""
     for problem in problems:
-        if "must be divisible" in problem.rule or "channels in pairs" in problem.rule:
+        if problem.remedy.startswith(HEAD_SPLIT_REMEDY):
             return tuple(suggest_head_splits(problem.key, raw, memory_bytes))
     return ()
 
@@ -191,8 +188,8 @@ def _suggestions_for(
 
 
 def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
-    config, memory = figures.config, figures.memory
-    return {
+    config, memory, scaling = figures.config, figures.memory, figures.scaling
+    values = {
         "parameters": {
             "total": figures.parameters.total,
             "tied": figures.parameters.tied,
@@ -216,7 +213,7 @@ def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
         "flops_per_token": flops_per_token(config),
         "tokens_per_second": figures.tokens_per_second,
         "hours": figures.hours,
-        "basis": figures.pace.basis,
+        "basis": figures.throughput.basis,
         "data": {
             "train_tokens": figures.data.train_tokens,
             "validation_tokens": figures.data.validation_tokens,
@@ -224,30 +221,15 @@ def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
             "basis": figures.data.basis,
         },
         "disk": {**figures.disk, "free": figures.free_disk_bytes},
-        **_scaling_json(figures),
     }
-
-
-def _scaling_json(figures: Figures) -> dict[str, Any]:
-    """Nothing with one device."""
-    if figures.layout.devices == 1:
-        return {}
-    scaling, steps = figures.scaling, figures.config.training.max_steps
-    return {"scaling": scaling.as_json(steps) if scaling else None}
+    if config.hardware.world_size > 1:
+        values["scaling"] = scaling.as_json(config.training.max_steps) if scaling else None
+    return values
 
 
 _NO_FIGURES: dict[str, Any] = dict.fromkeys(
     (
-        "parameters",
-        "memory",
-        "tokens_per_step",
-        "steps",
-        "tokens",
-        "flops_per_token",
-        "tokens_per_second",
-        "hours",
-        "basis",
-        "data",
-        "disk",
+        *("parameters", "memory", "tokens_per_step", "steps", "tokens", "flops_per_token"),
+        *("tokens_per_second", "hours", "basis", "data", "disk"),
     )
 )

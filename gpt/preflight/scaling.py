@@ -1,23 +1,23 @@
-"""What many devices cost: bytes that they exchange, the time of a step, and where the links bind.
+"""Training on several devices: bytes sent, time per step, and when the network is the bottleneck.
 
-The devices share out a step's micro-batches, m each, N devices in all. Gradients are in float32 and
-exchanged once a step, after the last micro-batch. Rings send from each device, a step
-(Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"):
+N devices share a step's micro-batches, m each. Gradients are float32 and reduced once per step,
+after the last micro-batch. With ring algorithms each device sends per step (Patarasuk and Yuan
+2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"):
 
 - ddp: an all-reduce of the gradients, 2 (N - 1) / N of their bytes;
-- fsdp: (N - 1) / N of the gradients' bytes, a reduce-scatter, and for every micro-batch as much of
-  the blocks' weights twice, for forward and for backward, and of the other weights once, which stay
-  gathered (torch's fully_shard by its defaults, over all devices; Rajbhandari et al. 2020, "ZeRO",
-  arXiv:1910.02054, counts likewise). Weights are gathered in float32, as they are kept.
+- fsdp: a reduce-scatter of the gradients, (N - 1) / N of their bytes; and per micro-batch an
+  all-gather of the blocks' weights twice, for forward and backward, and of the other weights once,
+  because they stay gathered (the defaults of torch's fully_shard over all devices; Rajbhandari et
+  al. 2020, "ZeRO", arXiv:1910.02054, counts likewise). Weights are gathered in float32.
 
-A ring goes at the pace of its slowest link: inside one machine that of the cards, over several the
-slower of that and a machine's network, which the ring enters and leaves once. Latency is not
-counted; it grows with the ring.
+A ring is as fast as its slowest link: within one machine that of the GPUs; with several machines
+the slower of that and a machine's network, which the ring enters and leaves once. Latency, which
+grows with the ring, is not counted.
 
-What a device computes meanwhile hides the exchange. Two bounds are given. Nothing hidden: the times
-add up. All hidden that can be: gradients behind the backward pass of the last micro-batch, two
-thirds of its operations (`gpt.preflight.time`); with fsdp whatever a micro-batch gathers, and
-gradients too, behind that micro-batch. The links bind where, even so, a device waits.
+Communication overlaps with computation. Two bounds are given. No overlap: the times add up. Full
+overlap: gradients overlap with the backward pass of the last micro-batch, two thirds of its FLOPs;
+with fsdp, what a micro-batch gathers (and in the last one the gradients too) overlaps with that
+micro-batch. The network is the bottleneck if a device waits even then.
 """
 
 from __future__ import annotations
@@ -29,215 +29,190 @@ from typing import Any
 from gpt.config.schema import RunConfig
 from gpt.hardware.gpus import GPUSpec
 from gpt.hardware.interconnect import Link, intra_node_link, network_link
-from gpt.preflight.layout import Layout
+from gpt.preflight.memory import Sharding
 from gpt.preflight.parameters import Parameters, count_parameters
 
 BACKWARD_SHARE = 2 / 3
-GRADIENT_BYTES = 4
-WEIGHT_BYTES = 4
-MOST_NODES = 65_536
-"""As many as hardware.nodes may be."""
+BYTES_PER_VALUE = 4
+"""Of weights and gradients."""
+MAX_NODES = 65_536
+"""Upper limit of hardware.nodes."""
 BASIS = (
-    "computed from the pace of one device and the links' peak speeds, latency not counted: real "
-    "exchanges take longer"
+    "computed from the throughput of one device and the peak bandwidth of the links, without "
+    "latency: real communication takes longer"
 )
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """What each device computes and sends."""
+class Scaling:
+    """A run on several devices. Bytes and seconds are per device and optimizer step."""
 
-    layout: Layout
+    devices: int
+    """Per machine."""
+    nodes: int
+    sharding: Sharding
     parameters: Parameters
     micro_batches: int
-    """Of one device, a step."""
     micro_batch_seconds: float
     """Forward and backward."""
-    link: Link
-    """The slowest that the ring crosses."""
+    intra_node: Link
+    network: Link
 
     @property
-    def _part(self) -> float:
-        """What of something a ring sends from each device once around."""
-        return (self.layout.devices - 1) / self.layout.devices
+    def world_size(self) -> int:
+        return self.devices * self.nodes
+
+    @property
+    def link(self) -> Link:
+        """The slowest link of the ring."""
+        if self.nodes == 1:
+            return self.intra_node
+        if self.devices == 1:
+            return self.network
+        return min(self.intra_node, self.network, key=lambda link: link.bytes_per_second)
+
+    # --- bytes -----------------------------------------------------------------------------------
+
+    @property
+    def _ring_bytes(self) -> float:
+        """Bytes sent per parameter when a ring passes it on once."""
+        return (self.world_size - 1) / self.world_size * BYTES_PER_VALUE
 
     @property
     def gathered_bytes(self) -> float:
-        """Weights that a device sends for one micro-batch."""
-        if not self.layout.shares:
+        """Weights sent per micro-batch."""
+        if self.sharding == "ddp":
             return 0.0
-        twice = self.parameters.total + self.parameters.in_blocks
-        return self._part * WEIGHT_BYTES * twice
+        return self._ring_bytes * (self.parameters.total + self.parameters.in_blocks)
 
     @property
     def gradient_bytes(self) -> float:
-        """Sent by each device, a step."""
-        times = 1 if self.layout.shares else 2
-        return times * self._part * GRADIENT_BYTES * self.parameters.total
+        passes = 2 if self.sharding == "ddp" else 1
+        return passes * self._ring_bytes * self.parameters.total
 
     @property
     def sent_bytes(self) -> float:
-        """By each device, a step."""
         return self.micro_batches * self.gathered_bytes + self.gradient_bytes
+
+    # --- seconds ---------------------------------------------------------------------------------
 
     @property
     def compute_seconds(self) -> float:
         return self.micro_batches * self.micro_batch_seconds
 
     @property
-    def exchange_seconds(self) -> float:
+    def communication_seconds(self) -> float:
         return self.sent_bytes / self.link.bytes_per_second
 
     @property
-    def hiding_seconds(self) -> float:
-        """What the exchange after the last micro-batch can hide behind."""
-        return (1 if self.layout.shares else BACKWARD_SHARE) * self.micro_batch_seconds
+    def overlap_seconds(self) -> float:
+        """Computation that the communication after the last micro-batch can overlap with."""
+        return (BACKWARD_SHARE if self.sharding == "ddp" else 1) * self.micro_batch_seconds
 
     @property
-    def waited_seconds(self) -> float:
-        """A step, where all is hidden that can be."""
+    def wait_seconds(self) -> float:
+        """Time that a device waits with full overlap."""
         gathering = self.gathered_bytes / self.link.bytes_per_second
         last = gathering + self.gradient_bytes / self.link.bytes_per_second
         before = (self.micro_batches - 1) * max(0.0, gathering - self.micro_batch_seconds)
-        return before + max(0.0, last - self.hiding_seconds)
+        return before + max(0.0, last - self.overlap_seconds)
 
     @property
-    def binds(self) -> bool:
-        return self.waited_seconds > 0
-
-    @property
-    def needed_factor(self) -> float:
-        """By how much a micro-batch must be longer, or the link faster, so that nobody waits."""
-        last = self.gathered_bytes + self.gradient_bytes
-        return last / self.link.bytes_per_second / self.hiding_seconds
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """A run on many devices. Seconds are of one optimizer step."""
-
-    devices: int
-    """Of each machine."""
-    nodes: int
-    sharding: str
-    micro_batches: int
-    exchange: Exchange
-    inside: Link
-    between: Link | None
-    """None with one machine."""
-    step_seconds_hidden: float
-    step_seconds_exposed: float
-    binds_from: tuple[int, int] | None
-    """Fewest (devices of a machine, machines) with which the links bind at this micro-batch; None:
-    they do not, however many machines of this kind there are."""
-
-    @property
-    def world(self) -> int:
-        return self.devices * self.nodes
+    def step_seconds(self) -> tuple[float, float]:
+        """With full overlap and with none."""
+        compute = self.compute_seconds
+        return compute + self.wait_seconds, compute + self.communication_seconds
 
     @property
     def efficiency(self) -> tuple[float, float]:
-        """Share of as many times the pace of one device, with nothing hidden and with all."""
-        seconds = self.exchange.compute_seconds
-        return seconds / self.step_seconds_exposed, seconds / self.step_seconds_hidden
+        """Throughput as a share of `world_size` times one device: full overlap, none."""
+        full, none = self.step_seconds
+        return self.compute_seconds / full, self.compute_seconds / none
 
     def hours(self, steps: int) -> tuple[float, float]:
-        """Of `steps`, with all hidden and with nothing."""
-        return (
-            steps * self.step_seconds_hidden / 3600,
-            steps * self.step_seconds_exposed / 3600,
+        """With full overlap and with none."""
+        full, none = self.step_seconds
+        return steps * full / 3600, steps * none / 3600
+
+    # --- the bottleneck --------------------------------------------------------------------------
+
+    @property
+    def is_network_bound(self) -> bool:
+        return self.wait_seconds > 0
+
+    @property
+    def needed_factor(self) -> float:
+        """Factor by which a micro-batch must be larger, or the link faster, to avoid waiting."""
+        last = self.gathered_bytes + self.gradient_bytes
+        return last / self.link.bytes_per_second / self.overlap_seconds
+
+    @property
+    def network_bound_from(self) -> tuple[int, int] | None:
+        """The fewest (devices per machine, machines) at which this micro-batch is network-bound:
+        more devices in one machine up to `devices`, then more machines. None: at no number."""
+        for devices in range(2, self.devices + 1):
+            if replace(self, devices=devices, nodes=1).is_network_bound:
+                return devices, 1
+        # With the link unchanged, a larger ring only takes longer.
+        several = range(2, MAX_NODES + 1)
+        place = bisect_left(
+            several, True, key=lambda nodes: replace(self, nodes=nodes).is_network_bound
         )
+        return (self.devices, several[place]) if place < len(several) else None
 
     def as_json(self, steps: int) -> dict[str, Any]:
-        exchange, (low, high), hours = self.exchange, self.efficiency, self.hours(steps)
+        bound_from = self.network_bound_from
         return {
             "devices": self.devices,
             "nodes": self.nodes,
             "sharding": self.sharding,
             "micro_batches_each": self.micro_batches,
-            "sent_bytes_each": round(exchange.sent_bytes),
-            "gradient_bytes_each": round(exchange.gradient_bytes),
-            "gathered_bytes_each": round(exchange.micro_batches * exchange.gathered_bytes),
-            "link": asdict(exchange.link),
-            "inside": asdict(self.inside),
-            "between": asdict(self.between) if self.between else None,
-            "compute_seconds": exchange.compute_seconds,
-            "exchange_seconds": exchange.exchange_seconds,
-            "hiding_seconds": exchange.hiding_seconds,
-            "step_seconds": {
-                "hidden": self.step_seconds_hidden,
-                "exposed": self.step_seconds_exposed,
-            },
-            "efficiency": {"hidden": high, "exposed": low},
-            "hours": {"hidden": hours[0], "exposed": hours[1]},
-            "binds": exchange.binds,
-            "binds_from": self.binds_from
-            and {"devices": self.binds_from[0], "nodes": self.binds_from[1]},
-            "needed_factor": exchange.needed_factor,
+            "sent_bytes_each": round(self.sent_bytes),
+            "gradient_bytes_each": round(self.gradient_bytes),
+            "gathered_bytes_each": round(self.micro_batches * self.gathered_bytes),
+            "link": asdict(self.link),
+            "inside": asdict(self.intra_node),
+            "between": asdict(self.network) if self.nodes > 1 else None,
+            "compute_seconds": self.compute_seconds,
+            "exchange_seconds": self.communication_seconds,
+            "hiding_seconds": self.overlap_seconds,
+            "step_seconds": _bounds(self.step_seconds),
+            "efficiency": _bounds(self.efficiency),
+            "hours": _bounds(self.hours(steps)),
+            "binds": self.is_network_bound,
+            "binds_from": bound_from and {"devices": bound_from[0], "nodes": bound_from[1]},
+            "needed_factor": self.needed_factor,
             "basis": BASIS,
         }
 
 
+def _bounds(full_and_no_overlap: tuple[float, float]) -> dict[str, float]:
+    return dict(zip(("hidden", "exposed"), full_and_no_overlap, strict=True))
+
+
 def estimate_scaling(
     config: RunConfig,
-    layout: Layout,
-    card: GPUSpec | None,
+    sharding: Sharding,
+    gpu: GPUSpec | None,
     tokens_per_second: float | None,
     network_gbit: float,
 ) -> Scaling | None:
-    """The run on its devices; None with one, and where card or pace are not known: nobody guesses.
+    """Estimate a run on its devices. None with one device, or if GPU or throughput are unknown.
 
-    `tokens_per_second`: of one device. Raises `ConfigError` for a network of no speed.
+    `tokens_per_second`: of one device. Raises `ConfigError` for an invalid `network_gbit`.
     """
     hardware, training = config.hardware, config.training
-    wire = network_link(network_gbit)
-    inside = intra_node_link(card) if card else None
-    if layout.devices == 1 or inside is None or tokens_per_second is None:
+    network = network_link(network_gbit)
+    intra_node = intra_node_link(gpu) if gpu else None
+    if hardware.world_size == 1 or intra_node is None or tokens_per_second is None:
         return None
-    exchange = Exchange(
-        layout=layout,
-        parameters=count_parameters(config.model),
-        micro_batches=training.grad_acc // layout.devices,
-        micro_batch_seconds=training.batch_size * config.model.block_size / tokens_per_second,
-        link=_slowest(inside, wire, hardware.devices, hardware.nodes),
-    )
-    seconds = exchange.compute_seconds
     return Scaling(
         devices=hardware.devices,
         nodes=hardware.nodes,
-        sharding=layout.sharding,
-        micro_batches=exchange.micro_batches,
-        exchange=exchange,
-        inside=inside,
-        between=wire if hardware.nodes > 1 else None,
-        step_seconds_hidden=seconds + exchange.waited_seconds,
-        step_seconds_exposed=seconds + exchange.exchange_seconds,
-        binds_from=_binds_from(exchange, inside, wire, hardware.devices),
+        sharding=sharding,
+        parameters=count_parameters(config.model),
+        micro_batches=training.grad_acc // hardware.world_size,
+        micro_batch_seconds=training.batch_size * config.model.block_size / tokens_per_second,
+        intra_node=intra_node,
+        network=network,
     )
-
-
-def _slowest(inside: Link, wire: Link, devices: int, nodes: int) -> Link:
-    if nodes == 1:
-        return inside
-    if devices == 1:
-        return wire
-    return min(inside, wire, key=lambda link: link.bytes_per_second)
-
-
-def _binds_from(
-    exchange: Exchange, inside: Link, wire: Link, devices: int
-) -> tuple[int, int] | None:
-    """More devices in a machine, up to those there are, then more machines of as many."""
-
-    def binds(count: int, nodes: int) -> bool:
-        layout = replace(exchange.layout, devices=count * nodes)
-        link = _slowest(inside, wire, count, nodes)
-        return replace(exchange, layout=layout, link=link).binds
-
-    for count in range(2, devices + 1):
-        if binds(count, 1):
-            return count, 1
-    # Over the same link a larger ring only takes longer.
-    several = range(2, MOST_NODES + 1)
-    place = bisect_left(several, True, key=lambda nodes: binds(devices, nodes))
-    return (devices, several[place]) if place < len(several) else None

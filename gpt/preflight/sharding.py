@@ -1,63 +1,49 @@
-"""Whether each device holds the whole model (ddp) or its share of it (fsdp)."""
+"""Whether each device holds the whole model (ddp) or a share of it (fsdp)."""
 
 from __future__ import annotations
 
 from gpt.config.schema import RunConfig
-from gpt.errors import ConfigError, Problem
-from gpt.hardware.gpus import GIB
-from gpt.preflight.layout import Layout, Sharding, devices_of, layouts_of
-from gpt.preflight.memory import estimate_memory
-from gpt.preflight.suggestions import smaller
+from gpt.hardware.target_gpu import find_target_gpu
+from gpt.preflight.memory import Sharding, estimate_memory
 
 
-def choose_sharding(config: RunConfig, memory_bytes_of_device: int | None) -> Sharding:
-    """What training does: hardware.sharding, and for "auto" ddp where the memory model says that
-    it fits a device, else fsdp.
+def allowed_shardings(config: RunConfig) -> tuple[Sharding, ...]:
+    """Return what `hardware.sharding` allows, the preferred one first. One device has no choice."""
+    setting = config.hardware.sharding
+    if config.hardware.world_size == 1:
+        return ("ddp",)
+    return ("ddp", "fsdp") if setting == "auto" else (setting,)
 
-    `memory_bytes_of_device`: all of a device's memory; None where that is unknown, as on a CPU:
-    then "auto" is ddp. One device is not judged: it makes its micro-batches smaller by itself.
-    Raises `ConfigError` where the run fits in no way that hardware.sharding allows.
+
+def choose_sharding(config: RunConfig, memory_bytes: int | None) -> Sharding:
+    """Return the first allowed sharding that fits; if none does, the one that needs least memory.
+
+    `memory_bytes`: total memory of one device; None if unknown, as on a CPU: then "auto" is ddp.
     """
-    problem = misfit(config, memory_bytes_of_device)
-    if problem:
-        raise ConfigError(problem)
-    return choose_layout(config, memory_bytes_of_device).sharding
+    allowed = allowed_shardings(config)
+    if memory_bytes is None or len(allowed) == 1:
+        return allowed[0]
+    needed = {sharding: estimate_memory(config, sharding).needed_bytes for sharding in allowed}
+    fitting = [sharding for sharding in allowed if needed[sharding] <= memory_bytes]
+    return fitting[0] if fitting else min(allowed, key=lambda sharding: needed[sharding])
 
 
-def choose_layout(config: RunConfig, memory_bytes: int | None) -> Layout:
-    """The first that fits; where none does, the one that takes least."""
-    layouts = layouts_of(config)
-    if memory_bytes is None or len(layouts) == 1:
-        return layouts[0]
-    needed = {layout: estimate_memory(config, layout).needed_bytes for layout in layouts}
-    fitting = [layout for layout in layouts if needed[layout] <= memory_bytes]
-    return fitting[0] if fitting else min(layouts, key=lambda layout: needed[layout])
-
-
-def misfit(config: RunConfig, memory_bytes: int | None) -> Problem | None:
-    """What keeps a run on many devices from fitting them; None for one, and where it fits."""
-    devices, asked = devices_of(config), config.hardware.sharding
-    if devices == 1 or memory_bytes is None or config.hardware.device == "cpu":
+def fits_memory(config: RunConfig, memory_bytes: int | None) -> bool | None:
+    """Return whether a device of that memory holds its part of the run; None without a device."""
+    if memory_bytes is None:
         return None
-    layout = choose_layout(config, memory_bytes)
-    needed = estimate_memory(config, layout).needed_bytes
-    if needed <= memory_bytes:
-        return None
-    return Problem(
-        "hardware.sharding",
-        asked,
-        f"needs {needed / GIB:.1f} GiB on each of {devices} devices with {layout.sharding}, "
-        f"and one has {memory_bytes / GIB:.1f} GiB",
-        _remedy(config, memory_bytes),
+    return any(
+        estimate_memory(config, sharding).needed_bytes <= memory_bytes
+        for sharding in allowed_shardings(config)
     )
 
 
-def _remedy(config: RunConfig, memory_bytes: int) -> str:
-    sharded = Layout(devices_of(config), "fsdp")
-    fits_sharded = estimate_memory(config, sharded).needed_bytes <= memory_bytes
-    if config.hardware.sharding == "ddp" and fits_sharded:
-        return 'set hardware.sharding to "auto" or "fsdp"'
-    ways = [way.as_overrides() for way in smaller("training.batch_size", config, memory_bytes)]
-    if ways:
-        return f"set {', or '.join(ways)}"
-    return "take more devices, a smaller model, or a larger card"
+def resolve_sharding(config: RunConfig) -> RunConfig:
+    """Replace `hardware.sharding = "auto"` by the value that this machine's GPUs call for."""
+    if config.hardware.sharding != "auto":
+        return config
+    on_cpu = config.hardware.device == "cpu"
+    chosen = choose_sharding(config, None if on_cpu else find_target_gpu().memory_bytes)
+    return config.model_copy(
+        update={"hardware": config.hardware.model_copy(update={"sharding": chosen})}
+    )

@@ -1,95 +1,128 @@
-"""How much a run computes and writes, and how long a card needs for it."""
+"""How fast a GPU trains, how long a run takes, and what it writes to disk."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
-from gpt.config.schema import RunConfig, TrainingSection
+from pydantic import ValidationError
+
+from gpt.config.schema import RunConfig
 from gpt.hardware.flops import flops_per_token
-from gpt.hardware.gpus import GPUSpec
+from gpt.hardware.gpus import GPUSpec, find_gpu
+from gpt.preflight.data_estimate import newest_first
 from gpt.preflight.parameters import count_parameters
 
 GEFORCE_UTILISATION = 0.55
 SERVER_UTILISATION = 0.40
-"""Shares of a card's peak that training reaches, assumed where nobody measured: GeForce cards halve
-the rate of their tensor cores for float32 sums, so memory holds them up less."""
+"""Assumed share of the peak FLOPs without a measurement. GeForce GPUs halve the rate of their
+tensor cores for float32 sums, so memory bandwidth limits them less."""
 UNCOMPILED_SHARE = 0.54
-"""What is left of the pace when nothing is compiled: nanoGPT's readme has 135 ms an iteration
-compiled and 250 ms not."""
-NARROW = 448
-"""Width under which launching kernels takes a share of the time that nobody has measured here."""
+"""Throughput without compilation, as a share: nanoGPT's readme has 135 ms per iteration with and
+250 ms without."""
+NARROW_N_EMBD = 448
+"""Below this width kernel launches take a share of the time that was not measured."""
 MEASURED_UTILISATION = {
     "rtx-4070": (0.82, "nanoGPT 124M at 56,000 tokens/s, a user's log"),
     "rtx-4090": (0.55, "nanoGPT 124M at 106,000 tokens/s, nanoGPT PR 225"),
     "h200": (0.42, "modded-nanogpt track 3 at 490,000 tokens/s"),
 }
-"""Others' runs on a card: tokens a second x `flops_per_token` / peak, and where from."""
+"""Published runs by GPU: tokens per second x `flops_per_token` / peak, and the source."""
+RUNS_SEARCHED = 20
+LAST_STEPS = 200
+"""Steps over which the median is taken: the first ones compile and warm up."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """How fast a card trains a model. None: the card is not known, and nobody guesses."""
+    """Training throughput of one GPU; None if the GPU is unknown."""
 
     tokens_per_second: float | None
     basis: str
-    """Where the figure comes from."""
+    """Where the number comes from."""
 
 
-def estimate_throughput(
-    config: RunConfig, card: GPUSpec | None, measured: Throughput | None = None
-) -> Throughput:
-    """`measured` is this card's own, from runs before. Else the peak times a utilisation: one that
-    others measured on the card, or one assumed."""
-    if measured:
+def estimate_throughput(config: RunConfig, gpu: GPUSpec | None) -> Throughput:
+    """Estimate throughput from an earlier run on this GPU below `run.root`; without one, from the
+    peak and a utilisation that was published for the GPU or is assumed."""
+    if gpu is None:
+        return Throughput(None, "n/a: no GPU, or one that is not in the table")
+    if measured := _measured_throughput(config, gpu):
         return measured
-    if card is None:
-        return Throughput(None, "n/a: no card, or one that is not in the table")
-    peak = card.peak_tflops(config.training.dtype)
+    return nominal_throughput(config, gpu)
+
+
+def nominal_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput:
+    """Estimate throughput from the peak FLOPs alone; the same on every machine."""
+    peak = gpu.peak_tflops(config.training.dtype)
     if peak is None:
-        return Throughput(None, f"n/a: {card.name} has no tensor cores for {config.training.dtype}")
-    if card.key in MEASURED_UTILISATION:
-        share, source = MEASURED_UTILISATION[card.key]
-        basis = f"{share:.0%} of {peak:g} TFLOP/s, as {source}"
+        return Throughput(None, f"n/a: {gpu.name} has no tensor cores for {config.training.dtype}")
+    if gpu.key in MEASURED_UTILISATION:
+        share, source = MEASURED_UTILISATION[gpu.key]
+        basis = f"{share:.0%} of {peak:g} TFLOP/s, as measured for {source}"
     else:
-        share = GEFORCE_UTILISATION if "GeForce" in card.name else SERVER_UTILISATION
-        basis = f"{share:.0%} of {peak:g} TFLOP/s, assumed: nothing was measured on this card"
-    if config.model.n_embd < NARROW:
+        share = GEFORCE_UTILISATION if "GeForce" in gpu.name else SERVER_UTILISATION
+        basis = f"{share:.0%} of {peak:g} TFLOP/s, assumed: there is no measurement for this GPU"
+    if config.model.n_embd < NARROW_N_EMBD:
         basis += "; narrow models reach less"
     if not config.training.compile:
-        share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} uncompiled"
+        share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} without compiling"
     return Throughput(share * peak * 1e12 / flops_per_token(config), basis)
 
 
+def _measured_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput | None:
+    """Throughput by the newest run on this GPU with the same dtype, scaled by FLOPs per token."""
+    for journal in newest_first(config.run.root / "train", "*/metrics.jsonl")[:RUNS_SEARCHED]:
+        folder = journal.parent
+        try:
+            pending = json.loads((folder / "tracking_outbox.json").read_bytes())
+            record = json.loads((folder / "run.json").read_bytes())
+            earlier = RunConfig.model_validate_json(json.dumps(record["config"]))
+            ran_on = find_gpu(str(pending["parameters"]["device"]).removeprefix("cuda: "))
+            rates = _logged_rates(journal)[-LAST_STEPS:]
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            continue
+        same_dtype = earlier.training.dtype == config.training.dtype
+        if rates and same_dtype and ran_on and ran_on.name == gpu.name:
+            scale = flops_per_token(earlier) / flops_per_token(config)
+            basis = f"measured on this GPU by an earlier run, {folder.name}"
+            return Throughput(statistics.median(rates) * scale, basis)
+    return None
+
+
+def _logged_rates(journal: Path) -> list[float]:
+    """Tokens per second of each logged step."""
+    lines = journal.read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line)["metrics"] for line in lines]
+    return [float(m["tokens_per_second"]) for m in metrics if "tokens_per_second" in m]
+
+
 def total_tokens(config: RunConfig) -> int:
-    """Tokens that the run asks for, repeats counted."""
+    """Return the tokens that the run trains on, repetitions included."""
     return config.training.max_steps * config.tokens_per_step
 
 
-def hours(config: RunConfig, pace: Throughput) -> float | None:
-    """Of training alone: tokenising, evaluations and checkpoints come on top."""
-    if pace.tokens_per_second is None:
+def training_hours(config: RunConfig, tokens_per_second: float | None) -> float | None:
+    """Return the hours of training, without tokenising, evaluation and checkpoints."""
+    if tokens_per_second is None:
         return None
-    return total_tokens(config) / pace.tokens_per_second / 3600
+    return total_tokens(config) / tokens_per_second / 3600
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Weights and optimizer states in float32; AdamW keeps two numbers a parameter, Muon one."""
-    parameters = count_parameters(config.model)
-    once = parameters.block_matrices if config.optimizer.name == "muon" else 0
-    return 4 * (3 * parameters.total - once)
-
-
-def disk_bytes(config: RunConfig, shard_tokens: int) -> dict[str, int]:
-    """What the run writes below `run.root`. `shard_tokens`: those that are not written yet."""
-    return {
-        "shards": 2 * shard_tokens,
-        # The next one is complete before the oldest goes.
-        "checkpoints": _checkpoints_at_once(config.training) * checkpoint_bytes(config),
-        "model": 4 * count_parameters(config.model).total,
-    }
-
-
-def _checkpoints_at_once(training: TrainingSection) -> int:
-    """The newest, the best, the one being written, and those kept for good."""
+def estimate_disk(config: RunConfig, new_shard_tokens: int) -> dict[str, int]:
+    """Estimate the bytes that the run writes below `run.root`, by part."""
+    training, parameters = config.training, count_parameters(config.model)
+    # Float32 weights and optimizer states: AdamW keeps two numbers per parameter, Muon one.
+    single = parameters.block_matrices if config.optimizer.name == "muon" else 0
+    checkpoint = 4 * (3 * parameters.total - single)
     every = training.checkpoint_keep_every
-    return training.checkpoints_kept + 2 + (training.max_steps // every if every else 0)
+    permanent = training.max_steps // every if every else 0
+    # The newest ones, the best, the one being written, and those that are never pruned.
+    checkpoints = training.checkpoints_kept + 2 + permanent
+    return {
+        "shards": 2 * new_shard_tokens,
+        "checkpoints": checkpoints * checkpoint,
+        "model": 4 * parameters.total,
+    }

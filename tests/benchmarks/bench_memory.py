@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from memory_of_a_step import config_of, measured_peak_bytes
+from memory_of_a_step import make_config, measured_peak_bytes
 
 from gpt.config.schema import RunConfig
 from gpt.hardware.device import autocast
@@ -47,7 +47,7 @@ def fake_points(
         grid = random.Random(seed).sample(grid, count)
     number, parts = part
     for network, dtype, size, batch in grid[number - 1 :: parts]:
-        config = config_of(*network, dtype, size, batch, loss_chunk_rows=chunk_rows)
+        config = make_config(*network, dtype, size, batch, loss_chunk_rows=chunk_rows)
         yield config, estimate_memory(config).peak_bytes, measured_peak_bytes(config)
 
 
@@ -56,7 +56,9 @@ def cuda_points() -> Iterator[tuple[RunConfig, int, int]]:
     for network, width, batch, compiling in itertools.product(
         networks, (480, 576, 720, 768), (4, 8, 16), (False, True)
     ):
-        config = config_of(*network, "bfloat16", (12, 12, width), (batch, 1024), compile=compiling)
+        config = make_config(
+            *network, "bfloat16", (12, 12, width), (batch, 1024), compile=compiling
+        )
         estimate = estimate_memory(config)
         yield config, estimate.compiled_bytes, allocated_peak_bytes(config)
 

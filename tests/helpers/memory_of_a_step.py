@@ -1,4 +1,4 @@
-"""What a training step holds, measured under fake tensors: no memory is taken, none is computed."""
+"""Measure the memory of a training step under fake tensors: nothing is allocated or computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt.model.loss import linear_cross_entropy
 from gpt.training.optimizer import build_optimizers
 
 
-def config_of(
+def make_config(
     architecture: str,
     optimizer: str,
     dtype: str,
@@ -21,7 +21,7 @@ def config_of(
     batch: tuple[int, int],
     **training: object,
 ) -> RunConfig:
-    """`size`: layers, heads, width; `batch`: sequences, block."""
+    """`size`: layers, heads, width; `batch`: sequences, block size."""
     n_layer, n_head, n_embd = size
     return build_config(
         {

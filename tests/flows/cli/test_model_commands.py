@@ -20,7 +20,7 @@ from gpt.evaluation.progress import run_to_completion
 from gpt.evaluation.report_store import save_report
 from gpt.hardware.device import pick_device
 from gpt.model.io import load_model
-from gpt.preflight.named_files import check_init_from
+from gpt.preflight.checks import check_init_from
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.identity import run_identity
 from gpt.training.loop import train
@@ -124,7 +124,7 @@ def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
     assert run_identity(config, "x") != run_identity(small_config(tmp_path), "x")
     wider = small_config(tmp_path, training__init_from=str(source), model__n_embd=32)
     problem = check_init_from(wider)
-    assert "n_embd 16 where [model] has 32" in problem.rule
+    assert "n_embd 16, not 32 as in [model]" in problem.rule
     assert "--set model.n_embd=16" in problem.remedy
     assert check_init_from(config) is None
     missing = small_config(tmp_path, training__init_from=str(tmp_path))

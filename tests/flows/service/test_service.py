@@ -197,10 +197,10 @@ def test_what_cannot_work_fails_at_validate_config_and_says_what_to_do(
     assert [task.name for task in tasks] == ["validate-config"]
     assert not list((service.root / "train").glob("wrong-*"))
     first_line = (run.state.message or "").splitlines()[0]
-    assert first_line.startswith("To do: model.n_embd: choose n_embd/n_head from 480/12")
+    assert first_line.startswith("To do: model.n_embd: use one of: 480/12")
     assert "512 / 12 = 42.67" in (run.state.message or "")
     page = page_of(service, run)
-    assert page.startswith("To do: model.n_embd: choose n_embd/n_head from 480/12")
+    assert page.startswith("To do: model.n_embd: use one of: 480/12")
     assert "prefect deployment run pretrain/gpt-576" in page.splitlines()[0]
     assert webhook.about("wrong") == {
         "subject": "overnight: pretrain wrong: failed",

@@ -1,8 +1,7 @@
-"""What a card tells of the energy it used, with NVIDIA's library stood in for."""
+"""Energy that a GPU reports, with a fake NVML."""
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +17,15 @@ class NVMLError(Exception):
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One card of UUID `u`, which has used 5,000 mJ."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One GPU of UUID `u`, which has used 5,000 mJ."""
     library = SimpleNamespace(
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: 5_000 if handle == "GPU-u" else 0,
     )
-    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(device_module, "pynvml", library)
     properties = SimpleNamespace(uuid="u")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     device_module._nvml_handle.cache_clear()
@@ -34,18 +33,18 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
     device_module._nvml_handle.cache_clear()
 
 
-def test_a_card_s_counter_is_in_joules(card: Any) -> None:
+def test_energy_is_in_joules(gpu: Any) -> None:
     assert read_energy_joules(torch.device("cuda")) == 5.0
 
 
-def test_what_does_not_tell_is_none(card: Any) -> None:
+def test_energy_is_none_if_not_reported(gpu: Any) -> None:
     assert read_energy_joules(torch.device("cpu")) is None
 
     def unsupported(_: str) -> int:
         raise NVMLError
 
-    card.nvmlDeviceGetTotalEnergyConsumption = unsupported  # as a card older than Volta
+    gpu.nvmlDeviceGetTotalEnergyConsumption = unsupported  # like a GPU older than Volta
     assert read_energy_joules(torch.device("cuda")) is None
-    card.nvmlDeviceGetHandleByUUID = unsupported
+    gpu.nvmlDeviceGetHandleByUUID = unsupported
     device_module._nvml_handle.cache_clear()
     assert read_energy_joules(torch.device("cuda")) is None

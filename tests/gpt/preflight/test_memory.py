@@ -1,4 +1,4 @@
-"""Parameters and memory of the preflight against the models themselves."""
+"""The preflight's parameter count and memory estimate against the real models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from memory_of_a_step import config_of, measured_peak_bytes
+from memory_of_a_step import make_config, measured_peak_bytes
 
 from gpt.config.schema import ModelSection, RunConfig
 from gpt.model.architectures import ARCHITECTURES
@@ -15,7 +15,7 @@ from gpt.preflight.memory import CPU_CHUNK_ROWS, CUDA_CHUNK_ROWS, estimate_memor
 from gpt.preflight.parameters import count_parameters
 
 
-def test_parameters_equal_the_models() -> None:
+def test_parameter_count_equals_the_built_model() -> None:
     chance = random.Random(4)
     for _ in range(200):
         n_head = chance.randint(1, 16)
@@ -34,29 +34,29 @@ def test_parameters_equal_the_models() -> None:
 
 
 GRID: list[RunConfig] = [
-    # Each moment at its fullest, each type, optimizer and setting, few layers: those only add up.
-    # The whole grid is tests/benchmarks/bench_memory.py.
-    config_of("gpt2", "adamw", "bfloat16", (12, 12, 576), (16, 1024)),
-    config_of("gpt2", "adamw", "float32", (2, 2, 128), (1, 256)),
-    config_of("gpt2", "adamw", "bfloat16", (2, 16, 1024), (1, 256)),
-    config_of("gpt2", "muon", "float32", (2, 16, 1024), (32, 2048)),
-    config_of("gpt2", "muon", "bfloat16", (2, 8, 512), (8, 1024), grad_acc=1),
-    config_of("gpt2", "adamw", "bfloat16", (2, 12, 720), (8, 1024)),
-    config_of("gpt2", "adamw", "bfloat16", (2, 8, 512), (8, 512), activation_checkpointing=True),
-    config_of("gpt2", "adamw", "float32", (2, 8, 512), (16, 512), loss_chunk_rows=256),
-    config_of("nanochat", "adamw", "bfloat16", (2, 2, 128), (1, 256)),
-    config_of("nanochat", "muon", "float32", (2, 16, 1024), (32, 2048)),
-    config_of("nanochat", "muon", "bfloat16", (2, 12, 768), (4, 1024)),
-    # Deep, so that what every block keeps weighs more than the loss.
-    config_of("nanochat", "muon", "bfloat16", (12, 12, 576), (8, 1024)),
-    config_of("nanochat", "adamw", "float32", (2, 8, 512), (8, 512), grad_acc=1),
-    config_of(
+    # Peaks at each moment; every dtype, optimizer and setting. Few layers: those only add up. The
+    # complete grid is in tests/benchmarks/bench_memory.py.
+    make_config("gpt2", "adamw", "bfloat16", (12, 12, 576), (16, 1024)),
+    make_config("gpt2", "adamw", "float32", (2, 2, 128), (1, 256)),
+    make_config("gpt2", "adamw", "bfloat16", (2, 16, 1024), (1, 256)),
+    make_config("gpt2", "muon", "float32", (2, 16, 1024), (32, 2048)),
+    make_config("gpt2", "muon", "bfloat16", (2, 8, 512), (8, 1024), grad_acc=1),
+    make_config("gpt2", "adamw", "bfloat16", (2, 12, 720), (8, 1024)),
+    make_config("gpt2", "adamw", "bfloat16", (2, 8, 512), (8, 512), activation_checkpointing=True),
+    make_config("gpt2", "adamw", "float32", (2, 8, 512), (16, 512), loss_chunk_rows=256),
+    make_config("nanochat", "adamw", "bfloat16", (2, 2, 128), (1, 256)),
+    make_config("nanochat", "muon", "float32", (2, 16, 1024), (32, 2048)),
+    make_config("nanochat", "muon", "bfloat16", (2, 12, 768), (4, 1024)),
+    # Deep, so that the blocks need more than the loss.
+    make_config("nanochat", "muon", "bfloat16", (12, 12, 576), (8, 1024)),
+    make_config("nanochat", "adamw", "float32", (2, 8, 512), (8, 512), grad_acc=1),
+    make_config(
         "nanochat", "muon", "bfloat16", (2, 8, 512), (32, 256), activation_checkpointing=True
     ),
 ]
 
 
-def test_peak_is_within_a_tenth_of_mem_tracker(capsys: pytest.CaptureFixture[str]) -> None:
+def test_peak_is_within_ten_percent_of_mem_tracker(capsys: pytest.CaptureFixture[str]) -> None:
     worst = 0.0, GRID[0]
     for config in GRID:
         estimate, measured = estimate_memory(config).peak_bytes, measured_peak_bytes(config)
@@ -67,19 +67,19 @@ def test_peak_is_within_a_tenth_of_mem_tracker(capsys: pytest.CaptureFixture[str
         print(f"\nmemory: worst of {len(GRID)} points {worst[0]:.2%}, at {worst[1].model}")
 
 
-def test_parts_add_up_and_overheads_lie_on_top() -> None:
-    memory = estimate_memory(config_of("gpt2", "adamw", "bfloat16", (12, 12, 576), (16, 1024)))
+def test_parts_add_up_and_overheads_come_on_top() -> None:
+    memory = estimate_memory(make_config("gpt2", "adamw", "bfloat16", (12, 12, 576), (16, 1024)))
     assert sum(memory.parts.values()) == memory.peak_bytes == memory.compiled_bytes
     assert memory.needed_bytes == memory.peak_bytes + sum(memory.overheads.values())
     assert set(memory.overheads) == {"cuda_context", "allocator", "compiled_buffers"}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
-def test_compiling_and_smaller_chunks_take_less(architecture: str) -> None:
+def test_memory_savings_reduce_the_peak(architecture: str) -> None:
     def peak(**training: object) -> int:
         size, batch = (12, 12, 768), (16, 1024)
         return estimate_memory(
-            config_of(architecture, "adamw", "bfloat16", size, batch, **training)
+            make_config(architecture, "adamw", "bfloat16", size, batch, **training)
         ).compiled_bytes
 
     eager = peak()
@@ -89,12 +89,12 @@ def test_compiling_and_smaller_chunks_take_less(architecture: str) -> None:
     assert peak(batch_size=8) < eager
 
 
-def test_the_chunking_is_the_losses() -> None:
+def test_chunk_rows_equal_those_of_the_loss() -> None:
     assert default_chunk_rows(torch.device("cuda"), True) == CUDA_CHUNK_ROWS
     assert default_chunk_rows(torch.device("cpu"), True) == CPU_CHUNK_ROWS
 
 
-def test_heads_that_kernels_pad_take_more() -> None:
-    padded = config_of("gpt2", "adamw", "bfloat16", (12, 12, 720), (16, 1024))
-    aligned = config_of("gpt2", "adamw", "bfloat16", (12, 15, 720), (16, 1024))
+def test_padded_heads_need_more_memory() -> None:
+    padded = make_config("gpt2", "adamw", "bfloat16", (12, 12, 720), (16, 1024))
+    aligned = make_config("gpt2", "adamw", "bfloat16", (12, 15, 720), (16, 1024))
     assert estimate_memory(padded).peak_bytes > 1.03 * estimate_memory(aligned).peak_bytes

@@ -1,18 +1,24 @@
-"""The command as people and programs meet it, and the pages that are computed from it."""
+"""`overnight validate` in the terminal and as JSON, and the files that are generated from code."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
+from gpt.config.loading import build_config, read_toml
 from gpt.config.schema import RunConfig
+from gpt.errors import ConfigError
 from gpt.preflight.generated_docs import (
     BEGIN,
     END,
+    render_json_schema,
     render_settings_page,
     render_sizes_table,
     replace_sizes_table,
@@ -23,6 +29,7 @@ from gpt.preflight.report import run_preflight
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.toml"))
 GOOD = str(ROOT / "configs" / "gpt-576.toml")
+SCHEMA = json.loads(render_json_schema())
 HEAVY = {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}
 
 
@@ -31,7 +38,7 @@ def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_validate_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['overnight', 'validate', *sys.argv[1:]]\n"
         "from flows.cli.main import app\n"
@@ -46,7 +53,7 @@ def test_nothing_heavy_is_imported() -> None:
         assert set(done.stderr.split()) & HEAVY == set()
 
 
-def test_json_of_one_and_of_several() -> None:
+def test_json_is_an_object_for_one_config_and_a_list_for_several() -> None:
     one = json.loads(validate(GOOD, "--gpu", "rtx-4070", "--json").stdout)
     assert one["memory"]["fits"] is True
     done = validate(GOOD, GOOD, "--set", "model.n_embd=512", "--gpu", "rtx-4070", "--json")
@@ -57,7 +64,7 @@ def test_json_of_one_and_of_several() -> None:
     assert several[0]["parameters"] is None
 
 
-def test_several_configs_stand_side_by_side() -> None:
+def test_several_configs_are_compared_in_a_table() -> None:
     done = validate(*CONFIGS, "--gpu", "rtx-4090")
     for path in CONFIGS:
         assert path in done.stdout
@@ -65,7 +72,7 @@ def test_several_configs_stand_side_by_side() -> None:
     assert "106,000 tokens/s" in done.stdout
 
 
-def test_an_unreadable_config_beside_a_good_one() -> None:
+def test_unreadable_config_is_reported_beside_a_good_one() -> None:
     done = validate(GOOD, "none.toml")
     assert done.returncode == 2
     assert "no such file" in done.stdout
@@ -73,7 +80,7 @@ def test_an_unreadable_config_beside_a_good_one() -> None:
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.n_embd=512"], ["model.n_embd=720"]])
-def test_the_markdown_page_says_the_same(overrides: list[str]) -> None:
+def test_markdown_contains_problems_and_figures(overrides: list[str]) -> None:
     report = run_preflight(GOOD, overrides, "rtx-4070")
     page = render_markdown(report)
     for problem in (*report.problems, *report.warnings):
@@ -83,10 +90,10 @@ def test_the_markdown_page_says_the_same(overrides: list[str]) -> None:
         assert f"{report.figures.parameters.total:,}" in page
 
 
-# --- computed pages ------------------------------------------------------------------------------
+# --- generated files ------------------------------------------------------------------------------
 
 
-def test_readmes_table_of_sizes_is_the_computed_one() -> None:
+def test_sizes_table_in_readme_is_up_to_date() -> None:
     table = render_sizes_table(ROOT / "configs")
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), (
         "run python -m gpt.preflight.generated_docs"
@@ -96,13 +103,13 @@ def test_readmes_table_of_sizes_is_the_computed_one() -> None:
     assert "does not fit" not in table
 
 
-def test_the_table_replaces_what_stood_between_its_marks() -> None:
+def test_sizes_table_replaces_the_text_between_its_marks() -> None:
     old = f"before\n{BEGIN}\nold\n{END}\nafter"
     assert replace_sizes_table(old, f"{BEGIN}\nnew\n{END}") == f"before\n{BEGIN}\nnew\n{END}\nafter"
     assert replace_sizes_table("no marks", "x") == "no marks"
 
 
-def test_the_page_of_settings_is_the_computed_one() -> None:
+def test_settings_page_is_up_to_date() -> None:
     page = render_settings_page()
     assert (ROOT / "configs" / "README.md").read_text(encoding="utf-8") == page, (
         "run python -m gpt.preflight.generated_docs"
@@ -112,3 +119,37 @@ def test_the_page_of_settings_is_the_computed_one() -> None:
         assert field.annotation is not None
         for key in field.annotation.model_fields:
             assert f"| `{key}` |" in page
+
+
+def test_json_schema_is_up_to_date() -> None:
+    assert (ROOT / "configs" / "schema.json").read_text(encoding="utf-8") == render_json_schema(), (
+        "run python -m gpt.preflight.generated_docs"
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_shipped_config_names_the_json_schema_and_satisfies_it(path: str) -> None:
+    text = Path(path).read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "#:schema ./schema.json"
+    jsonschema.validate(tomllib.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"n_layr": 2}),
+        ("model", {"n_layer": 0}),
+        ("optimizer", {"name": "sgd"}),
+        ("training", {"max_steps": "9"}),
+        ("data", {"source": []}),
+        ("run", {"name": "../x"}),
+        ("nothing", {}),
+    ],
+)
+def test_json_schema_refuses_what_the_config_refuses(section: str, values: dict[str, Any]) -> None:
+    raw = read_toml(Path(GOOD))
+    raw[section] = raw.get(section, {}) | values
+    with pytest.raises(ConfigError):
+        build_config(raw)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(raw, SCHEMA)

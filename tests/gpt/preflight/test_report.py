@@ -1,4 +1,4 @@
-"""The preflight's report: its figures, every check, suggestions that help, and no traceback."""
+"""The preflight's report: figures, every check, suggestions that help, and never a traceback."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from gpt.config.loading import merge_overrides, read_toml
 from gpt.errors import ConfigError
+from gpt.hardware import target_gpu
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import GIB, find_gpu
-from gpt.preflight import target as target_module
+from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
 from gpt.preflight.render import render_markdown
 from gpt.preflight.report import Report, run_preflight, run_preflight_on_values
 from gpt.preflight.suggestions import apply_overrides
-from gpt.preflight.target import TargetGPU, find_target_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = ROOT / "configs" / "gpt-576.toml"
@@ -31,7 +31,7 @@ BASE["optimizer"] = {}
 BASE["model"]["architecture"] = "gpt2"
 
 
-def report_on(
+def make_report(
     overrides: Mapping[str, Any], gpu: str = "rtx-4070", starting: bool = False
 ) -> Report:
     return run_preflight_on_values(
@@ -46,8 +46,8 @@ def keys(problems: tuple[Any, ...]) -> set[str]:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def test_json_has_what_it_promises() -> None:
-    values = json.loads(json.dumps(report_on({}).as_json()))
+def test_json_holds_the_documented_figures() -> None:
+    values = json.loads(json.dumps(make_report({}).as_json()))
     assert values["parameters"]["total"] == 124_373_760
     assert sum(values["memory"]["parts"].values()) == values["memory"]["peak_bytes"]
     assert values["tokens_per_step"] == 16 * 32 * 1024
@@ -58,17 +58,17 @@ def test_json_has_what_it_promises() -> None:
     assert {"key", "value", "rule", "remedy"} == values["warnings"][0].keys()
 
 
-def test_flops_are_nanogpts_estimate() -> None:
-    """6 N + 12 L H Q T with N without positions (nanoGPT's estimate_mfu), less the vectors."""
-    figures = report_on({}).figures
+def test_flops_equal_nanogpts_estimate() -> None:
+    """6 N + 12 L H Q T, N without positions (nanoGPT's estimate_mfu), minus the vectors."""
+    figures = make_report({}).figures
     assert figures is not None
     model, vectors = figures.config.model, figures.parameters.vectors
     n = 124_373_760 - model.block_size * model.n_embd - vectors
     assert flops_per_token(figures.config) == 6 * n + 12 * 12 * 12 * 64 * 1024
 
 
-def test_an_unknown_card_gets_no_number() -> None:
-    report = report_on({}, gpu="rtx-4700")
+def test_unknown_gpu_gives_no_number() -> None:
+    report = make_report({}, gpu="rtx-4700")
     values = report.as_json()
     assert (values["hours"], values["tokens_per_second"], values["memory"]["fits"]) == (None,) * 3
     warning = next(warning for warning in report.warnings if warning.key == "--gpu")
@@ -76,32 +76,32 @@ def test_an_unknown_card_gets_no_number() -> None:
     assert "n/a" in render_markdown(report)
 
 
-def test_a_card_without_bfloat16_turns_to_float16() -> None:
-    report = report_on({}, gpu="t4")
+def test_gpu_without_bfloat16_uses_float16() -> None:
+    report = make_report({}, gpu="t4")
     assert any("float16" in warning.rule for warning in report.warnings)
     assert report.figures is not None
-    assert "65 TFLOP/s" in report.figures.pace.basis
+    assert "65 TFLOP/s" in report.figures.throughput.basis
 
 
-def test_the_pace_of_a_run_before_on_this_card_counts_first(tmp_path: Path) -> None:
+def test_throughput_of_an_earlier_run_on_this_gpu_is_preferred(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "old-1"
     folder.mkdir(parents=True)
     overrides = {"run.root": str(tmp_path)}
-    figures = report_on(overrides).figures
+    figures = make_report(overrides).figures
     assert figures is not None
     record = {"config": figures.config.model_dump(mode="json")}
     (folder / "run.json").write_text(json.dumps(record))
-    outbox = {"parameters": {"device": "cuda: NVIDIA GeForce RTX 4070"}}
-    (folder / "tracking_outbox.json").write_text(json.dumps(outbox))
+    pending = {"parameters": {"device": "cuda: NVIDIA GeForce RTX 4070"}}
+    (folder / "tracking_outbox.json").write_text(json.dumps(pending))
     line = json.dumps({"step": 1, "time_ms": 0, "metrics": {"tokens_per_second": 60_000.0}})
     (folder / "metrics.jsonl").write_text(f"{line}\n")
-    now = report_on(overrides).figures
+    now = make_report(overrides).figures
     assert now is not None
-    assert now.pace.tokens_per_second == 60_000
-    assert "measured on this card before" in now.pace.basis
-    other = report_on(overrides, gpu="rtx-4070-ti").figures
+    assert now.throughput.tokens_per_second == 60_000
+    assert "measured on this GPU by an earlier run, old-1" in now.throughput.basis
+    other = make_report(overrides, gpu="rtx-4070-ti").figures
     assert other is not None
-    assert "assumed" in other.pace.basis
+    assert "assumed" in other.throughput.basis
 
 
 # --- checks --------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def test_the_pace_of_a_run_before_on_this_card_counts_first(tmp_path: Path) -> N
         ({"training.checkpoints_kept": 10**9}, "run.root"),
     ],
 )
-def test_what_cannot_work_is_blocked(overrides: dict[str, Any], key: str) -> None:
-    report = report_on(overrides)
+def test_impossible_setting_blocks(overrides: dict[str, Any], key: str) -> None:
+    report = make_report(overrides)
     assert report.blocked
     assert key in keys(report.problems)
 
@@ -148,39 +148,39 @@ def test_what_cannot_work_is_blocked(overrides: dict[str, Any], key: str) -> Non
         ({"tracking.uri": "http://[broken"}, "tracking.uri"),
     ],
 )
-def test_what_costs_something_is_told(overrides: dict[str, Any], key: str) -> None:
-    report = report_on(overrides)
+def test_costly_or_useless_setting_is_a_warning(overrides: dict[str, Any], key: str) -> None:
+    report = make_report(overrides)
     assert not report.blocked
     assert key in keys(report.warnings)
 
 
-def test_missing_data_stops_a_run_but_no_question() -> None:
-    assert keys(report_on({}).warnings) == {"data.source"}
-    assert "data.source" in keys(report_on({}, starting=True).problems)
+def test_missing_data_blocks_a_starting_run_and_warns_otherwise() -> None:
+    assert keys(make_report({}).warnings) == {"data.source"}
+    assert "data.source" in keys(make_report({}, starting=True).problems)
 
 
-def test_a_server_that_answers_is_no_warning() -> None:
+def test_reachable_tracking_server_gives_no_warning() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert "tracking.uri" not in keys(report_on({"tracking.uri": uri}).warnings)
+        assert "tracking.uri" not in keys(make_report({"tracking.uri": uri}).warnings)
 
 
-def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_module, "_cards_here", lambda: ())
+def test_missing_device_blocks_unless_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_gpu, "_installed_gpus", lambda: ())
     overrides = {"hardware.device": "cuda:1"}
-    assert "hardware.device" in keys(report_on(overrides, gpu="auto").problems)
-    assert "hardware.device" not in keys(report_on(overrides, gpu="rtx-4070").problems)
+    assert "hardware.device" in keys(make_report(overrides, gpu="auto").problems)
+    assert "hardware.device" not in keys(make_report(overrides, gpu="rtx-4070").problems)
 
 
-def test_the_card_here_is_judged_by_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_gpu_is_known_by_name_and_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     here = (("NVIDIA GeForce RTX 4070", 12 * GIB, 2 * GIB),)
-    monkeypatch.setattr(target_module, "_cards_here", lambda: here)
-    report = report_on({}, gpu="auto")
-    assert report.target.card is find_gpu("rtx-4070")
-    assert any("others hold" in warning.rule for warning in report.warnings)
+    monkeypatch.setattr(target_gpu, "_installed_gpus", lambda: here)
+    report = make_report({}, gpu="auto")
+    assert report.gpu.spec is find_gpu("rtx-4070")
+    assert any("other processes" in warning.rule for warning in report.warnings)
 
 
-def test_a_run_that_starts_too_large_is_made_to_fit() -> None:
+def test_starting_run_that_is_too_large_gets_a_warning_only() -> None:
     report = run_preflight_on_values(
         "x.toml",
         apply_overrides(BASE, {"training.batch_size": 64, "data.source": str(GOOD)}),
@@ -198,13 +198,13 @@ def test_a_run_that_starts_too_large_is_made_to_fit() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Any]:
-    """A source of 4,000,000 bytes, with no data set made from it yet."""
+    """A source of 4,000,000 bytes without a dataset."""
     (tmp_path / "text.parquet").write_bytes(b"0" * 4_000_000)
     return {"data.source": str(tmp_path / "*.parquet"), "run.root": str(tmp_path / "runs")}
 
 
-def test_tokens_are_estimated_from_the_files(data: dict[str, Any]) -> None:
-    report = report_on(data)
+def test_tokens_are_estimated_from_file_sizes(data: dict[str, Any]) -> None:
+    report = make_report(data)
     assert report.figures is not None
     assert report.figures.data.train_tokens == 1_980_000
     assert "estimated" in report.figures.data.basis
@@ -212,9 +212,9 @@ def test_tokens_are_estimated_from_the_files(data: dict[str, Any]) -> None:
     assert {"training.max_steps", "evaluation.tokens"} <= keys(report.warnings)
 
 
-def test_tokens_are_counted_where_the_data_set_is_there(data: dict[str, Any]) -> None:
+def test_tokens_are_those_of_an_existing_dataset(data: dict[str, Any]) -> None:
     write_manifest(data, train=3_000_000, validation=2_000_000)
-    report = report_on(data)
+    report = make_report(data)
     assert report.figures is not None
     assert report.figures.data.train_tokens == 3_000_000
     assert report.figures.epochs == pytest.approx(1_703_936_000 / 3_000_000)
@@ -225,17 +225,17 @@ def test_tokens_are_counted_where_the_data_set_is_there(data: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("tokens", "key"), [(1_000, "model.block_size"), (9_000, "training.batch_size")]
 )
-def test_data_smaller_than_a_batch(data: dict[str, Any], tokens: int, key: str) -> None:
+def test_data_smaller_than_a_batch_blocks(data: dict[str, Any], tokens: int, key: str) -> None:
     write_manifest(data, train=tokens, validation=tokens)
-    assert key in keys(report_on(data).problems)
+    assert key in keys(make_report(data).problems)
 
 
-def test_a_manifest_of_other_files_or_a_broken_one_is_none(data: dict[str, Any]) -> None:
+def test_manifest_of_other_files_or_broken_manifest_is_ignored(data: dict[str, Any]) -> None:
     write_manifest(data, train=1, validation=1, size_bytes=17)
     broken = Path(data["run.root"]) / "datasets" / "b" / "manifest.json"
     broken.parent.mkdir()
     broken.write_text("{")
-    report = report_on(data)
+    report = make_report(data)
     assert report.figures is not None
     assert "estimated" in report.figures.data.basis
 
@@ -258,8 +258,8 @@ def write_manifest(
 # --- suggestions ---------------------------------------------------------------------------------
 
 
-def test_heads_that_do_not_divide_get_choices_ranked_by_parameters() -> None:
-    report = report_on({"model.n_embd": 512})
+def test_head_splits_are_ranked_by_parameters() -> None:
+    report = make_report({"model.n_embd": 512})
     pairs = [(choice.n_embd, choice.n_head) for choice in report.suggestions]
     assert set(pairs) == {(512, 8), (512, 16), (480, 12), (576, 12)}
     wanted = 64_041_472
@@ -268,13 +268,13 @@ def test_heads_that_do_not_divide_get_choices_ranked_by_parameters() -> None:
     assert all(choice.fits for choice in report.suggestions)
 
 
-def test_what_does_not_fit_keeps_its_tokens_a_step() -> None:
-    report = report_on({"training.batch_size": 64})
+def test_memory_savings_keep_tokens_per_step() -> None:
+    report = make_report({"training.batch_size": 64})
     first = report.suggestions[0].overrides
     assert first["training.batch_size"] * first["training.grad_acc"] == 64 * 32
 
 
-CARDS = ("rtx-4050-laptop", "rtx-3060", "rtx-4090", "t4")
+GPU_NAMES = ("rtx-4050-laptop", "rtx-3060", "rtx-4090", "t4")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -286,9 +286,9 @@ CARDS = ("rtx-4050-laptop", "rtx-3060", "rtx-4090", "t4")
     batch_size=st.sampled_from([1, 3, 16, 64, 300]),
     grad_acc=st.integers(1, 8),
     block_size=st.sampled_from([128, 1024, 4096]),
-    card=st.sampled_from(CARDS),
+    gpu=st.sampled_from(GPU_NAMES),
 )
-def test_every_suggestion_makes_its_problem_go_away(
+def test_every_suggestion_removes_its_problem(
     architecture: str,
     optimizer: str,
     n_head: int,
@@ -296,7 +296,7 @@ def test_every_suggestion_makes_its_problem_go_away(
     batch_size: int,
     grad_acc: int,
     block_size: int,
-    card: str,
+    gpu: str,
 ) -> None:
     raw = apply_overrides(
         BASE,
@@ -310,13 +310,13 @@ def test_every_suggestion_makes_its_problem_go_away(
             "training.grad_acc": grad_acc,
         },
     )
-    target = find_target_gpu(card)
+    target = find_target_gpu(gpu)
     report = run_preflight_on_values("x.toml", raw, target)
     assume(report.suggestions)
     for choice in report.suggestions:
         after = run_preflight_on_values("x.toml", apply_overrides(raw, choice.overrides), target)
         assert choice.key not in keys(after.problems) or (
-            # A choice of heads may be told not to fit; that is another problem.
+            # A head split may not fit into memory, which is another problem.
             choice.fits is False and after.figures is not None
         )
         if after.figures is not None:
@@ -326,26 +326,26 @@ def test_every_suggestion_makes_its_problem_go_away(
             assert choice.key not in keys(after.warnings)
 
 
-def test_other_remedies_work() -> None:
-    """What the messages say to do, done."""
+def test_remedies_in_messages_work() -> None:
+    """Follow the messages: the problem is gone."""
     wrong = {
         "schedule.warmup_steps": (4000, 325),
         "model.vocab_size": (50_257, 50_304),
         "training.grad_acc": (1, 32),
     }
     for key, (value, remedy) in wrong.items():
-        before, after = report_on({key: value}), report_on({key: remedy})
+        before, after = make_report({key: value}), make_report({key: remedy})
         found = next(p for p in (*before.problems, *before.warnings) if p.key == key)
         assert str(remedy) in found.remedy
         assert key not in keys(after.problems) | keys(after.warnings)
 
 
-# --- anything at all -----------------------------------------------------------------------------
+# --- any input -----------------------------------------------------------------------------
 
 
-def test_ten_thousand_random_documents_end_in_a_report(tmp_path: Path) -> None:
+def test_ten_thousand_random_configs_end_in_a_report(tmp_path: Path) -> None:
     chance = random.Random(4)
-    nowhere = TargetGPU("RTX 4070", find_gpu("rtx-4070"), 12 * GIB, named=True)
+    nowhere = TargetGPU("RTX 4070", find_gpu("rtx-4070"), 12 * GIB, is_named=True)
     path, text = tmp_path / "any.toml", GOOD.read_text()
     path.write_text(text)
     raw = read_toml(path)
@@ -353,7 +353,7 @@ def test_ten_thousand_random_documents_end_in_a_report(tmp_path: Path) -> None:
     for number in range(10_000):
         try:
             if number % 4 == 0:
-                path.write_bytes(mutilated(text, chance))
+                path.write_bytes(mutate(text, chance))
                 values = read_toml(path)
             else:
                 values = merge_overrides(
@@ -371,34 +371,11 @@ def test_ten_thousand_random_documents_end_in_a_report(tmp_path: Path) -> None:
 
 
 NASTY = (
-    *(
-        '""',
-        '"x"',
-        "'\\u0000'",
-        "true",
-        "[]",
-        "[1]",
-        "{}",
-        "{a = 1}",
-        "nan",
-        "inf",
-        "-inf",
-        "1e400",
-    ),
-    *(
-        "0",
-        "-1",
-        "1",
-        "7",
-        "9" * 30,
-        "9" * 5000,
-        "0.5",
-        "1.0",
-        "1979-05-27",
-        "1979-05-27T07:32:00Z",
-    ),
-    *("[[[[1]]]]", '["a", "b"]', '"cuda:99"', '"http://"', '"\\ud800"', '"~nobody/x"', "0x10"),
-    *("12", "64", "1024", "16", '"float16"', '"nanochat"', '"muon"', '"/"', "3", "1_000_000_000"),
+    *('""', '"x"', "'\\u0000'", "true", "[]", "[1]", "{}", "{a = 1}", "nan", "inf", "-inf"),
+    *("1e400", "0", "-1", "1", "7", "9" * 30, "9" * 5000, "0.5", "1.0", "1979-05-27"),
+    *("1979-05-27T07:32:00Z", "[[[[1]]]]", '["a", "b"]', '"cuda:99"', '"http://"', '"\\ud800"'),
+    *('"~nobody/x"', "0x10", "12", "64", "1024", "16", '"float16"', '"nanochat"', '"muon"', '"/"'),
+    *("3", "1_000_000_000"),
 )
 
 
@@ -418,7 +395,7 @@ def random_override(chance: random.Random) -> str:
     return f"{key}={chance.choice(NASTY)}"
 
 
-def mutilated(text: str, chance: random.Random) -> bytes:
+def mutate(text: str, chance: random.Random) -> bytes:
     raw = bytearray(text.encode())
     for _ in range(chance.randint(0, 6)):
         place = chance.randrange(len(raw))
@@ -435,6 +412,6 @@ def mutilated(text: str, chance: random.Random) -> bytes:
     return bytes(raw)
 
 
-def test_a_file_that_is_none_is_a_report(tmp_path: Path) -> None:
+def test_unreadable_file_ends_in_a_report(tmp_path: Path) -> None:
     assert run_preflight(str(tmp_path)).blocked
     assert run_preflight(str(tmp_path / "none.toml")).blocked

@@ -1,0 +1,75 @@
+"""The GPU that a preflight is for: one given by name, or the first one of this machine."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cache
+
+from gpt.errors import Problem
+from gpt.hardware.gpus import GPUS, GPUSpec, find_gpu
+
+
+@dataclass(frozen=True)
+class TargetGPU:
+    """Without `memory_bytes` nothing is said about memory; without `spec` nothing about time."""
+
+    name: str
+    spec: GPUSpec | None
+    memory_bytes: int | None
+    free_bytes: int | None = None
+    is_named: bool = False
+    """Whether the user gave its name; it need not be in this machine then."""
+    installed: int = 0
+    """GPUs in this machine; 0 if the user gave a name."""
+
+    @property
+    def warning(self) -> Problem | None:
+        """A name given by the user that is not in the table of GPUs."""
+        if not self.is_named or self.spec:
+            return None
+        keys = [spec.key for spec in GPUS]
+        near = difflib.get_close_matches(self.name.lower().replace(" ", "-"), keys, n=3, cutoff=0.4)
+        return Problem(
+            "--gpu",
+            self.name,
+            "is not in the table of GPUs (gpt/hardware/gpus.py), so memory fit and hours are n/a",
+            f"did you mean {' or '.join(near)}?" if near else "use a name like rtx-4070, or auto",
+        )
+
+
+def find_target_gpu(gpu: str = "auto") -> TargetGPU:
+    """Return the GPU called `gpu`, or for "auto" the first one of this machine, if there is one."""
+    if gpu != "auto":
+        spec = find_gpu(gpu)
+        return TargetGPU(gpu, spec, spec.memory_bytes if spec else None, is_named=True)
+    installed = _installed_gpus()
+    if not installed:
+        return TargetGPU("no GPU", None, None)
+    name, memory_bytes, free_bytes = installed[0]
+    spec = find_gpu(name, memory_bytes)
+    return TargetGPU(name, spec, memory_bytes, free_bytes, installed=len(installed))
+
+
+@cache
+def _installed_gpus() -> tuple[tuple[str, int, int], ...]:
+    """Name, total and free bytes of each GPU by NVML (importing torch would take seconds). Empty
+    without NVIDIA's driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return tuple((str(pynvml.nvmlDeviceGetName(h)), *_memory(h)) for h in handles)
+    except pynvml.NVMLError:
+        return ()
+
+
+def _memory(handle: object) -> tuple[int, int]:
+    import pynvml
+
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError:  # a GPU that shares the CPU's memory reports none
+        return 0, 0
+    return int(memory.total), int(memory.free)
