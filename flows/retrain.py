@@ -28,14 +28,14 @@ from tasks.evaluate_slices import SliceReports, evaluate_slices
 from tasks.find_changes import (
     RetrainPlan,
     StartFrom,
+    comparison_caveats,
     find_changes,
     format_names,
-    notes,
     plan_retraining,
 )
 from tasks.runtime.prefect_api import publish_markdown
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking.metadata import tracking_uri
+from tasks.tracking.metadata import resolve_tracking_uri
 from tasks.tracking.runs import RunRef
 from tasks.validate_config import validate_config
 
@@ -116,7 +116,7 @@ def _stages(
         RetrainResult(
             name=asked.run.name,
             reason=found.reason,
-            notes=tuple(notes(found)),
+            notes=tuple(comparison_caveats(found)),
             start=str(begins or "scratch"),
             text=text,
             champion=str(found.champion or ""),
@@ -135,7 +135,7 @@ def _ended(found: RetrainPlan, reason: str) -> RetrainResult:
         reason=reason,
         champion=str(found.champion or ""),
         prefect_ui=prefect_ui(found.config),
-        mlflow_ui=mlflow_ui(tracking_uri(found.config), root),
+        mlflow_ui=mlflow_ui(resolve_tracking_uri(found.config), root),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a challenger that begins with the champion's weights is trained on, and for how long."""
+"""Stage continue-data: dataset and length of a training from the champion's weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from tasks.find_changes import override_config
 def continue_data(
     config: RunConfig, dataset: DatasetManifest, changes: SourceChanges, max_steps_limit: int | None
 ) -> tuple[RunConfig, DatasetManifest]:
-    """The config with the length and the schedule for the new text, and the data set of that text
-    and a share of the old (gpt.data.continued)."""
+    """Return the config with steps and schedule for the new text, and the dataset of that text and
+    a share of the known text (gpt.data.continued)."""
     parent = config.run.root / DERIVED_DATASETS
-    made = continuation(dataset, changes.known, config.tokens_per_step, parent)
-    going_on = override_config(
-        config, build_continuation_overrides(config, made.train.tokens, max_steps_limit)
-    )
-    what = "all of it, which is new" if made is dataset else made.notes[-1]
-    log_info(f"{going_on.training.max_steps:,} steps with {made.folder}, {what}")
-    return going_on, made
+    continued = continuation(dataset, changes.known, config.tokens_per_step, parent)
+    overrides = build_continuation_overrides(config, continued.train.tokens, max_steps_limit)
+    config = override_config(config, overrides)
+    text = "new text only" if continued is dataset else continued.notes[-1]
+    log_info(f"{config.training.max_steps:,} steps on {continued.folder}: {text}")
+    return config, continued

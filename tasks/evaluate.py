@@ -21,7 +21,7 @@ from gpt.training.checkpoint.retention import (
     complete_checkpoints,
     read_progress,
 )
-from tasks.display import evaluate_display, log_info
+from tasks.display import log_info, show_evaluation
 from tasks.tracking.journal import PendingModel
 from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
@@ -42,7 +42,7 @@ def evaluate(
             # The samples first: a report that is there is whole.
             write_text(run.folder / SAMPLES, render_samples(report))
             save_report(run.folder, config, report)
-        recorder.report(report)
+        recorder.log_report(report)
         files = {name: run.folder / name for name in (REPORT_FILE, SAMPLES)}
         attach_artifacts(run, files, collect_models(run.folder.resolve(), checkpoint.step))
     return report
@@ -53,8 +53,7 @@ def evaluate_saved_model(
 ) -> EvaluationReport:
     """The report on the model in a folder, its progress shown."""
     network = load_model(model, pick_device(config.hardware.device))
-    with evaluate_display() as display:
-        return display.run_with_progress(evaluate_model(network, config, dataset, step))
+    return show_evaluation(evaluate_model(network, config, dataset, step))
 
 
 def collect_models(folder: Path, evaluated_step: int) -> tuple[PendingModel, ...]:

@@ -88,7 +88,7 @@ def evaluate_slices(
             old=pair("old", champion.dataset if champion.dataset_is_local else None),
             new=pair("new", new),
         )
-        recorder.against(checkpoint.step, rival, _losses(slices))
+        recorder.log_champion(checkpoint.step, rival, _losses(slices))
         files = sorted(run.folder.glob(f"*{REPORT_FILE}"))
         attach_artifacts(run, {path.name: path for path in files})
     return slices

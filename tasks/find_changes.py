@@ -1,4 +1,4 @@
-"""The first look of a retraining: who the champion is, and what of the source is new to it."""
+"""First stage of a retraining, find-changes: the champion, and what the source has that is new."""
 
 from __future__ import annotations
 
@@ -28,126 +28,125 @@ from tasks.tracking.champion import (
     find_champion,
     find_earlier_trial,
 )
-from tasks.tracking.metadata import tracking_uri
+from tasks.tracking.metadata import resolve_tracking_uri
 
-MOST_LISTED = 5
-"""Files that a line names."""
+MAX_NAMES = 5
+"""File names in one line."""
 StartFrom = Literal["scratch", "champion"]
-"""With which weights a challenger begins."""
+"""Initial weights of a challenger."""
 
 
 class RetrainPlan(Artifact):
-    """What a retraining goes on from."""
+    """What a retraining starts from."""
 
     config: RunConfig
-    """With the file that it was started for among its sources, and with the champion's weights to
-    begin with, where it is to go on from them."""
+    """With the given file among its sources and, for start = "champion", training.init_from set."""
     champion: Champion | None
     """None: there is none yet."""
     model: Path | None = None
-    """The champion's folder, where it will be needed."""
+    """The champion's folder, if it is needed."""
     changes: SourceChanges
     trial: str
-    """Names what is to be tried: data, settings and where it begins."""
+    """Key of data, settings and initial weights."""
     tried: EarlierTrial | None = None
-    """What came of trying it before."""
+    """Result of an earlier retraining with the same key."""
 
     @property
     def is_up_to_date(self) -> bool:
-        """Whether there is nothing to do."""
         return self.tried is not None or (self.champion is not None and not self.changes.any)
 
     @property
     def reason(self) -> str:
-        """Why there is something to do, or nothing, in a sentence."""
-        if self.champion is None:
-            return "there is no champion yet: the first one is trained"
-        if not self.changes.any:
-            removed = len(self.changes.removed)
-            since = f"; {removed} of its files are gone, which is nothing new" if removed else ""
-            return f"unchanged: {self.champion} was trained on every file of the source{since}"
+        """Why a challenger is trained or not, in one sentence."""
+        champion, changes = self.champion, self.changes
+        if champion is None:
+            return "there is no champion yet: training the first one"
+        if not changes.any:
+            count = len(changes.removed)
+            removed = f"; {count} of its files were removed, which adds nothing" if count else ""
+            return f"unchanged: {champion} was trained on every file of the source{removed}"
         if self.tried:
             became = "became" if self.tried.alias == "champion" else "stayed"
             return (
-                f"already tried: {self.champion.name} version {self.tried.version}, of the same "
-                f"data and settings, {became} {self.tried.alias}: {self.tried.reason}"
+                f"already tried: {champion.name} version {self.tried.version} has the same data "
+                f"and settings and {became} {self.tried.alias}: {self.tried.reason}"
             )
-        if not self.champion.dataset:
-            return f"changed: what {self.champion} was trained on is not known any more: all is new"
-        named = format_names(self.changes.new)
-        new = [f"new to {self.champion}: {named}"] if named else []
-        return f"changed: {'; '.join([*new, *self.changes.settings])}"
+        if not champion.dataset:
+            return f"changed: the dataset of {champion} is unknown, so all files count as new"
+        new = [f"new to {champion}: {format_names(changes.new)}"] if changes.new else []
+        return f"changed: {'; '.join([*new, *changes.settings])}"
 
 
 @task(name="find-changes", task_run_name="find-changes", cache_policy=NO_CACHE)
 def find_changes(config: RunConfig, path: str | None, start: StartFrom) -> RetrainPlan:
-    """`plan_retraining`, told."""
-    found = plan_retraining(config, path, start)
-    log_info(found.reason)
-    for note in notes(found):
-        log_warning(note)
-    return found
+    """Run `plan_retraining` and log its result."""
+    plan = plan_retraining(config, path, start)
+    log_info(plan.reason)
+    for caveat in comparison_caveats(plan):
+        log_warning(caveat)
+    return plan
 
 
 def plan_retraining(config: RunConfig, path: str | None, start: StartFrom) -> RetrainPlan:
-    """Hold the source, and the file `path` beside it, against the champion's data set. Writes
-    nothing but the hashes of files.
+    """Compare the source, and the file `path`, with the champion's dataset. Writes nothing but the
+    hashes of files.
 
-    Raises `ConfigError` for what cannot be retrained, `CorpusError` for files that cannot be used,
-    `RegistryError` where MLflow cannot be asked.
+    Raises `ConfigError` for a config that cannot be retrained, `CorpusError` for unusable files,
+    `RegistryError` if MLflow cannot be reached.
     """
     name = config.tracking.registered_model
     if not name:
-        rule = "is empty: there is no champion, and nothing that a challenger could become"
-        raise ConfigError(
-            Problem("tracking.registered_model", "", rule, "name a registered model, as gpt")
-        )
-    asked = add_source_file(config, path) if path else config
-    uri, root = tracking_uri(asked), asked.run.root
+        rule = "empty, so there is no champion to compare with"
+        remedy = 'name a registered model, e.g. "gpt"'
+        raise ConfigError(Problem("tracking.registered_model", "", rule, remedy))
+    if path:
+        config = add_source_file(config, path)
+    uri, root = resolve_tracking_uri(config), config.run.root
     champion = find_champion(name, uri, root)
     if champion:
-        _refuse_smaller_validation(asked, champion)
-    changes = find_source_changes(asked, champion.dataset if champion else None)
+        _check_validation_fraction(config, champion)
+    changes = find_source_changes(config, champion.dataset if champion else None)
     if champion and not changes.any:
-        return RetrainPlan(config=asked, champion=champion, changes=changes, trial="")
-    begins = champion if start == "champion" else None
-    values = identity_values(asked, changes.fingerprint) | {
-        "max_steps": asked.training.max_steps,
-        "begins_with": begins.location if begins else "",
+        return RetrainPlan(config=config, champion=champion, changes=changes, trial="")
+    initial = champion if start == "champion" else None
+    # The names of the values are part of the key, by which stores know earlier trials.
+    values = identity_values(config, changes.fingerprint) | {
+        "max_steps": config.training.max_steps,
+        "begins_with": initial.location if initial else "",
     }
     trial = fingerprint(values)
     tried = find_earlier_trial(name, uri, trial)
     model = fetch_champion(champion, uri, root) if champion and not tried else None
-    if begins and model:
-        asked = _beginning_with(asked, model)
+    if initial and model:
+        config = _set_init_from(config, model)
     return RetrainPlan(
-        config=asked, champion=champion, model=model, changes=changes, trial=trial, tried=tried
+        config=config, champion=champion, model=model, changes=changes, trial=trial, tried=tried
     )
 
 
-def notes(found: RetrainPlan) -> list[str]:
-    """What a person should know of a comparison that will not be quite fair or whole."""
-    champion, config = found.champion, found.config
-    if champion is None or found.is_up_to_date:
+def comparison_caveats(plan: RetrainPlan) -> list[str]:
+    """Return what makes the comparison with the champion incomplete or biased."""
+    champion = plan.champion
+    if champion is None or plan.is_up_to_date:
         return []
-    said = []
-    if champion.dataset and found.changes.removed:
-        removed = format_names(found.changes.removed)
-        said.append(f"the source does not have any more what {champion} was trained on: {removed}")
+    caveats = []
+    if champion.dataset and plan.changes.removed:
+        removed = format_names(plan.changes.removed)
+        caveats.append(f"{champion} was trained on files that the source no longer has: {removed}")
     if champion.dataset and not champion.dataset_is_local:
-        said.append(f"the data set of {champion} is gone: nothing is told of its old slice")
+        caveats.append(f"the dataset of {champion} is missing: its old slice is not evaluated")
     before = champion.validation_fraction
-    if before is not None and config.data.validation_fraction > before:
-        said.append(
+    if before is not None and plan.config.data.validation_fraction > before:
+        caveats.append(
             f"data.validation_fraction was {before}: {champion} was trained on some of the "
-            "documents that are kept out now, so its loss on the current slice is too good"
+            "documents that are held out now, so its loss on the current slice is too low"
         )
-    return said
+    return caveats
 
 
 def add_source_file(config: RunConfig, path: str) -> RunConfig:
-    """The config with the file at `path` among its sources, where they do not have it already.
-    Raises `CorpusError` for one that is not there or is no Parquet with the text column."""
+    """Add the file at `path` to data.source, unless the source already covers it. Raises
+    `CorpusError` if it does not exist or is not Parquet with the text column."""
     given = path if "://" in path else str(Path(path).expanduser().absolute())
     data = config.data
     try:
@@ -155,8 +154,8 @@ def add_source_file(config: RunConfig, path: str) -> RunConfig:
         for file in files:
             inspect(file, RowFilter(data.text_column))
     except CorpusError as error:
-        of_path = [replace(p, key="path") if p.key == "data.source" else p for p in error.problems]
-        raise CorpusError(*of_path) from error
+        problems = [replace(p, key="path") if p.key == "data.source" else p for p in error.problems]
+        raise CorpusError(*problems) from error
     covered = {file.key for file in find_sources(data.source)}
     if all(file.key in covered for file in files):
         return config
@@ -164,33 +163,30 @@ def add_source_file(config: RunConfig, path: str) -> RunConfig:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
+    """Format the first names, and the number of the others."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def override_config(config: RunConfig, values: dict[str, dict[str, object]]) -> RunConfig:
-    """The config with other values. Raises `ConfigError`."""
+    """Return the config with other values. Raises `ConfigError`."""
     return build_config(merge_overrides(config.model_dump(mode="json"), values))
 
 
-def _beginning_with(config: RunConfig, model: Path) -> RunConfig:
-    begun = override_config(config, {"training": {"init_from": str(model)}})
-    if problem := check_init_from(begun):
-        rule = f"the champion cannot be gone on from: it {problem.rule}"
-        remedy = f'give {problem.remedy}, or start from "scratch"'
+def _set_init_from(config: RunConfig, model: Path) -> RunConfig:
+    config = override_config(config, {"training": {"init_from": str(model)}})
+    if problem := check_init_from(config):
+        rule = f"the champion cannot be used as initial weights: {problem.rule}"
+        remedy = f'{problem.remedy}, or use start = "scratch"'
         raise ConfigError(Problem("start", "champion", rule, remedy))
-    return begun
+    return config
 
 
-def _refuse_smaller_validation(config: RunConfig, champion: Champion) -> None:
-    """A smaller share would let documents into training that were kept out of it before."""
+def _check_validation_fraction(config: RunConfig, champion: Champion) -> None:
+    """A smaller fraction would train on documents that were held out before."""
     fraction, before = config.data.validation_fraction, champion.validation_fraction
     if before is None or fraction >= before:
         return
-    rule = (
-        f"is less than the {before} of {champion}: documents that were kept for validation then "
-        "would be trained on now"
-    )
-    remedy = f"set it to {before} or more, or begin anew with another tracking.registered_model"
+    rule = f"less than the {before} of {champion}, so held-out documents would be trained on"
+    remedy = f"use {before} or more, or start over with another tracking.registered_model"
     raise ConfigError(Problem("data.validation_fraction", str(fraction), rule, remedy))

@@ -10,16 +10,8 @@ from gpt.config.schema import RunConfig
 from gpt.data.store import download_dataset, upload_dataset
 from gpt.data.summary import render_summary, write_summary
 from gpt.data.tokenize.pipeline import find_dataset, tokenize_corpus
-from gpt.data.tokenize.requests import Cluster
 from tasks.cluster.runner import resolve_cluster
-from tasks.display import (
-    TokenizeDisplay,
-    log_info,
-    log_warning,
-    run_with_progress,
-    tokenize_display,
-    transfer_display,
-)
+from tasks.display import log_info, log_warning, show_tokenizing, show_transfer
 from tasks.runtime.prefect_api import publish_markdown
 
 
@@ -40,8 +32,7 @@ def find_or_tokenize(config: RunConfig) -> DatasetManifest:
     if dataset is None:
         cluster = resolve_cluster(config.data)
         log_info(f"tokenising {', '.join(config.data.source)}")
-        with tokenize_display() as display:
-            dataset, verb = _made(config, cluster, display), "tokenised into"
+        dataset, verb = show_tokenizing(tokenize_corpus(config, cluster)), "tokenised into"
     else:
         for note in dataset.notes:
             log_warning(note)
@@ -60,15 +51,9 @@ def find_or_tokenize(config: RunConfig) -> DatasetManifest:
 
 
 def _fetched(config: RunConfig) -> DatasetManifest | None:
-    with transfer_display(f"fetching from {config.data.store}") as display:
-        return display.run_with_progress(download_dataset(config))
+    return show_transfer(f"fetching from {config.data.store}", download_dataset(config))
 
 
 def _put(dataset: DatasetManifest, store: str) -> None:
-    with transfer_display(f"putting into {store}") as display:
-        if display.run_with_progress(upload_dataset(dataset, store)):
-            log_info(f"put into {store}, for other machines")
-
-
-def _made(config: RunConfig, cluster: Cluster | None, display: TokenizeDisplay) -> DatasetManifest:
-    return run_with_progress(tokenize_corpus(config, cluster), display.show)
+    if show_transfer(f"putting into {store}", upload_dataset(dataset, store)):
+        log_info(f"put into {store}, for other machines")

@@ -1,4 +1,4 @@
-"""Stage 3, train: the night. Called directly, never submitted, so that a signal reaches it."""
+"""Stage 3, train. Called directly, never submitted, so that a signal reaches it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from gpt.config.schema import RunConfig
 from gpt.training.checkpoint.retention import latest_checkpoint, latest_valid_checkpoint
 from gpt.training.distributed.launch import launch_training
 from tasks.display import log_info, train_display
-from tasks.runtime.signals import stopping
+from tasks.runtime.signals import stop_signals
 from tasks.tracking.runs import RunRef, open_recorder
 
 
 @task(name="train", task_run_name="train", cache_policy=NO_CACHE)
 def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> CheckpointRef:
-    """Train to the config's last step, from the run folder's newest sound checkpoint if it has one.
+    """Train to the last step, from the latest valid checkpoint if the run folder has one.
 
-    Raises `StopRequested` after a checkpoint when a signal asks for it.
+    Raises `StopRequested` after writing a checkpoint if a signal asks for it.
     """
     checkpoint = latest_valid_checkpoint(run.folder)
     if checkpoint and checkpoint.finished:
         log_info(
             f"already finished at step {checkpoint.step} in {run.folder}; "
-            "start anew with --fresh or another run.name"
+            "to start over, use --fresh or another run.name"
         )
         return checkpoint
     if checkpoint:
-        log_info(f"going on after step {checkpoint.step} in {run.folder}")
+        log_info(f"resuming after step {checkpoint.step} in {run.folder}")
     else:
         log_info(f"training in {run.folder}")
-    with open_recorder(run) as recorder, train_display(config) as display, stopping.graceful_stop():
-        for record in launch_training(config, dataset, run.folder, stopping.requested):
-            recorder.step(record)
+    with (
+        open_recorder(run) as recorder,
+        train_display(config) as display,
+        stop_signals.graceful_stop(),
+    ):
+        for record in launch_training(config, dataset, run.folder, stop_signals.requested):
+            recorder.log_step(record)
             display.show(record)
     checkpoint = latest_checkpoint(run.folder)
     assert checkpoint, "the last step writes a checkpoint"

@@ -1,4 +1,4 @@
-"""Stage 1, validate-config: the config is right and can work here, or nothing else starts."""
+"""Stage 1, validate-config: a config that cannot work fails before anything else starts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tasks.runtime.prefect_api import publish_markdown
 
 @task(name="validate-config", task_run_name="validate-config", cache_policy=NO_CACHE)
 def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
-    """The preflight's report as an artifact, its warnings in the log.
+    """Run the preflight, publish its report as an artifact and log its warnings.
 
-    Raises `ConfigError` with every problem found, and `BenchmarkError` for a benchmark that cannot
-    be scored; the data have not been read by then.
+    Raises `ConfigError` with every problem found, and `BenchmarkError` for a benchmark file that
+    cannot be scored. The dataset is not read.
     """
     report = run_preflight(path, overrides, starting=True)
     name = report.figures.config.run.name if report.figures else report.path
     publish_markdown(f"preflight-{name}", render_markdown(report), summarize_report(report))
     for warning in report.warnings:
-        found = f"{warning.key} = {warning.value}" if warning.value else warning.key
-        log_warning(f"{found}: {warning.rule}; {warning.remedy}")
+        key = f"{warning.key} = {warning.value}" if warning.value else warning.key
+        log_warning(f"{key}: {warning.rule}; {warning.remedy}")
     if report.figures is None or report.problems:
         raise ConfigError(*report.problems)
     check_benchmarks(report.figures.config)

@@ -223,6 +223,6 @@ def prefect_server(
 @pytest.fixture
 def mlflow_client(tiny_root: Path) -> Any:
     """A client of the store under `tiny_root`."""
-    from tasks.tracking.runs import MlflowClient
+    from tasks.tracking.mlflow_api import MlflowClient
 
     return MlflowClient(tracking_uri=f"sqlite:///{tiny_root / 'mlflow' / 'mlflow.db'}")

@@ -19,7 +19,7 @@ from gpt.config.loading import load_config
 from gpt.errors import ConfigError
 from tasks.display import log_warning
 from tasks.runtime.prefect_api import is_api_unreachable
-from tasks.runtime.signals import stopping
+from tasks.runtime.signals import stop_signals
 
 if TYPE_CHECKING:
     from flows.compare import ComparisonResult
@@ -96,7 +96,7 @@ def _run(under_prefect: Callable[[], Any], without: Callable[[], Any]) -> Any:
         return _result(without())
     except CancelledRun as cancelled:
         print(f"\n{cancelled}", file=sys.stderr)
-        sys.exit(SIGNALLED + (stopping.signal or signal.SIGTERM))
+        sys.exit(SIGNALLED + (stop_signals.signal or signal.SIGTERM))
 
 
 def _run_folders(config: str, overrides: dict[str, Any]) -> set[Path]:

@@ -12,7 +12,7 @@ from prefect.states import Cancelled, Failed
 from flows.runtime.hooks import describe_remedies, notify_cancellation, notify_end
 from gpt.errors import GPTError
 from gpt.gc_tuning import tune_gc
-from tasks.runtime.signals import StopRequested, stopping
+from tasks.runtime.signals import StopRequested, stop_signals
 
 Result = TypeVar("Result")
 Call = Callable[[Task], Callable[..., Any]]
@@ -51,7 +51,7 @@ def run_flow(run: Callable[[], Result]) -> Result | State:
 
 def cancelled_on_signal(run: Callable[[], Result]) -> Result | State:
     """What `run` returns; Cancelled where a signal stopped it."""
-    with stopping:
+    with stop_signals:
         try:
             return run()
         except StopRequested as stop:

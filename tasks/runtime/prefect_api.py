@@ -1,4 +1,4 @@
-"""Prefect's API is a page to look at, not a thing to depend on: what it misses stops nothing."""
+"""Prefect's API: artifacts, and whether it can be reached. A run does not depend on it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gpt.errors import GPTError
 from tasks.display import log_warning
 
 UNREACHABLE = ("Failed to reach API", "Timed out while attempting to connect")
-"""How Prefect's own errors begin that say so and nothing else."""
+"""Beginnings of Prefect's own error messages about an unreachable API."""
 
 
 def is_api_unreachable(error: BaseException | None) -> bool:
-    """Whether the error, or one behind it, is that the API cannot be reached or does not work. An
-    error of ours is not, whatever network is behind it."""
+    """Return whether the error, or one of its causes, means that the API cannot be reached or does
+    not work. A `GPTError` does not, whatever network error caused it."""
     while error is not None and not isinstance(error, GPTError):
         if isinstance(error, httpx.TransportError) or str(error).startswith(UNREACHABLE):
             return True
@@ -29,12 +29,12 @@ def is_api_unreachable(error: BaseException | None) -> bool:
 
 
 def artifact_key(text: str) -> str:
-    """As Prefect takes one: all but letters and digits as dashes."""
+    """Return `text` as a Prefect artifact key: lower-case letters, digits and dashes."""
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def publish_markdown(key: str, markdown: str, description: str) -> None:
-    """A markdown artifact of this run; nothing outside of a Prefect run."""
+    """Create a Markdown artifact of the current Prefect run; outside of one, do nothing."""
     try:
         get_run_context()
     except MissingContextError:
@@ -45,4 +45,4 @@ def publish_markdown(key: str, markdown: str, description: str) -> None:
     except Exception as error:
         if not is_api_unreachable(error):
             raise
-        log_warning(f"Prefect's API is away, so it does not get the page {name}; the run goes on")
+        log_warning(f"Prefect's API is unreachable: the artifact {name} is not created")

@@ -1,13 +1,13 @@
-"""Signals from outside: training keeps what it has done, everything else ends at once.
+"""Stop signals: training finishes its micro-batch and writes a checkpoint, the rest stops at once.
 
-SIGTERM (a cancelled flow run, a time limit, a shutdown) and SIGINT (Ctrl-C) are taken alike. While
-`stopping.gracefully()` is open they only make `stopping.requested()` true, which training asks
-between two micro-batches; elsewhere they raise `StopRequested`, because whatever is broken off
-there is done again from what it left. Prefect kills what is still there 29 s after its SIGTERM.
+SIGTERM (a cancelled flow run, a timeout, a shutdown) and SIGINT (Ctrl-C) are handled alike. Inside
+`stop_signals.graceful_stop()` they only make `stop_signals.requested()` true, which training checks
+between micro-batches. Elsewhere they raise `StopRequested`: a stage that is interrupted is repeated
+on the next run. Prefect kills a process 29 s after its SIGTERM.
 
-Where a job may be taken away and planned again (docs/deploy.md) SIGTERM stays with Prefect, which
-asks nobody whose handler is not its own: its exception breaks training off after the last whole
-step, which becomes a checkpoint, and what becomes of the run is Prefect's affair.
+Where jobs may be preempted and rescheduled (docs/deploy.md), Prefect keeps SIGTERM, because it does
+not call the handlers of others. Its exception interrupts training after the last complete step,
+which becomes a checkpoint, and Prefect decides what happens to the run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PREFECT_DECIDES = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
 GRACE_SECONDS = 10.0
-"""For training to come to the end of a micro-batch; compiling the first one can take longer."""
+"""Time for training to finish its micro-batch; compiling the first one can take longer."""
 REPEATED_SECONDS = 2.0
-"""A signal so soon after another is the same one, sent to the process and to its group."""
+"""A second signal within this time is the same one, sent to the process and to its group."""
 
 
 class StopRequested(BaseException):
-    """The run was asked to stop, by `signal`; it stands `after_step`, where that is known."""
+    """The run was asked to stop by `signal`; `after_step` is its last step, if known."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -43,9 +43,9 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """Takes the signals while it is entered; in another thread than the main one it takes none.
+    """Context manager that handles the stop signals; does nothing outside of the main thread.
 
-    `signal`, the first one taken, can be read until it is entered again.
+    `signal`, the first one received, can be read until the next entry.
     """
 
     def __init__(self) -> None:
@@ -54,21 +54,21 @@ class StopSignals:
     def _reset(self) -> None:
         self.signal: int | None = None
         self._last = -REPEATED_SECONDS
-        self._graceful = False
-        self._insistence: threading.Timer | None = None
-        self._before: dict[int, Any] = {}
+        self._is_graceful = False
+        self._repeat: threading.Timer | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         self._reset()
         if threading.current_thread() is threading.main_thread():
             behaviour = os.environ.get(PREFECT_DECIDES, "").lower()
-            taken = SIGNALS[:1] if behaviour in ("reschedule", "relinquish") else SIGNALS
-            self._before = {number: signal.signal(number, self._take) for number in taken}
+            handled = SIGNALS[:1] if behaviour in ("reschedule", "relinquish") else SIGNALS
+            self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._no_more_insistence()
-        for number, handler in self._before.items():
+        self._cancel_repeat()
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def requested(self) -> bool:
@@ -76,34 +76,34 @@ class StopSignals:
 
     @contextmanager
     def graceful_stop(self) -> Iterator[None]:
-        """Let what is inside look at `requested` and end by itself; raises `StopRequested` after it
-        where that was asked for, and in the midst of it when it takes too long."""
-        self._graceful = True
+        """Let the block check `requested` and return by itself, then raise `StopRequested`. A block
+        that takes longer than `GRACE_SECONDS` is interrupted."""
+        self._is_graceful = True
         try:
             yield
         finally:
-            self._graceful = False
-            self._no_more_insistence()
+            self._is_graceful = False
+            self._cancel_repeat()
         if self.signal is not None:
             raise StopRequested(self.signal)
 
-    def _take(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         repeated, self._last = now - self._last < REPEATED_SECONDS, now
         if repeated:
             return
         first = self.signal is None
         self.signal = self.signal or number
-        if not (first and self._graceful):
+        if not (first and self._is_graceful):
             raise StopRequested(self.signal)
-        self._insistence = threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), number))
-        self._insistence.daemon = True
-        self._insistence.start()
+        self._repeat = threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), number))
+        self._repeat.daemon = True
+        self._repeat.start()
 
-    def _no_more_insistence(self) -> None:
-        if self._insistence:
-            self._insistence.cancel()
+    def _cancel_repeat(self) -> None:
+        if self._repeat:
+            self._repeat.cancel()
 
 
-stopping = StopSignals()
-"""Of this process: a signal has one handler."""
+stop_signals = StopSignals()
+"""The one of this process: a signal has one handler."""

@@ -1,4 +1,4 @@
-"""The champion as a challenger meets it: its weights, its data set, and what was tried before."""
+"""The champion and earlier challengers, as a retraining needs them."""
 
 from __future__ import annotations
 
@@ -11,110 +11,102 @@ from gpt.artifacts import Artifact, DatasetManifest
 from gpt.data.continued import DERIVED_DATASETS
 from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import DatasetError
-from tasks.tracking import mlflow_settings
+from tasks.tracking.mlflow_api import MlflowClient, entities, get_or_none
 from tasks.tracking.model_lookup import (
     ALIAS_TAG,
     CHAMPION,
     REASON_TAG,
     STEP_TAG,
     TRIAL_TAG,
-    asking,
-    cannot,
-    existing,
     fetch_model,
+    registry_error,
+    registry_errors,
+    sqlite_store_exists,
 )
-
-mlflow_settings.apply()
-
-from mlflow.entities import Run  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
 
 FINGERPRINT, FRACTION = "dataset.fingerprint", "data.validation_fraction"
 """Parameters of a run."""
 
 
 class Champion(Artifact):
-    """`<name> version <version>`, and what is left of what it was trained on."""
+    """The champion of a registered model, and what is known of its dataset."""
 
     name: str
     version: str
     location: str
-    """Where its files are stored: names it for good, in whatever registry."""
+    """Where its files are stored: identifies it across registries."""
     step: int
     dataset: DatasetManifest | None
-    """What is known of its data set; None: nothing is."""
+    """None: unknown."""
     dataset_is_local: bool = False
-    """Whether the shards lie in `dataset.folder`."""
+    """Whether the shards are in `dataset.folder`."""
     validation_fraction: float | None = None
-    """None: not known."""
+    """None: unknown."""
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}"
 
 
 class EarlierTrial(Artifact):
-    """What came of an earlier challenger."""
+    """The result of an earlier challenger with the same data and settings."""
 
     version: str
     alias: str
-    """The one that it was given then."""
+    """As decided at its registration."""
     reason: str
 
 
 def find_champion(name: str, uri: str, root: Path) -> Champion | None:
-    """Of the registered model `name` at the MLflow of `uri`; None where it has no version yet.
+    """Return the champion of the registered model `name`, or None if it has no version yet.
 
-    Raises `RegistryError` where MLflow cannot be asked, or where there are versions and none of
-    them is the champion: then no challenger could become it.
+    Raises `RegistryError` if MLflow cannot be reached, or if no version has the alias: then no
+    challenger could be promoted.
     """
-    if not _store_is_there(uri):
+    if not sqlite_store_exists(uri):
         return None
-    with asking(f"models:/{name}@{CHAMPION}", uri):
+    with registry_errors(f"models:/{name}@{CHAMPION}", uri):
         client = MlflowClient(tracking_uri=uri)
-        model = existing(lambda: client.get_registered_model(name))
+        model = get_or_none(lambda: client.get_registered_model(name))
         versions = client.search_model_versions(f"name = '{name}'") if model else []
         if not versions:
             return None
         number = str(model.aliases.get(CHAMPION, ""))
         if not number:
             known = ", ".join(str(version.version) for version in versions)
-            rule = f"none of its versions ({known}) is the {CHAMPION}, so that nothing can beat it"
-            remedy = f"give the alias {CHAMPION} to the version that is to be held against"
-            raise cannot(name, rule, remedy)
+            rule = f"none of its versions ({known}) has the alias {CHAMPION}"
+            raise registry_error(name, rule, f"give the alias {CHAMPION} to the version to beat")
         version = client.get_model_version(name, number)
-        location = client.get_model_version_download_uri(name, number)
-        run = version.run_id and existing(lambda: client.get_run(version.run_id))
-        dataset, here = _dataset_of(client, run, root) if run else (None, False)
-        fraction = run.data.params.get(FRACTION) if run else None
+        run = version.run_id and get_or_none(lambda: client.get_run(version.run_id))
+        dataset, is_local = _find_dataset(client, run, root) if run else (None, False)
+        fraction = run.data.params.get(FRACTION) if run else None  # pydantic makes it a number
         return Champion(
             name=name,
             version=number,
-            location=location,
+            location=client.get_model_version_download_uri(name, number),
             step=int(version.tags.get(STEP_TAG, 0)),
             dataset=dataset,
-            dataset_is_local=here,
-            validation_fraction=dataset.validation_fraction if dataset else _number(fraction),
+            dataset_is_local=is_local,
+            validation_fraction=dataset.validation_fraction if dataset else fraction,
         )
 
 
 def fetch_champion(champion: Champion, uri: str, root: Path) -> Path:
-    """The folder of its weights, fetched where they are stored elsewhere. Raises
-    `RegistryError`."""
+    """Return the folder of its weights, downloaded if necessary. Raises `RegistryError`."""
     return fetch_model(f"models:/{champion.name}/{champion.version}", uri, root)
 
 
 def find_earlier_trial(name: str, uri: str, trial: str) -> EarlierTrial | None:
-    """What came of the version that was made of this trial, the last one; None where it was not
-    tried, or not judged. Raises `RegistryError` where MLflow cannot be asked."""
-    if not _store_is_there(uri):
+    """Return the result of the last version with this trial key, or None. Raises `RegistryError`
+    if MLflow cannot be reached."""
+    if not sqlite_store_exists(uri):
         return None
-    with asking(name, uri):
+    with registry_errors(name, uri):
         client = MlflowClient(tracking_uri=uri)
         versions = client.search_model_versions(f"name = '{name}'")
-        judged = [version for version in versions if version.tags.get(TRIAL_TAG) == trial]
-        if not judged:
+        matching = [version for version in versions if version.tags.get(TRIAL_TAG) == trial]
+        if not matching:
             return None
-        last = max(judged, key=lambda version: int(version.version))
+        last = max(matching, key=lambda version: int(version.version))
         return EarlierTrial(
             version=str(last.version),
             alias=last.tags.get(ALIAS_TAG, ""),
@@ -122,14 +114,11 @@ def find_earlier_trial(name: str, uri: str, trial: str) -> EarlierTrial | None:
         )
 
 
-def _store_is_there(uri: str) -> bool:
-    """An SQLite store that no run has made yet must not be made by asking."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
-
-
-def _dataset_of(client: MlflowClient, run: Run, root: Path) -> tuple[DatasetManifest | None, bool]:
-    """The run's data set as it lies here, else its manifest as MLflow keeps it; whether it is
-    here."""
+def _find_dataset(
+    client: MlflowClient, run: entities.Run, root: Path
+) -> tuple[DatasetManifest | None, bool]:
+    """Return the manifest of the run's dataset, from `root` or from MLflow, and whether the
+    dataset is in `root`."""
     fingerprint = run.data.params.get(FINGERPRINT, "")
     for kind in ("datasets", DERIVED_DATASETS):
         with contextlib.suppress(DatasetError):
@@ -141,14 +130,7 @@ def _dataset_of(client: MlflowClient, run: Run, root: Path) -> tuple[DatasetMani
         return None, False
     with TemporaryDirectory() as folder:
         path = Path(client.download_artifacts(run.info.run_id, name, folder))
-        with contextlib.suppress(ValueError):  # of another version of ours
+        with contextlib.suppress(ValueError):  # written by another version of this program
             values = json.loads(path.read_bytes()) | {"folder": root / "datasets"}
             return DatasetManifest.model_validate(values), False
     return None, False
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return None

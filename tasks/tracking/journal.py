@@ -1,10 +1,9 @@
-"""What a run has to tell, on disk before it is told to anyone: the metrics and the outbox.
+"""The tracking data of a run in its folder, written before anything is sent to MLflow.
 
-Three files in the run folder. `metrics.jsonl`, the journal: one line a step, appended, never
-changed. `tracking_outbox.json`: what else MLflow is to know (parameters, data set, files, models,
-status).
-`tracking_run.json`: which MLflow run it goes to and how much of it has arrived. A server that is
-away, slow or gone therefore loses nothing, and nothing is told twice.
+`metrics.jsonl` holds the metrics, one JSON line per step, append-only. `tracking_outbox.json` holds
+what else MLflow should know (parameters, dataset, files, models, status). `tracking_run.json` holds
+the MLflow run and how much it has received. A slow or unreachable server therefore loses nothing,
+and nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -26,14 +25,92 @@ from gpt.files import write_text
 METRICS_FILE = "metrics.jsonl"
 METADATA_FILE = "tracking_outbox.json"
 SYNC_STATE_FILE = "tracking_run.json"
-TAG_LENGTH = 5_000
-"""Characters that MLflow has room for in a tag."""
+MAX_TAG_LENGTH = 5_000
+"""MLflow's limit, in characters."""
 
 T = TypeVar("T", bound=Artifact)
 
+# --- metrics -------------------------------------------------------------------------------------
 
-class DatasetInput(Artifact):
-    """What the run was trained on, as MLflow shows it."""
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """One line of the file."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+
+class MetricsJournal:
+    """The file, open for appending. Each (key, step) is written once: the steps that a resumed run
+    repeats are already there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_FILE
+        _drop_incomplete_line(self.path)
+        lines, self._size = read_metrics(self.path)
+        self._known = {(key, line.step) for line in lines for key in line.metrics}
+        self._pending: list[bytes] = []
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Write the metrics that are new, and return whether there were any. Raises `OSError` if
+        the disk is full; the line is then kept in memory until the next call."""
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
+        if new:
+            line = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
+            self._pending.append(json.dumps(line).encode() + b"\n")
+            self._known.update((key, step) for key in new)
+        self._write_pending()
+        return bool(new)
+
+    def _write_pending(self) -> None:
+        if not self._pending:
+            return
+        data = b"".join(self._pending)
+        with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as file:
+            # An earlier write to a full disk may have left half a line.
+            file.truncate(self._size)
+            file.seek(self._size)
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._size += len(data)
+        self._pending.clear()
+
+
+def read_metrics(
+    path: Path, start: int = 0, limit: int | None = None
+) -> tuple[list[MetricsLine], int]:
+    """Read up to `limit` complete lines from byte `start`; also return the byte after the last."""
+    lines: list[MetricsLine] = []
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return lines, start
+    with file:
+        file.seek(start)
+        for raw in file:
+            if len(lines) == limit or not raw.endswith(b"\n"):
+                break
+            lines.append(MetricsLine(**json.loads(raw)))
+            start += len(raw)
+    return lines, start
+
+
+def _drop_incomplete_line(path: Path) -> None:
+    """Cut off the last line if the process was killed while writing it."""
+    if not path.exists():
+        return
+    _, end = read_metrics(path)
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+
+
+# --- metadata and sync state ---------------------------------------------------------------------
+
+
+class DatasetInfo(Artifact):
+    """The training dataset as MLflow shows it."""
 
     name: str
     digest: str
@@ -43,36 +120,36 @@ class DatasetInput(Artifact):
 
 
 class PendingModel(Artifact):
-    """A checkpoint that MLflow shows as a model."""
+    """A checkpoint that MLflow shows as a logged model."""
 
     name: str
     step: int
     tokens_seen: int
     folder: Path
     files: tuple[Path, ...] = ()
-    """What MLflow stores of it; nothing: it is named, and stays where it is."""
+    """Files to upload; if empty, MLflow only records the folder."""
     report_sha256: str = ""
-    """Of the report among the files: another evaluation is another thing to send."""
+    """Hash of the report among the files: a new evaluation is sent again."""
 
 
 class SyncedModel(Artifact):
-    """A model that has arrived."""
+    """A model that MLflow has received."""
 
     entry: PendingModel
     model_id: str
 
 
 class RegisteredVersion(Artifact):
-    """A model as a version of a registered one, and how it was judged."""
+    """A version of a registered model, and the promotion decision for it."""
 
     name: str
     version: str
     step: int
     alias: str
-    """The one that the version was given: champion or challenger."""
+    """champion or challenger, as decided at registration."""
     reason: str
     comparable: bool = True
-    """False where it could not be held against the champion: it is judged again when it can."""
+    """False if it could not be compared with the champion; it is compared as soon as it can be."""
     trial: str = ""
 
     def __str__(self) -> str:
@@ -80,171 +157,108 @@ class RegisteredVersion(Artifact):
 
 
 class PendingMetadata(Artifact):
-    """What MLflow is to know beside the metrics."""
+    """What MLflow should know about a run besides its metrics."""
 
     uid: str
-    """Tags the MLflow run, so that one that was made is found again, whatever was interrupted."""
+    """Tag of the MLflow run, by which an interrupted sync finds it again."""
     name: str
     experiment: str
     uri: str = ""
-    """The server that the run began with."""
+    """The server at the start of the run."""
     artifacts: str
-    """Where a new experiment keeps its files; empty: where its server keeps them."""
+    """Artifact location of a new experiment; empty: the server's default."""
     parameters: dict[str, str]
     tags: dict[str, str]
-    dataset: DatasetInput
+    dataset: DatasetInfo
     files: dict[str, Path] = Field(default_factory=dict)
-    """Path inside the MLflow run's artifacts -> the local file or folder."""
+    """Artifact path in the MLflow run -> local file or folder."""
     parent: Path | None = None
-    """Folder of the run that this one is part of."""
+    """Folder of the parent run."""
     note: str = ""
-    """Markdown that MLflow's page of the run begins with."""
+    """Markdown description at the top of the run's page."""
     trial: str = ""
-    """What the run tries as a retraining (tasks.find_changes), to be known of its version."""
+    """Key of the retraining (tasks.find_changes), stored with the model version."""
     models: tuple[PendingModel, ...] = ()
     registered_model: str = ""
-    """Registered model that the last of `models` is to be a version of; empty: of none."""
+    """Registered model that gets the last of `models` as a version; empty: none."""
     status: str = "RUNNING"
     error: str = ""
 
     @property
     def model_to_register(self) -> PendingModel | None:
-        """The last model that MLflow stores, where it is to be registered."""
-        stored = [entry for entry in self.models if entry.files]
+        """The last model with files, if a registered model is named."""
+        stored = [model for model in self.models if model.files]
         if not (self.registered_model and stored):
             return None
-        return max(stored, key=lambda entry: entry.step)
+        return max(stored, key=lambda model: model.step)
 
 
 class SyncState(Artifact):
-    """What has arrived, and where."""
+    """The MLflow run of a run folder, and what it has received."""
 
     uri: str
     run_id: str
     experiment_id: str = ""
     described: bool = False
+    """Whether parameters and dataset have been sent."""
     sent_bytes: int = 0
-    """Length of the journal's part that has been sent."""
+    """Length of the part of `metrics.jsonl` that has been sent."""
     files: dict[str, Path] = Field(default_factory=dict)
     tags: dict[str, str] = Field(default_factory=dict)
-    """Those that may change."""
     models: dict[str, SyncedModel] = Field(default_factory=dict)
     registered: RegisteredVersion | None = None
     status: str = "RUNNING"
-
-
-@dataclass(frozen=True)
-class MetricsLine:
-    """One line of the journal."""
-
-    step: int
-    time_ms: int
-    metrics: dict[str, float]
-
-
-class MetricsJournal:
-    """The journal, open for appending. A (key, step) that it holds is never written again: what
-    a resumed run repeats is what the journal has already."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS_FILE
-        _cut_torn_line(self.path)
-        lines, self._end = read_metrics(self.path)
-        self._known = {(key, line.step) for line in lines for key in line.metrics}
-        self._waiting: list[bytes] = []
-
-    def append(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Write what is new of `metrics`; whether there was any. Raises OSError where the disk
-        takes no more: the line waits in memory for the next call."""
-        new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
-        if new:
-            line = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
-            self._waiting.append(json.dumps(line).encode() + b"\n")
-            self._known.update((key, step) for key in new)
-        self.flush()
-        return bool(new)
-
-    def flush(self) -> None:
-        """Write what waits. Raises OSError where the disk does not take it."""
-        if not self._waiting:
-            return
-        waiting = b"".join(self._waiting)
-        with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as file:
-            # A full disk may have taken half a line before.
-            file.truncate(self._end)
-            file.seek(self._end)
-            if file.write(waiting) < len(waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self._end += len(waiting)
-        self._waiting.clear()
-
-
-def read_metrics(
-    path: Path, start: int = 0, most: int | None = None
-) -> tuple[list[MetricsLine], int]:
-    """Up to `most` complete lines from byte `start`, and the byte after the last of them."""
-    lines: list[MetricsLine] = []
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return lines, start
-    with file:
-        file.seek(start)
-        for raw in file:
-            if len(lines) == most or not raw.endswith(b"\n"):
-                break
-            lines.append(MetricsLine(**json.loads(raw)))
-            start += len(raw)
-    return lines, start
-
-
-def find_registered_version(
-    receipt: SyncState | None, name: str, step: int
-) -> RegisteredVersion | None:
-    """What has become of the model of `step` as a version of `name`; None: nothing yet."""
-    done = receipt.registered if receipt else None
-    return done if done and (done.name, done.step) == (name, step) else None
-
-
-def count_unsent_lines(folder: Path, receipt: SyncState | None) -> int:
-    """Lines of the journal that MLflow does not have yet."""
-    return len(read_metrics(folder / METRICS_FILE, receipt.sent_bytes if receipt else 0)[0])
 
 
 def read_metadata(folder: Path) -> PendingMetadata | None:
     return _read(PendingMetadata, folder / METADATA_FILE)
 
 
-def write_metadata(folder: Path, outbox: PendingMetadata) -> None:
-    write_text(folder / METADATA_FILE, outbox.model_dump_json(indent=2))
-
-
 def require_metadata(folder: Path) -> PendingMetadata:
-    outbox = read_metadata(folder)
-    assert outbox, f"{folder} was not opened by open_run"
-    return outbox
+    metadata = read_metadata(folder)
+    assert metadata, f"{folder} was not opened by open_run"
+    return metadata
+
+
+def update_metadata(folder: Path, **changes: Any) -> PendingMetadata:
+    """Change fields of the run's metadata on disk and return it."""
+    metadata = require_metadata(folder)
+    changed = metadata.model_copy(update=changes)
+    if changed != metadata:
+        write_metadata(folder, changed)
+    return changed
+
+
+def write_metadata(folder: Path, metadata: PendingMetadata) -> None:
+    write_text(folder / METADATA_FILE, metadata.model_dump_json(indent=2))
 
 
 def set_status(folder: Path, status: str, error: str = "") -> None:
-    outbox = require_metadata(folder)
-    if (outbox.status, outbox.error) != (status, error):
-        changed = outbox.model_copy(update={"status": status, "error": error[:TAG_LENGTH]})
-        write_metadata(folder, changed)
+    update_metadata(folder, status=status, error=error[:MAX_TAG_LENGTH])
 
 
 def read_sync_state(folder: Path) -> SyncState | None:
     return _read(SyncState, folder / SYNC_STATE_FILE)
 
 
-def write_sync_state(folder: Path, receipt: SyncState) -> None:
-    write_text(folder / SYNC_STATE_FILE, receipt.model_dump_json(indent=2))
+def save_state(folder: Path, state: SyncState, **changes: Any) -> SyncState:
+    """Write the state with the changes and return it."""
+    state = state.model_copy(update=changes)
+    write_text(folder / SYNC_STATE_FILE, state.model_dump_json(indent=2))
+    return state
 
 
-def save_state(folder: Path, receipt: SyncState, **changes: Any) -> SyncState:
-    """The receipt with the changes, written down."""
-    receipt = receipt.model_copy(update=changes)
-    write_sync_state(folder, receipt)
-    return receipt
+def find_registered_version(
+    state: SyncState | None, name: str, step: int
+) -> RegisteredVersion | None:
+    """Return the version of `name` that the model of `step` has become, or None."""
+    version = state.registered if state else None
+    return version if version and (version.name, version.step) == (name, step) else None
+
+
+def count_unsent_lines(folder: Path, state: SyncState | None) -> int:
+    """Count the lines of `metrics.jsonl` that MLflow does not have yet."""
+    return len(read_metrics(folder / METRICS_FILE, state.sent_bytes if state else 0)[0])
 
 
 def _read(kind: type[T], path: Path) -> T | None:
@@ -252,12 +266,3 @@ def _read(kind: type[T], path: Path) -> T | None:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Drop the half line that a process left which was killed while writing it."""
-    if not path.exists():
-        return
-    _, end = read_metrics(path)
-    if end < path.stat().st_size:
-        os.truncate(path, end)

@@ -1,4 +1,4 @@
-"""What MLflow is to know of a run beside its metrics: parameters, tags, data set, first files."""
+"""What is known of a run at its start: parameters, tags, dataset and first files for MLflow."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from gpt.files import write_text
 from gpt.hardware.device import pick_device
 from gpt.model.architectures import build_model
 from gpt.schedule import peak_learning_rates
-from tasks.tracking.journal import DatasetInput, PendingMetadata
+from tasks.tracking.journal import DatasetInfo, PendingMetadata
 
-CHANGED = "+changes"
-DIGEST_LENGTH = 36
-"""Characters that MLflow has room for."""
+DIRTY_SUFFIX = "+changes"
+MAX_DIGEST_LENGTH = 36
+"""MLflow's limit, in characters."""
 
 
-def tracking_uri(config: RunConfig) -> str:
-    """The config's server, else MLFLOW_TRACKING_URI, else SQLite under the run's root."""
+def resolve_tracking_uri(config: RunConfig) -> str:
+    """Return tracking.uri, else MLFLOW_TRACKING_URI, else the SQLite store under run.root."""
     return config.tracking.uri or default_tracking_uri(config.run.root)
 
 
 def default_tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else SQLite under `root`."""
+    """Return MLFLOW_TRACKING_URI, else the SQLite store under `root`."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     return given or f"sqlite:///{mlflow_folder(root) / 'mlflow.db'}"
 
@@ -44,41 +44,47 @@ def mlflow_folder(root: Path) -> Path:
     return root.resolve() / "mlflow"
 
 
-def describe(config: RunConfig, dataset: DatasetManifest, folder: Path) -> PendingMetadata:
+def build_run_metadata(
+    config: RunConfig, dataset: DatasetManifest, folder: Path
+) -> PendingMetadata:
     resolved = folder / "config.json"
     write_text(resolved, config.model_dump_json(indent=2) + "\n")
     commit = git_commit()
     return PendingMetadata(
-        uid=uuid.uuid4().hex,
+        **_shared_metadata(config, dataset),
         name=config.run.name,
-        experiment=config.tracking.experiment,
-        uri=tracking_uri(config),
-        artifacts=_artifact_location(config),
         parameters=run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
-        tags={"mlflow.source.git.commit": commit.removesuffix(CHANGED)} if commit else {},
-        dataset=_dataset_input(dataset),
+        tags={"mlflow.source.git.commit": commit.removesuffix(DIRTY_SUFFIX)} if commit else {},
         files={"config.json": resolved.resolve()} | _dataset_files(dataset),
     )
 
 
-def describe_comparison(
+def build_comparison_metadata(
     config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
 ) -> PendingMetadata:
-    """Of the run above those that are compared: what they share, and `compared`."""
-    shared = {
-        "dataset.fingerprint": dataset.fingerprint,
-        "evaluation.tokens": _text(config.evaluation.tokens),
-    }
+    """Describe the parent run of a comparison: the parameters `compared`, and what is shared."""
     return PendingMetadata(
-        uid=uuid.uuid4().hex,
+        **_shared_metadata(config, dataset),
         name=folder.name.rpartition("-")[0],
-        experiment=config.tracking.experiment,
-        uri=tracking_uri(config),
-        artifacts=_artifact_location(config),
-        parameters={**compared, **shared},
+        parameters={
+            **compared,
+            "dataset.fingerprint": dataset.fingerprint,
+            "evaluation.tokens": _to_text(config.evaluation.tokens),
+        },
         tags={},
-        dataset=_dataset_input(dataset),
     )
+
+
+def _shared_metadata(config: RunConfig, dataset: DatasetManifest) -> dict[str, Any]:
+    uri = resolve_tracking_uri(config)
+    artifacts = (mlflow_folder(config.run.root) / "artifacts").as_uri()
+    return {
+        "uid": uuid.uuid4().hex,
+        "experiment": config.tracking.experiment,
+        "uri": uri,
+        "artifacts": artifacts if uri.startswith("sqlite:///") else "",
+        "dataset": _describe_dataset(dataset),
+    }
 
 
 def _dataset_files(dataset: DatasetManifest) -> dict[str, Path]:
@@ -86,19 +92,13 @@ def _dataset_files(dataset: DatasetManifest) -> dict[str, Path]:
     return {f"dataset/{name}": path.resolve() for name, path in files.items() if path.exists()}
 
 
-def _artifact_location(config: RunConfig) -> str:
-    """Beside the SQLite store; a server has a place of its own."""
-    if not tracking_uri(config).startswith("sqlite:///"):
-        return ""
-    return (mlflow_folder(config.run.root) / "artifacts").as_uri()
-
-
 def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:
-    """Every config value, and what follows from the config, the data and the machine."""
+    """Return every config value, and what follows from the config, the dataset and the machine."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(config.model).parameters())
     device = pick_device(config.hardware.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    packages = ("overnight", "torch", "mlflow", "prefect", "polars", "tiktoken")
     derived = {
         "parameters": parameters,
         "tokens_per_step": config.tokens_per_step,
@@ -108,44 +108,41 @@ def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str
         "dataset.validation_tokens": dataset.validation.tokens,
         "device": f"{device.type}: {name}",
         "versions.python": platform.python_version(),
+        **{f"versions.{package}": version(package) for package in packages},
     }
-    derived |= {
-        f"versions.{package}": version(package)
-        for package in ("overnight", "torch", "mlflow", "prefect", "polars", "tiktoken")
-    }
-    return {key: _text(value) for key, value in (config.flatten() | derived).items()}
+    return {key: _to_text(value) for key, value in (config.flatten() | derived).items()}
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def git_commit() -> str:
-    """The commit of the code, with "+changes" where files differ from it; "" outside of git."""
-    code = Path(__file__).resolve().parent.parent
+    """Return the commit of the code, with "+changes" if the tree is dirty; "" outside of git."""
+    code = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(code)]
     try:
-        # The tree must be the code's own: an installed package may lie inside another one.
-        top = _output([*git, "rev-parse", "--show-toplevel"])
+        # An installed package may lie inside another project's repository.
+        top = _run(*git, "rev-parse", "--show-toplevel")
         if Path(top) != code:
             return ""
-        changes = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-        return _output([*git, "rev-parse", "HEAD"]) + (CHANGED if changes else "")
+        changes = _run(*git, "status", "--porcelain", "--untracked-files=no")
+        return _run(*git, "rev-parse", "HEAD") + (DIRTY_SUFFIX if changes else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def _output(command: list[str]) -> str:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 
-def _dataset_input(dataset: DatasetManifest) -> DatasetInput:
+def _describe_dataset(dataset: DatasetManifest) -> DatasetInfo:
     sources = tuple(source.path for source in dataset.sources)
     first = Path(sources[0])
-    return DatasetInput(
+    return DatasetInfo(
         name=first.stem if len(sources) == 1 else first.parent.name or "parquet",
-        digest=dataset.fingerprint[:DIGEST_LENGTH],
+        digest=dataset.fingerprint[:MAX_DIGEST_LENGTH],
         sources=sources,
         text_column=dataset.text_column,
         profile={

@@ -1,4 +1,4 @@
-"""Settings that MLflow reads from the environment, at its import or at each call."""
+"""Settings that MLflow reads from the environment, some of them when it is imported."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ANSWER = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+REQUEST_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # A call that cannot reach a server gives up soon, since the courier tries again by itself.
+    # Fail fast when the server is unreachable: the sync thread retries by itself.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    ANSWER: "20",
-    # Nothing of the folder that a run was started in belongs to its model.
+    REQUEST_TIMEOUT: "20",
+    # The model must not depend on the folder that the run was started in.
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
 
 
 def apply() -> None:
-    """To be called before mlflow is imported. What is in the environment already wins."""
+    """Set the defaults; call before importing mlflow. Existing environment variables win."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
-def uploading(seconds: int) -> Iterator[None]:
-    """Wait so long for an answer, unless the environment was told how long: a server that has taken
-    a file is silent until the store behind it has it too. Of the whole process, as the setting."""
-    ours = os.environ.get(ANSWER) == SETTINGS[ANSWER]
-    if ours:
-        os.environ[ANSWER] = str(seconds)
+def upload_timeout(seconds: int) -> Iterator[None]:
+    """Raise the request timeout of this process during an upload, unless the user has set it: a
+    server that proxies artifacts answers only after its own store has the file."""
+    is_default = os.environ.get(REQUEST_TIMEOUT) == SETTINGS[REQUEST_TIMEOUT]
+    if is_default:
+        os.environ[REQUEST_TIMEOUT] = str(seconds)
     try:
         yield
     finally:
-        if ours:
-            os.environ[ANSWER] = SETTINGS[ANSWER]
+        if is_default:
+            os.environ[REQUEST_TIMEOUT] = SETTINGS[REQUEST_TIMEOUT]

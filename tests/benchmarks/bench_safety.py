@@ -158,7 +158,7 @@ def steps_with_a_server_away():
         seconds, last = {}, time.perf_counter()
         with track_run_status(run), open_recorder(run) as recorder:
             for record in train(config, dataset, run.folder):
-                recorder.step(record)
+                recorder.log_step(record)
                 if record.loss:
                     seconds[record.step] = time.perf_counter() - last
                 if record.step == KILLED_AFTER and record.loss:

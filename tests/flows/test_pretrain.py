@@ -14,7 +14,7 @@ from waiting import wait_for
 from flows.pretrain import pretrain
 from gpt.errors import ConfigError
 from gpt.training.checkpoint.retention import latest_checkpoint
-from tasks.tracking.runs import MlflowClient
+from tasks.tracking.mlflow_api import MlflowClient
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

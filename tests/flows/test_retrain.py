@@ -27,7 +27,7 @@ from gpt.training import loop
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks import evaluate_slices
 from tasks.tracking import registry
-from tasks.tracking.runs import MlflowClient
+from tasks.tracking.mlflow_api import MlflowClient
 
 LENGTH = 500
 """Characters of a document: the slices are to be small and of many documents."""
@@ -88,7 +88,7 @@ def nights(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatc
         folder.mkdir()
         (folder / "MLmodel").write_text("flavors: {}\n")
 
-    monkeypatch.setattr(registry, "_write_wrapper", write)
+    monkeypatch.setattr(registry, "write_pyfunc_model", write)
     return Nights(tmp_path, mlflow_database)
 
 
@@ -296,7 +296,9 @@ def test_what_would_not_work_or_let_validation_text_in_is_refused(nights: Nights
     with pytest.raises(CorpusError, match=r"tiny\.toml\n.*not Parquet"):
         nights.night(path=nights.path)
     nights.arrives("b.parquet", SECOND)
-    with pytest.raises(ConfigError, match=r"cannot be gone on from.*another shape: n_embd 16"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be used as initial weights.*another shape: n_embd 16"
+    ):
         nights.night("champion", model={"n_embd": 32})
     with pytest.raises(ConfigError, match="registered_model"):
         nights.night(tracking={"registered_model": ""})
@@ -314,13 +316,13 @@ def test_a_lost_data_set_is_said_and_other_settings_are_a_change(nights: Nights)
     more = nights.night(training={"max_steps": 1}, data={"validation_fraction": 0.3})
     assert "data.validation_fraction is 0.3 and was 0.2" in more.reason
     assert len(more.notes) == 2
-    assert "is gone" in more.notes[0]
-    assert "too good" in more.notes[1]
+    assert "is missing" in more.notes[0]
+    assert "too low" in more.notes[1]
     assert (more.slices.old, more.slices.new) == (None, None)
     artifacts = nights.mlflow.get_run(first.outcome.mlflow_run_id).info.artifact_uri
     shutil.rmtree(Path(artifacts.removeprefix("file://")) / "dataset")
     shutil.rmtree(nights.root / "datasets")
     lost = nights.night(training={"max_steps": 2})
-    assert "not known any more: all is new" in lost.reason
+    assert "is unknown, so all files count as new" in lost.reason
     assert lost.outcome.registered.version == "3"
     assert latest_checkpoint(lost.outcome.folder).step == 2

@@ -12,9 +12,9 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 
-from tasks.tracking.runs import MlflowClient
+from tasks.tracking.mlflow_api import MlflowClient
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, str]:

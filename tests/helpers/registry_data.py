@@ -68,9 +68,11 @@ def finished_run(root, evaluation, seed=1337, uri=""):
     save_report(folder, config, evaluation)
     run = open_run(config, dataset, folder)
     with open_recorder(run) as recorder:
-        recorder._append(STEPS[0], {"val/loss": 6.0, "val/bits_per_byte": 2.0, "train/loss": 6.1})
-        recorder._append(STEPS[1], {"val/loss": 5.0, "train/loss": 5.1})
-        recorder.report(evaluation)
+        recorder.log_metrics(
+            STEPS[0], {"val/loss": 6.0, "val/bits_per_byte": 2.0, "train/loss": 6.1}
+        )
+        recorder.log_metrics(STEPS[1], {"val/loss": 5.0, "train/loss": 5.1})
+        recorder.log_report(evaluation)
         attach_artifacts(
             run, {REPORT_FILE: folder / REPORT_FILE}, collect_models(folder, STEPS[-1])
         )

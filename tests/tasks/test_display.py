@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TELL_MUCH = """
 import sys
-from tasks.display import tell
+from tasks.display import log_info
 for _ in range(20_000):
-    tell("more than a pipe holds")
+    log_info("more than a pipe holds")
 open(sys.argv[1], "w").close()
 """
 

@@ -38,7 +38,7 @@ from flows.service.supervisor import POOL, ServiceSettings
 from gpt.config.loading import load_config
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.tracking.journal import METRICS_FILE, read_metrics
-from tasks.tracking.runs import MlflowClient
+from tasks.tracking.mlflow_api import MlflowClient
 
 EXIT_SECONDS = 25.0
 DEPLOYED = [

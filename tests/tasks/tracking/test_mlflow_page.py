@@ -46,7 +46,7 @@ def tracked(width: int, root: Path) -> RunRef:
             seen, rate = step * config.tokens_per_step, 0.02 * (1 - step / STEPS)
             if step:
                 trained = loss(width, step) + 0.03 * math.sin(step)
-                recorder.step(
+                recorder.log_step(
                     StepRecord(
                         step,
                         seen,
@@ -66,7 +66,7 @@ def tracked(width: int, root: Path) -> RunRef:
                 validation = HeldoutLoss(
                     tokens=10_000, loss=held, perplexity=math.exp(held), bits_per_byte=held / 3.2
                 )
-                recorder.step(StepRecord(step, seen, rate, validation=validation))
+                recorder.log_step(StepRecord(step, seen, rate, validation=validation))
     return run
 
 

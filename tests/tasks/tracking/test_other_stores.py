@@ -15,7 +15,7 @@ from overnight_up import SMALL, Service, small
 from servers import BUCKET, KEYS, SECRET, object_store
 from waiting import free_port
 
-from tasks.tracking.runs import MlflowClient
+from tasks.tracking.mlflow_api import MlflowClient
 
 SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 

@@ -20,7 +20,8 @@ from servers import MlflowServer
 
 from flows.cli.model_choice import find_model, read_model_facts
 from gpt.errors import RegistryError
-from tasks.tracking import journal, mlflow_settings, registry, sync
+from tasks.tracking import journal, mlflow_settings, registry, sync_thread
+from tasks.tracking.mlflow_api import MlflowClient
 from tasks.tracking.model_lookup import (
     AGAINST_TAG,
     ALIAS_TAG,
@@ -28,9 +29,9 @@ from tasks.tracking.model_lookup import (
     REASON_TAG,
     STEP_TAG,
     UID_TAG,
-    local_folder,
+    local_path,
 )
-from tasks.tracking.runs import MlflowClient, register, sync_run
+from tasks.tracking.runs import register_last_model, sync_run
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def light(monkeypatch):
         folder.mkdir()
         (folder / "MLmodel").write_text("flavors: {}\n")
 
-    monkeypatch.setattr(registry, "_write_wrapper", write)
+    monkeypatch.setattr(registry, "write_pyfunc_model", write)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def client(tiny_root, mlflow_client) -> MlflowClient:
 
 def registered(root, name, evaluation, **settings):
     finished = finished_run(root, evaluation, **settings)
-    return finished, register(finished.run, name)
+    return finished, register_last_model(finished.run, name)
 
 
 def versions(client, name):
@@ -114,14 +115,14 @@ def test_only_a_better_one_takes_the_champion_s_place(
 def test_the_same_run_twice_is_one_version_judged_once(tiny_root, client, name):
     registered(tiny_root, name, report())
     finished, done = registered(tiny_root, name, report(-0.1, seed=2))
-    assert register(finished.run, name) == done
+    assert register_last_model(finished.run, name) == done
     (finished.folder / journal.SYNC_STATE_FILE).unlink()
-    assert register(finished.run, name) == done
+    assert register_last_model(finished.run, name) == done
     assert len(versions(client, name)) == 2
     # Long beaten, it comes again: it takes nothing back.
     registered(tiny_root, name, report(-0.2, seed=3))
     (finished.folder / journal.SYNC_STATE_FILE).unlink()
-    assert register(finished.run, name) == done
+    assert register_last_model(finished.run, name) == done
     assert aliases(client, name) == {"champion": 3, "previous-champion": 2}
 
 
@@ -156,7 +157,7 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
         loses_answers(call)
     while lost < 100:
         try:
-            sync.sync_folder(finished.folder, finished.run.uri)
+            sync_thread.sync_folder(finished.folder, finished.run.uri)
             break
         except ConnectionError:
             lost += 1
@@ -189,7 +190,7 @@ def test_nothing_to_be_held_against_is_said_and_promotes_nobody(tiny_root, clien
     assert (
         "report.json is missing" in done.reason
         if how == "file"
-        else "nothing to be held" in (done.reason)
+        else "there is no champion to compare with" in (done.reason)
     )
     assert "alias" in done.reason
     assert aliases(client, name)["challenger"] == int(done.version)
@@ -215,14 +216,14 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
     # No point of the run's own curve is there twice.
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == list(STEPS)
 
-    stored = local_folder(last.artifact_location)
+    stored = local_path(last.artifact_location)
     files = {path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()}
     assert {"MLmodel", "model.safetensors", "config.json", "report.json"} <= files
     assert "code/gpt/model/generation.py" in files
     assert {Path(file).suffix for file in files} <= {
         *(".py", ".json", ".txt", ".yaml", ".safetensors", ""),
     }, "nothing that could be a pickle"
-    assert not local_folder(first.artifact_location).exists(), "the weights lie once"
+    assert not local_path(first.artifact_location).exists(), "the weights lie once"
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
         *("config.json", "dataset", "report.json")
     }
@@ -238,7 +239,7 @@ def test_another_evaluation_replaces_the_stored_report_and_judges_no_more(tiny_r
     finished, done = registered(tiny_root, name, report())
     save_report(finished.folder, finished.config, report(text="b"))
     attach_artifacts(finished.run, {}, collect_models(finished.folder, STEPS[-1]))
-    assert register(finished.run, name) == done
+    assert register_last_model(finished.run, name) == done
     [version] = versions(client, name)
     stored = find_model(f"models:/{name}/1", tiny_root)
     assert read_report_file(stored / REPORT_FILE).slice_fingerprint == "b"
@@ -254,7 +255,7 @@ def test_names_of_the_registry(tiny_root, client, name, tmp_path):
     assert (facts.name, facts.step, facts.report) == ("t", 20, report())
     assert facts.dataset == finished.dataset
     for wrong, message in {
-        f"models:/{name}": "is no name of a registered model",
+        f"models:/{name}": "not the name of a registered model",
         f"models:/{name}@nobody": f"no alias nobody\n.*models:/{name}@champion",
         f"models:/{name}/7": f"no version 7\n.*models:/{name}/1",
         "models:/no-such@champion": f"no registered model no-such .*\n.*{name}",
@@ -275,12 +276,12 @@ def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     finished, done = registered(tmp_path, "gpt", report())
     assert done is None
-    with pytest.raises(RegistryError, match="cannot be asked"):
+    with pytest.raises(RegistryError, match="cannot be reached"):
         find_model("models:/gpt@champion", tmp_path)
     server.start()
     try:
         assert "registered as gpt version 1, champion" in sync_run(finished.folder, "")
-        assert "has all of it already" in sync_run(finished.folder, "")
+        assert "is already up to date" in sync_run(finished.folder, "")
         second, done = registered(tmp_path, "gpt", report(-0.1, seed=2), seed=7)
         assert done.alias == "champion"
         assert "better: loss" in done.reason
@@ -327,8 +328,8 @@ class SlowStore(BaseHTTPRequestHandler):
 
 @pytest.mark.usefixtures("light")
 def test_weights_may_take_longer_than_any_other_answer(tmp_path, server, monkeypatch):
-    monkeypatch.setitem(mlflow_settings.SETTINGS, mlflow_settings.ANSWER, "5")
-    monkeypatch.setenv(mlflow_settings.ANSWER, "5")
+    monkeypatch.setitem(mlflow_settings.SETTINGS, mlflow_settings.REQUEST_TIMEOUT, "5")
+    monkeypatch.setenv(mlflow_settings.REQUEST_TIMEOUT, "5")
     monkeypatch.setattr(SlowStore, "behind", server.uri)
     before = ThreadingHTTPServer(("127.0.0.1", 0), SlowStore)
     Thread(target=before.serve_forever, daemon=True).start()
@@ -338,7 +339,7 @@ def test_weights_may_take_longer_than_any_other_answer(tmp_path, server, monkeyp
         )
         assert done.alias == "champion"
         assert len(SlowStore.taken) == len(set(SlowStore.taken)) > 0, "none given up and sent again"
-        assert os.environ[mlflow_settings.ANSWER] == "5"
+        assert os.environ[mlflow_settings.REQUEST_TIMEOUT] == "5"
     finally:
         before.shutdown()
         before.server_close()

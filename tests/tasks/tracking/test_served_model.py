@@ -1,4 +1,4 @@
-"""`mlflow models serve` on a registered model: text for prompts, 4xx for mistakes."""
+"""`mlflow models serve` on a registered model: continuations for prompts, 400 for mistakes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from waiting import free_port
 from flows.cli.model_choice import find_model
 from gpt.model.generate import SamplingParams, generate
 from gpt.model.io import load_model
-from tasks.tracking.runs import register
+from tasks.tracking.runs import register_last_model
 
-PATIENCE_SECONDS = 90
+START_SECONDS = 90
 NAME = "served"
 SETTINGS = {"max_tokens": 8, "seed": 3}
 
@@ -30,13 +30,13 @@ SETTINGS = {"max_tokens": 8, "seed": 3}
 @pytest.fixture(scope="module")
 def model(tiny_root):
     """The folder of a registered model."""
-    assert register(finished_run(tiny_root, report()).run, NAME)
+    assert register_last_model(finished_run(tiny_root, report()).run, NAME)
     return find_model(f"models:/{NAME}@champion", tiny_root)
 
 
 @pytest.fixture(scope="module")
 def address(model, tiny_root, tmp_path_factory):
-    """Of the server. It has our code from the model's folder alone."""
+    """The address of a server that has our code only from the model's folder."""
     port, folder = free_port(), tmp_path_factory.mktemp("served")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -54,7 +54,7 @@ def address(model, tiny_root, tmp_path_factory):
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + PATIENCE_SECONDS
+        end = time.monotonic() + START_SECONDS
         while not answers(url):
             assert time.monotonic() < end, (folder / "log").read_text()
             assert process.poll() is None, (folder / "log").read_text()
@@ -73,8 +73,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def ask(address: str, question: object) -> tuple[int, str]:
-    body = question if isinstance(question, bytes) else json.dumps(question).encode()
+def ask(address: str, content: object) -> tuple[int, str]:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -83,40 +83,42 @@ def ask(address: str, question: object) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_prompts_are_gone_on_with_as_on_the_command_line(address, model):
+def test_continuations_are_those_of_the_command_line(address, model):
     network = load_model(model, torch.device("cpu"))
     prompts = ["The", "Once upon a time"]
     texts = [generate(network, prompt, SamplingParams(**SETTINGS)) for prompt in prompts]
     assert texts[0] != texts[1]
-    for question in (
+    for request in (
         {"inputs": {"prompt": prompts}},
         {"inputs": prompts},
+        {"instances": [{"prompt": prompt} for prompt in prompts]},
         {"dataframe_records": [{"prompt": prompt} for prompt in prompts]},
         {"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in prompts]}},
     ):
-        status, answer = ask(address, question | {"params": SETTINGS})
-        assert (status, json.loads(answer)) == (200, {"predictions": texts}), question
-    status, answer = ask(address, {"prompt": "The"} | SETTINGS)
-    assert (status, json.loads(answer)) == (200, texts[:1])
+        status, answer = ask(address, request | {"params": SETTINGS})
+        assert (status, json.loads(answer)) == (200, {"predictions": texts}), request
+    for prompt, expected in (("The", texts[:1]), (prompts, texts)):
+        status, answer = ask(address, {"prompt": prompt} | SETTINGS)
+        assert (status, json.loads(answer)) == (200, expected)
 
 
 @pytest.mark.parametrize(
     ("params", "parts"),
     [
-        ({"max_tokens": "ten"}, ("max_tokens = 'ten'", "must be a whole number", "as 64")),
-        ({"max_tokens": True}, ("max_tokens = True", "must be a whole number", "as 64")),
-        ({"max_tokens": 2.5}, ("max_tokens = 2.5", "must be a whole number", "as 64")),
+        ({"max_tokens": "ten"}, ("max_tokens", "convert `<class 'str'>` to `DataType.long`")),
+        ({"max_tokens": True}, ("max_tokens", "convert `<class 'bool'>` to `DataType.long`")),
+        ({"max_tokens": 2.5}, ("max_tokens", "convert `<class 'float'>` to `DataType.long`")),
         ({"top_k": None}, ("top_k = None", "must be a whole number", "about 50")),
         ({"temperature": -1}, ("temperature = -1", "0 or more", "about 0.8")),
         ({"top_p": 0}, ("top_p = 0", "must be over 0", "about 0.95")),
-        ({"seed": 2**63}, ("seed = 9223372036854775808", "2^63 - 1", "as 1337")),
-        ({"maxtokens": 5}, ("params.maxtokens = 5", "no such parameter", "max_tokens")),
-        ([1], ("params = [1]", "must be an object", "ask as")),
+        ({"seed": 2**63}, ("seed = 9223372036854775808", "2^63 - 1", "1337")),
         ({"top_p": 2, "top_k": -1}, ("2 problems", "top_p = 2", "top_k = -1")),
     ],
 )
-def test_wrong_parameters_are_refused_in_words(address, params, parts):
-    status, answer = ask(address, {"inputs": {"prompt": ["The"]}, "params": params})
+@pytest.mark.parametrize("is_flat", [True, False], ids=["flat", "params"])
+def test_wrong_parameters_are_refused(address, params, parts, is_flat):
+    nested = {"inputs": {"prompt": ["The"]}, "params": params}
+    status, answer = ask(address, {"prompt": "The"} | params if is_flat else nested)
     assert status == 400
     for part in parts:
         assert part in json.loads(answer)["message"]
@@ -124,15 +126,17 @@ def test_wrong_parameters_are_refused_in_words(address, params, parts):
 
 
 @pytest.mark.parametrize(
-    ("question", "part"),
+    ("request_body", "part"),
     [
-        ({"inputs": {"text": ["The"]}}, "prompt\n    is missing; given was: text"),
-        ({"inputs": {"prompt": ["The"], "max_token": [3]}}, "max_token"),
-        ({"prompt": "The", "max_token": 3}, "max_token\n    is neither the prompt nor a parameter"),
+        ({"inputs": {"text": ["The"]}}, "prompt\n    missing from the request, which has: text"),
+        ({"inputs": {"prompt": ["The"], "max_token": [3]}}, "max_token\n    neither the prompt"),
+        ({"prompt": "The", "max_token": 3}, "max_token\n    neither the prompt nor a parameter"),
+        ({"prompt": "The", "maxtokens": 5}, "(max_tokens, temperature, top_k, top_p, seed)"),
+        ({"inputs": ["The"], "params": [1]}, "must be a dictionary"),
         ({"dataframe_records": [{"prompt": 5}]}, "prompt = 5\n    must be text"),
         ({"dataframe_records": [{"prompt": None}]}, "must be text"),
         ({"inputs": {"prompt": [["The"]]}}, "prompt"),
-        ({"inputs": [{"prompt": "The", "top": 3}]}, "top\n    is neither the prompt"),
+        ({"inputs": [{"prompt": "The", "top": 3}]}, "top\n    neither the prompt"),
         ({"prompt": 5}, "prompt = 5\n    must be text"),
         ({"prompt": {"text": "The"}}, "prompt"),
         ({}, "exactly one of the input fields"),
@@ -140,8 +144,8 @@ def test_wrong_parameters_are_refused_in_words(address, params, parts):
         ([], "JSON dictionary"),
     ],
 )
-def test_wrong_questions_are_refused_in_words(address, question, part):
-    status, answer = ask(address, question)
+def test_wrong_requests_are_refused(address, request_body, part):
+    status, answer = ask(address, request_body)
     assert status == 400, answer
     assert part in json.loads(answer)["message"]
     assert "Traceback" not in answer

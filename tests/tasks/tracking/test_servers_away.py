@@ -14,7 +14,8 @@ from gpt.config.schema import RunConfig
 from gpt.training.loop import StepRecord
 from gpt.training.run_dir import open_run_dir
 from tasks.tracking import journal
-from tasks.tracking.runs import MlflowClient, RunRef, open_recorder, open_run, track_run_status
+from tasks.tracking.mlflow_api import MlflowClient
+from tasks.tracking.runs import RunRef, open_recorder, open_run, track_run_status
 
 
 def opened(tmp_path: Path, uri: str) -> tuple[RunConfig, RunRef]:
@@ -45,7 +46,7 @@ def test_a_server_killed_at_step_10_and_back_at_step_40_gets_every_point_once(
     _, run = opened(tmp_path, server.uri)
     with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 61):
-            recorder.step(record(step))
+            recorder.log_step(record(step))
             if step == 10:
                 server.kill()
             if step == 40:
@@ -62,7 +63,7 @@ def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
     _, run = opened(tmp_path, server.uri)
     with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 61):
-            recorder.step(record(step))
+            recorder.log_step(record(step))
             if step == 10:
                 server.kill()
     assert f"overnight sync {run.folder}" in capsys.readouterr().out
@@ -77,7 +78,7 @@ def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
     try:
         told = [command(*words, "--uri", new.uri).communicate(timeout=120)[0] for _ in range(2)]
         assert "sent 60 steps" in told[0]
-        assert "has all of it already" in told[1]
+        assert "is already up to date" in told[1]
         assert losses(new.uri) == EXPECTED
     finally:
         new.kill()

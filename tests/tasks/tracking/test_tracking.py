@@ -15,9 +15,9 @@ from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
 from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.loop import StepRecord
-from tasks.tracking import journal, runs, sync
+from tasks.tracking import journal, runs, sync, sync_thread
+from tasks.tracking.mlflow_api import MlflowClient
 from tasks.tracking.runs import (
-    MlflowClient,
     RunRef,
     attach_artifacts,
     open_recorder,
@@ -86,9 +86,9 @@ def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
     sample.write_text("Once upon a time")
     with track_run_status(run):
         with open_recorder(run) as recorder:
-            recorder.step(StepRecord(0, 0, 0.0, validation=held))
+            recorder.log_step(StepRecord(0, 0, 0.0, validation=held))
             for step in range(1, 251):
-                recorder.step(record(step, loss=1 / step))
+                recorder.log_step(record(step, loss=1 / step))
         attach_artifacts(run, {"samples/sample.txt": sample})
 
     found = mlflow_client.get_run(run.run_id)
@@ -115,12 +115,12 @@ def test_sending_the_journal_again_doubles_nothing(
 ) -> None:
     with open_recorder(run) as recorder:
         for step, loss in enumerate((2.0, float("nan"), float("inf"), 1.0), start=1):
-            recorder.step(record(step, loss))
+            recorder.log_step(record(step, loss))
     before = history(mlflow_client, run.run_id, "train/loss")
     receipt = journal.read_sync_state(run.folder)
     assert receipt
-    journal.write_sync_state(run.folder, receipt.model_copy(update={"sent_bytes": 0}))
-    sync.sync_folder(run.folder, run.uri)
+    journal.save_state(run.folder, receipt, sent_bytes=0)
+    sync_thread.sync_folder(run.folder, run.uri)
     assert str(history(mlflow_client, run.run_id, "train/loss")) == str(before)  # nan != nan
     assert len(before) == 4
 
@@ -129,7 +129,7 @@ def test_a_run_whose_receipt_was_never_written_is_found_again(
     run: RunRef, mlflow_client: MlflowClient
 ) -> None:
     (run.folder / journal.SYNC_STATE_FILE).unlink()
-    sync.sync_folder(run.folder, run.uri)
+    sync_thread.sync_folder(run.folder, run.uri)
     receipt = journal.read_sync_state(run.folder)
     assert receipt
     assert receipt.run_id == run.run_id
@@ -139,7 +139,7 @@ def test_a_deleted_run_is_made_again_with_all_its_metrics(
     run: RunRef, config: RunConfig, dataset: DatasetManifest, mlflow_client: MlflowClient
 ) -> None:
     with open_recorder(run) as recorder:
-        recorder.step(record(1))
+        recorder.log_step(record(1))
     mlflow_client.delete_run(run.run_id)
     again = open_run(config, dataset, run.folder)
     assert again.run_id != run.run_id
@@ -152,7 +152,7 @@ def test_a_resumed_run_repeats_steps_without_a_trace(
     for steps in (range(1, 8), range(5, 11)):
         with open_recorder(run) as recorder:
             for step in steps:
-                recorder.step(record(step))
+                recorder.log_step(record(step))
     assert [s for s, _ in history(mlflow_client, run.run_id, "train/loss")] == list(range(1, 11))
 
 
@@ -181,7 +181,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
     with track_run_status(run), open_recorder(run) as recorder:
         began = time.monotonic()
         for step in range(1, 101):
-            recorder.step(record(step))
+            recorder.log_step(record(step))
         assert time.monotonic() - began < 1
     printed = capsys.readouterr().out
     assert printed.count("cannot be reached") == 1
@@ -197,12 +197,12 @@ def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
 def test_a_slow_server_delays_no_step_and_the_end_is_bounded(
     run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "sync_folder", lambda *_: time.sleep(30))
+    monkeypatch.setattr(sync_thread, "sync_folder", lambda *_: time.sleep(30))
     monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.2)
     began = time.monotonic()
     with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 101):
-            recorder.step(record(step))
+            recorder.log_step(record(step))
     assert time.monotonic() - began < 2
     assert "100 steps are unsent" in capsys.readouterr().out
 
@@ -215,8 +215,8 @@ def test_a_full_disk_stops_nothing(
 
     monkeypatch.setattr(journal.MetricsJournal, "append", full)
     with open_recorder(run) as recorder:
-        recorder.step(record(1))
-        recorder.step(record(2))
+        recorder.log_step(record(1))
+        recorder.log_step(record(2))
     assert capsys.readouterr().out.count("No space left on device") == 1
 
 
@@ -241,7 +241,7 @@ def test_the_status_tells_how_it_ended(
     assert found.data.tags.get(sync.ERROR_TAG) == message
 
     with open_recorder(run) as recorder:
-        recorder.step(record(1))
+        recorder.log_step(record(1))
     assert mlflow_client.get_run(run.run_id).info.status == "RUNNING"
     with track_run_status(run):
         pass
