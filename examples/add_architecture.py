@@ -2,9 +2,9 @@
 
     python examples/add_architecture.py data/sample.parquet
 
-The new network computes attention and MLP of a block in parallel, as GPT-NeoX does (Black et al. 2022,
-arXiv:2204.06745). CONTRIBUTING.md says how to add an architecture for good, with its name in the config
-and its memory in the preflight.
+The new network computes attention and MLP of a block in parallel, as GPT-NeoX does (Black et al.
+2022, arXiv:2204.06745). CONTRIBUTING.md says how to add an architecture for good, with its name in
+the config and its memory in the preflight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ParallelGPT2(GPT2):
 ARCHITECTURES["parallel-gpt2"] = ParallelGPT2
 
 
-def main(source: str, root: Path = Path("runs"), steps: int = 80) -> dict[str, float]:
+def main(source: str, root: Path = Path("runs"), steps: int = 100) -> dict[str, float]:
     """Train both networks on the same data; return the validation loss of each."""
     config = build_config(
         {
@@ -48,7 +48,7 @@ def main(source: str, root: Path = Path("runs"), steps: int = 80) -> dict[str, f
             "model": {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 64},
             "data": {"source": source, "validation_fraction": 0.1},
             "optimizer": {"learning_rate": 3e-3},
-            "training": {"batch_size": 8, "grad_acc": 2, "max_steps": steps, "compile": False},
+            "training": {"batch_size": 4, "grad_acc": 2, "max_steps": steps, "compile": False},
             "evaluation": {"interval": steps, "tokens": 4_096},
         }
     )

@@ -22,7 +22,7 @@ from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.loop import train
 
 
-def main(source: str, root: Path = Path("runs"), steps: int = 80) -> float:
+def main(source: str, root: Path = Path("runs"), steps: int = 100) -> float:
     """Tokenize, train, evaluate and sample; return the held-out loss in nats per token."""
     config = build_config(
         {
@@ -30,7 +30,7 @@ def main(source: str, root: Path = Path("runs"), steps: int = 80) -> float:
             "model": {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 64},
             "data": {"source": source, "validation_fraction": 0.1},
             "optimizer": {"learning_rate": 3e-3},
-            "training": {"batch_size": 8, "grad_acc": 2, "max_steps": steps, "compile": False},
+            "training": {"batch_size": 4, "grad_acc": 2, "max_steps": steps, "compile": False},
             "evaluation": {"interval": 20, "tokens": 4_096},
         }
     )

@@ -217,6 +217,17 @@ def test_modules_and_their_names_exist(page: Page) -> None:
                 assert parts[-1] in source_of(".".join(parts[:module])), code
 
 
+@each_page
+def test_python_blocks_import_what_exists(page: Page) -> None:
+    for language, content in page.blocks:
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("gpt"):
+                names = vars(importlib.import_module(str(node.module)))
+                assert {alias.name for alias in node.names} <= set(names), node.module
+
+
 def is_module(parts: Iterable[str]) -> bool:
     path = ROOT.joinpath(*parts)
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()

@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-UNIGRAM_LOSS = 8.5
-"""A model that learned anything is below this; an untrained one is at ln(50,304) = 10.8."""
+STEPS = 10
+UNTRAINED_LOSS = 10.8
+"""ln(50,304), nats."""
 
 
 def load_example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_train_example_learns_and_resumes(
-    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One root for all examples, so that the text is tokenized once."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def trained_loss(parquet: Path, root: Path) -> float:
+    """The loss that the training example returns."""
+    return float(load_example("train").main(str(parquet), root, STEPS))
+
+
+def test_training_example_learns_and_resumes(
+    trained_loss: float, parquet: Path, root: Path
 ) -> None:
-    example = load_example("train")
-    loss = example.main(str(parquet), tmp_path, steps=40)
-    assert loss < UNIGRAM_LOSS
-    assert "bits per byte" in capsys.readouterr().out
-    assert example.main(str(parquet), tmp_path, steps=40) == loss  # nothing left to train
+    assert trained_loss < UNTRAINED_LOSS - 0.5
+    assert load_example("train").main(str(parquet), root, STEPS) == trained_loss
 
 
-def test_architecture_example_trains_the_new_network(parquet: Path, tmp_path: Path) -> None:
-    losses = load_example("add_architecture").main(str(parquet), tmp_path, steps=40)
+def test_architecture_example_trains_the_new_network(parquet: Path, root: Path) -> None:
+    losses = load_example("add_architecture").main(str(parquet), root, STEPS)
     assert set(losses) == {"gpt2", "parallel-gpt2"}
-    assert max(losses.values()) < UNIGRAM_LOSS
+    assert max(losses.values()) < UNTRAINED_LOSS - 0.5
     assert losses["gpt2"] != losses["parallel-gpt2"]
 
 
-def test_scoring_example_finds_prose_likelier_than_noise(parquet: Path, tmp_path: Path) -> None:
-    load_example("train").main(str(parquet), tmp_path, steps=40)
-    folder = next((tmp_path / "train" / "example" / "checkpoints").glob("step-*"))
+@pytest.mark.usefixtures("trained_loss")
+def test_scoring_example_prefers_prose_to_noise(root: Path, tmp_path: Path) -> None:
+    checkpoint = root / "train" / "example" / "checkpoints" / f"step-{STEPS:08d}"
     prose, noise = tmp_path / "prose.txt", tmp_path / "noise.txt"
     prose.write_text("The statement is executed if the expression is true. " * 20)
     noise.write_text("zq9 xkv 00-- vv7 jjq wzx " * 20)
-    scores = load_example("score_text").main(str(folder), [str(prose), str(noise)])
-    assert all(math.isfinite(score) for score in scores.values())
-    assert scores[str(prose)] < scores[str(noise)]
+    scores = load_example("score_text").main(checkpoint, [prose, noise])
+    assert scores[prose] < scores[noise]
