@@ -6,20 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import State, flow, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows.runtime.embedded_api import api_environment
-from flows.runtime.outcome import find_finished_outcome, mlflow_ui, prefect_ui
-from flows.runtime.stages import (
-    STATE_HOOKS,
-    Call,
-    as_function,
-    as_task,
-    cancelled_on_signal,
-    run_flow,
-)
+from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
+from flows.runtime.outcome import find_finished_outcome, locate_mlflow_ui, locate_prefect_ui
 from flows.runtime.variant_launcher import train_in_subprocess
 from flows.runtime.variants import Variant, comparison_folder, expand_variants
 from gpt.artifacts import Artifact
@@ -56,13 +48,14 @@ def _flow_run_name() -> str:
 
 
 @flow(name="compare", flow_run_name=_flow_run_name, **STATE_HOOKS)
+@cancelled_on_signal
 def compare(
     configs: list[str],
     overrides: dict[str, Any] | None = None,
     tokens: int | None = None,
     seeds: int = 1,
     name: str = "",
-) -> ComparisonResult | State:
+) -> ComparisonResult:
     """Train several configs on the same data, one after the other, and compare them.
 
     What is finished is not done again; a config that fails is left out of the comparison.
@@ -74,35 +67,15 @@ def compare(
         seeds: Train each so many times, with seeds counted up from its own.
         name: Of the comparison; left out: the configs' names.
     """
-    return run_flow(lambda: _stages(configs, overrides or {}, tokens, seeds, name, as_task))
-
-
-def compare_without_prefect(
-    configs: list[str], overrides: dict[str, Any], tokens: int | None, seeds: int, name: str
-) -> ComparisonResult | State:
-    """The same, told to nobody."""
-    return cancelled_on_signal(
-        lambda: _stages(configs, overrides, tokens, seeds, name, as_function)
-    )
-
-
-def _stages(
-    configs: list[str],
-    overrides: dict[str, Any],
-    tokens: int | None,
-    seeds: int,
-    name: str,
-    call: Call,
-) -> ComparisonResult:
-    variants = expand_variants(configs, overrides, tokens, seeds)
+    variants = expand_variants(configs, overrides or {}, tokens, seeds)
     shared = next(variant.config for variant in variants if variant.config)
-    dataset = call(tokenize_parquet)(shared)
+    dataset = call_task(tokenize_parquet)(shared)
     folder = comparison_folder(shared.run.root, variants, name)
     with run_lock(folder):
         run = open_comparison(shared, dataset, folder, _compared(variants, tokens, seeds))
         with track_run_status(run):
-            results = tuple(_contestant(variant, folder, call) for variant in variants)
-            comparison = call(compare_runs)(run, results)
+            results = tuple(_contestant(variant, folder) for variant in variants)
+            comparison = call_task(compare_runs)(run, results)
             _refuse_nothing(results)
     return ComparisonResult(
         name=folder.name.rpartition("-")[0],
@@ -112,8 +85,8 @@ def _stages(
         failed=tuple(f"{c.name}: {c.failure}" for c in results if c.folder is None),
         mlflow_uri=run.uri,
         mlflow_run_id=run.run_id,
-        prefect_ui=prefect_ui(shared),
-        mlflow_ui=mlflow_ui(run.uri, folder),
+        prefect_ui=locate_prefect_ui(shared),
+        mlflow_ui=locate_mlflow_ui(run.uri, folder),
     )
 
 
@@ -124,7 +97,7 @@ def _compared(variants: Sequence[Variant], tokens: int | None, seeds: int) -> di
     return given | ({"tokens": str(tokens)} if tokens else {})
 
 
-def _contestant(variant: Variant, parent: Path, call: Call) -> VariantResult:
+def _contestant(variant: Variant, parent: Path) -> VariantResult:
     """The entrant's run, made or found; a failure is told and kept."""
     known = {"name": variant.name, "seed": variant.seed}
     if variant.config is None:
@@ -136,7 +109,7 @@ def _contestant(variant: Variant, parent: Path, call: Call) -> VariantResult:
         set_parent_run(finished.folder, parent)
         return VariantResult(**known, folder=finished.folder)
     try:
-        return VariantResult(**known, folder=call(pretrain_variant)(variant, run_name, parent))
+        return VariantResult(**known, folder=call_task(pretrain_variant)(variant, run_name, parent))
     except ComparisonError as error:
         log_info(f"{run_name} is left out: {error.problems[0].rule}")
         return VariantResult(**known, folder=None, failure=error.problems[0].rule)
@@ -146,7 +119,7 @@ def _contestant(variant: Variant, parent: Path, call: Call) -> VariantResult:
 def pretrain_variant(variant: Variant, run_name: str, parent: Path) -> Path:
     """The flow `pretrain` in a process of its own, at the same API; the run's folder."""
     log_info(f"{run_name}: begins")
-    return train_in_subprocess(variant, parent, api_environment())
+    return train_in_subprocess(variant, parent)
 
 
 def _refuse_nothing(results: Sequence[VariantResult]) -> None:

@@ -7,18 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import State, flow
+from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
 from flows.runtime.outcome import Outcome, build_outcome, render_outcome
-from flows.runtime.stages import (
-    STATE_HOOKS,
-    Call,
-    as_function,
-    as_task,
-    cancelled_on_signal,
-    run_flow,
-)
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.loading import merge_overrides, read_toml
 from gpt.config.schema import RunConfig
@@ -37,7 +30,7 @@ from tasks.validate_config import validate_config
 
 
 def run_name_from_config() -> str:
-    """The run's name; the config file's where that cannot be read, which the flow will say."""
+    """Return the config's `run.name`, or the file's name if it cannot be read."""
     parameters = flow_run.get_parameters()
     path = Path(parameters["config"])
     try:
@@ -48,70 +41,60 @@ def run_name_from_config() -> str:
 
 
 @flow(name="pretrain", flow_run_name=run_name_from_config, **STATE_HOOKS)
+@cancelled_on_signal
 def pretrain(
     config: str,
     overrides: dict[str, Any] | None = None,
     fresh: bool = False,
     parent: str | None = None,
-) -> Outcome | State:
+) -> Outcome:
     """Pretrain a GPT from Parquet to an evaluated, registered model.
 
-    A signal that stops it makes it Cancelled.
+    A stop signal writes a checkpoint and ends the run as Cancelled.
 
     Args:
         config: Path of a TOML config.
-        overrides: Values laid over the config, key by key: {"training": {"max_steps": 20}}.
-        fresh: Begin a new run folder even where this run can be gone on with.
-        parent: Folder of a comparison that this run is part of.
+        overrides: Values that override the config's, e.g. {"training": {"max_steps": 20}}.
+        fresh: Start a new run folder instead of resuming.
+        parent: Folder of the comparison that this run is part of.
     """
-    return run_flow(lambda: _stages(config, overrides or {}, fresh, parent, as_task))
-
-
-def pretrain_without_prefect(
-    config: str, overrides: dict[str, Any], fresh: bool, parent: str | None = None
-) -> Outcome | State:
-    """The same stages, told to nobody."""
-    return cancelled_on_signal(lambda: _stages(config, overrides, fresh, parent, as_function))
-
-
-def _stages(
-    config: str, overrides: dict[str, Any], fresh: bool, parent: str | None, call: Call
-) -> Outcome:
-    checked = call(validate_config)(config, overrides)
-    dataset = call(tokenize_parquet)(checked)
+    checked = call_task(validate_config)(config, overrides or {})
+    dataset = call_task(tokenize_parquet)(checked)
     folder = open_run_dir(checked, dataset, fresh=fresh)
-    return train_and_register(
-        checked, dataset, folder, call, parent=Path(parent) if parent else None
-    )
+    return train_and_register(checked, dataset, folder, parent=Path(parent) if parent else None)
 
 
 def train_and_register(
     config: RunConfig,
     dataset: DatasetManifest,
     folder: Path,
-    call: Call,
     parent: Path | None = None,
     trial: str = "",
     before_registration: Callable[[CheckpointRef, RunRef], None] = lambda *_: None,
 ) -> Outcome:
-    """The stages from training on, in a run's folder. `trial` names what is tried, for
-    the version; `before_registration` is done between the evaluation and the registration."""
-    with run_lock(folder), _standing_told(folder):
+    """Train, evaluate and register the run of `folder`.
+
+    Args:
+        parent: Folder of the comparison that this run is part of.
+        trial: Identifies what a retraining tries; stored with the model version.
+        before_registration: Called after the evaluation.
+    """
+    with run_lock(folder), _add_step_to_stop(folder):
         run = open_run(config, dataset, folder, parent, trial)
         with track_run_status(run):
-            checkpoint = call(train)(config, dataset, run)
-            report = call(evaluate)(config, dataset, checkpoint, run)
+            checkpoint = call_task(train)(config, dataset, run)
+            report = call_task(evaluate)(config, dataset, checkpoint, run)
             before_registration(checkpoint, run)
-            registered = call(register_model)(config, run)
+            registered = call_task(register_model)(config, run)
     outcome = build_outcome(config, folder, checkpoint, report, run.uri, run.run_id, registered)
-    reached = f"Validation loss {report.loss:.4f} after {report.step} steps"
-    publish_markdown(f"result-{outcome.name}", render_outcome(outcome), reached)
+    summary = f"Validation loss {report.loss:.4f} after {report.step} steps"
+    publish_markdown(f"result-{outcome.name}", render_outcome(outcome), summary)
     return outcome
 
 
 @contextmanager
-def _standing_told(folder: Path) -> Iterator[None]:
-    """A stop says from which step the run can go on."""
+def _add_step_to_stop(folder: Path) -> Iterator[None]:
+    """Add the last checkpoint's step to a `StopRequested` that passes."""
     try:
         yield
     except StopRequested as stop:

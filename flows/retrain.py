@@ -1,22 +1,15 @@
-"""New data in, a challenger trained, the champion kept unless beaten."""
+"""The retraining flow: train a challenger on new data, promote it if it beats the champion."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from prefect import State, flow
+from prefect import flow
 
 from flows.pretrain import run_name_from_config, train_and_register
-from flows.runtime.outcome import mlflow_ui, prefect_ui
-from flows.runtime.retrain_report import RetrainResult, TokenCounts, page
-from flows.runtime.stages import (
-    STATE_HOOKS,
-    Call,
-    as_function,
-    as_task,
-    cancelled_on_signal,
-    run_flow,
-)
+from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
+from flows.runtime.outcome import locate_mlflow_ui, locate_prefect_ui
+from flows.runtime.retrain_report import RetrainResult, TokenCounts, render_result
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.loading import load_config
 from gpt.data.continued import DERIVED_DATASETS, build_new_validation_set, group_units_by_file
@@ -41,85 +34,65 @@ from tasks.validate_config import validate_config
 
 
 @flow(name="retrain", flow_run_name=run_name_from_config, **STATE_HOOKS)
+@cancelled_on_signal
 def retrain(
     config: str,
     overrides: dict[str, Any] | None = None,
     path: str | None = None,
     start: StartFrom = "scratch",
-) -> RetrainResult | State:
-    """Train a challenger on what the source holds now, if the champion does not know all of it, and
-    promote it where it is better.
+) -> RetrainResult:
+    """Train a challenger if the source holds data that is new to the champion; promote the
+    challenger if it is better.
 
-    The same again goes on where it was stopped, and does nothing where all is done.
+    Running it again resumes an interrupted retraining and does nothing once it is finished.
 
     Args:
         config: Path of a TOML config.
-        overrides: Values laid over the config, key by key: {"training": {"max_steps": 20}}.
-        path: A Parquet file that has come, added to data.source where that does not cover it.
-        start: scratch: the config as it is, on all data. champion: on from the champion's weights,
-            over the new tokens and a share of the old; a max_steps in `overrides` is the most then.
+        overrides: Values that override the config's, e.g. {"training": {"max_steps": 20}}.
+        path: A new Parquet file, added to data.source if that does not cover it.
+        start: scratch: train the config from random weights on all data. champion: continue from
+            the champion's weights on the new tokens and a share of the old ones, for at most the
+            training.max_steps of `overrides`.
     """
-    return run_flow(lambda: _stages(config, overrides or {}, path, start, as_task))
-
-
-def retrain_without_prefect(
-    config: str, overrides: dict[str, Any], path: str | None = None, start: StartFrom = "scratch"
-) -> RetrainResult | State:
-    """The same stages, told to nobody."""
-    return cancelled_on_signal(lambda: _stages(config, overrides, path, start, as_function))
-
-
-def check_up_to_date(
-    config: str, overrides: dict[str, Any], path: str | None, start: StartFrom
-) -> RetrainResult | None:
-    """What the flow would say of a source with nothing new, without starting anything; None where
-    there is something to do. Raises as the flow does."""
-    found = plan_retraining(load_config(config, overrides), path, start)
-    return _ended(found, found.reason) if found.is_up_to_date else None
-
-
-def _stages(
-    config: str, overrides: dict[str, Any], path: str | None, start: StartFrom, call: Call
-) -> RetrainResult:
-    checked = call(validate_config)(config, overrides)
-    found: RetrainPlan = call(find_changes)(checked, path, start)
-    if found.is_up_to_date:
-        return _shown(_ended(found, found.reason))
-    asked, before = found.config, read_unit_keys(found.config.run.root / "datasets")
-    dataset: DatasetManifest = call(tokenize_parquet)(asked)
-    if reason := _only_known_text(found, dataset):
+    overrides = overrides or {}
+    checked = call_task(validate_config)(config, overrides)
+    plan = call_task(find_changes)(checked, path, start)
+    if plan.is_up_to_date:
+        return _publish(_up_to_date_result(plan, plan.reason))
+    planned, known_units = plan.config, read_unit_keys(plan.config.run.root / "datasets")
+    dataset = call_task(tokenize_parquet)(planned)
+    if reason := _why_nothing_to_train_on(plan, dataset):
         log_info(reason)
-        return _shown(_ended(found, reason))
-    text = _text(dataset, before)
-    new = build_new_validation_set(dataset, found.changes.known, asked.run.root / DERIVED_DATASETS)
-    begins = found.champion if start == "champion" else None
-    if begins:
-        most = overrides.get("training", {}).get("max_steps")
-        asked, dataset = call(continue_data)(asked, dataset, found.changes, most)
+        return _publish(_up_to_date_result(plan, reason))
+    tokens = _count_tokens(dataset, known_units)
+    new_text = build_new_validation_set(
+        dataset, plan.changes.known, planned.run.root / DERIVED_DATASETS
+    )
+    if plan.champion and start == "champion":
+        max_steps = overrides.get("training", {}).get("max_steps")
+        planned, dataset = call_task(continue_data)(planned, dataset, plan.changes, max_steps)
     slices: list[SliceReports] = []
 
-    def held_against(checkpoint: CheckpointRef, run: RunRef) -> None:
-        if found.champion and found.model:
-            evaluating = call(evaluate_slices)
-            held = (dataset, new, checkpoint, run, found.champion, found.model)
-            slices.append(evaluating(asked, *held))
+    def compare_with_champion(checkpoint: CheckpointRef, run: RunRef) -> None:
+        if plan.champion and plan.model:
+            compared = (dataset, new_text, checkpoint, run, plan.champion, plan.model)
+            slices.append(call_task(evaluate_slices)(planned, *compared))
 
     outcome = train_and_register(
-        asked,
+        planned,
         dataset,
-        open_run_dir(asked, dataset),
-        call,
-        trial=found.trial,
-        before_registration=held_against,
+        open_run_dir(planned, dataset),
+        trial=plan.trial,
+        before_registration=compare_with_champion,
     )
-    return _shown(
+    return _publish(
         RetrainResult(
-            name=asked.run.name,
-            reason=found.reason,
-            notes=tuple(comparison_caveats(found)),
-            start=str(begins or "scratch"),
-            text=text,
-            champion=str(found.champion or ""),
+            name=planned.run.name,
+            reason=plan.reason,
+            notes=tuple(comparison_caveats(plan)),
+            start=str(plan.champion or "scratch") if start == "champion" else "scratch",
+            text=tokens,
+            champion=str(plan.champion or ""),
             outcome=outcome,
             slices=slices[0] if slices else None,
             prefect_ui=outcome.prefect_ui,
@@ -128,38 +101,49 @@ def _stages(
     )
 
 
-def _ended(found: RetrainPlan, reason: str) -> RetrainResult:
-    root = found.config.run.root
+def check_up_to_date(
+    config: str, overrides: dict[str, Any], path: str | None, start: StartFrom
+) -> RetrainResult | None:
+    """Return the flow's result if there is nothing to do, else None. Starts and writes nothing.
+
+    Raises what the flow raises.
+    """
+    plan = plan_retraining(load_config(config, overrides), path, start)
+    return _up_to_date_result(plan, plan.reason) if plan.is_up_to_date else None
+
+
+def _up_to_date_result(plan: RetrainPlan, reason: str) -> RetrainResult:
+    root = plan.config.run.root
     return RetrainResult(
-        name=found.config.run.name,
+        name=plan.config.run.name,
         reason=reason,
-        champion=str(found.champion or ""),
-        prefect_ui=prefect_ui(found.config),
-        mlflow_ui=mlflow_ui(resolve_tracking_uri(found.config), root),
+        champion=str(plan.champion or ""),
+        prefect_ui=locate_prefect_ui(plan.config),
+        mlflow_ui=locate_mlflow_ui(resolve_tracking_uri(plan.config), root),
     )
 
 
-def _only_known_text(found: RetrainPlan, dataset: DatasetManifest) -> str:
-    """Why there is nothing to train on after all; empty where there is. Documents that are left out
-    or kept for validation, or that data.max_tokens cuts off, teach nothing."""
-    if not found.champion or found.changes.settings or not found.changes.known:
+def _why_nothing_to_train_on(plan: RetrainPlan, dataset: DatasetManifest) -> str:
+    """Return why the new files add nothing to train on; empty if they do. Their documents may all
+    be filtered out, held out for validation or cut off by data.max_tokens."""
+    if not plan.champion or plan.changes.settings or not plan.changes.known:
         return ""
-    known = set(found.changes.known)
+    known = set(plan.changes.known)
     new = (units for file, units in group_units_by_file(dataset) if file.sha256 not in known)
     if any(unit.entry.tally.sides["train"].tokens for units in new for unit in units):
         return ""
-    return f"unchanged: no document for training is in {format_names(found.changes.new)}"
+    return f"unchanged: no document for training is in {format_names(plan.changes.new)}"
 
 
-def _text(dataset: DatasetManifest, before: set[str]) -> TokenCounts:
-    """Which tokens were there before this data set was made."""
+def _count_tokens(dataset: DatasetManifest, known_units: set[str]) -> TokenCounts:
+    """Count the dataset's tokens by whether earlier datasets had them."""
     counts = {True: 0, False: 0}
     for _, units in group_units_by_file(dataset):
         for unit in units:
-            counts[unit.entry.key in before] += unit.entry.tally.tokens
-    return TokenCounts(tokenised=counts[False], reused=counts[True])
+            counts[unit.entry.key in known_units] += unit.entry.tally.tokens
+    return TokenCounts(tokenized=counts[False], reused=counts[True])
 
 
-def _shown(done: RetrainResult) -> RetrainResult:
-    publish_markdown(f"retraining-{done.name}", page(done), done.reason)
-    return done
+def _publish(result: RetrainResult) -> RetrainResult:
+    publish_markdown(f"retraining-{result.name}", render_result(result), result.reason)
+    return result

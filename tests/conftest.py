@@ -144,10 +144,9 @@ import sys
 from pathlib import Path
 from flows.runtime.environment import prepare
 prepare(Path(sys.argv[1]))
-from prefect.client.orchestration import get_client
-with get_client(sync_client=True) as client:
-    if error := client.api_healthcheck():
-        raise error
+from flows.runtime.embedded_api import start_api
+if error := start_api():
+    raise error
 """
 
 

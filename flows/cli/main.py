@@ -23,7 +23,7 @@ from flows.cli.options import (
     Overrides,
     hardware_overrides,
 )
-from flows.runtime.process_exit import leaving
+from flows.runtime.process_exit import exit_process
 from gpt.config.loading import load_config, merge_overrides, read_toml
 from gpt.errors import ConfigError, GPTError
 from gpt.gc_tuning import tune_gc
@@ -61,9 +61,9 @@ def main() -> None:
         app()
     except GPTError as error:
         print(error, file=sys.stderr)
-        leaving.end(CANNOT)
+        exit_process(CANNOT)
     except SystemExit as ended:
-        leaving.end(ended.code)
+        exit_process(ended.code)
 
 
 def _version(wanted: bool) -> None:
@@ -138,7 +138,7 @@ def _pretrained(config: str, laid_over: Mapping[str, Any], fresh: bool) -> Outco
     from flows.runtime import environment
 
     environment.prepare(_root(config, laid_over))
-    from flows.runtime.session import run_pretrain
+    from flows.runtime.local_run import run_pretrain
 
     try:
         return run_pretrain(config, dict(laid_over), fresh)
@@ -212,7 +212,7 @@ def compare(
     from flows.runtime import environment
 
     environment.prepare(next(variant.config.run.root for variant in variants if variant.config))
-    from flows.runtime.session import run_compare
+    from flows.runtime.local_run import run_compare
 
     try:
         compared = run_compare(configs, dict(laid_over), tokens, seeds, name)

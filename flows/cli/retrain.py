@@ -46,7 +46,7 @@ def retrain(
     if problems := run_preflight(config, laid_over, starting=True).problems:
         raise ConfigError(*problems)
     environment.prepare(load_config(config, laid_over).run.root)
-    from flows.runtime.session import run_retrain
+    from flows.runtime.local_run import run_retrain
 
     try:
         _print(run_retrain(config, dict(laid_over), path, start.value))

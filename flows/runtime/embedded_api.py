@@ -1,51 +1,94 @@
-"""Prefect's own API, beside the process that needs it, where no server is set."""
+"""Prefect's own API as a child process of the run, where no server is configured.
+
+Prefect starts an ephemeral API by itself, but in the process group of the run, where Ctrl-C ends it
+before the run can report its end, and on a port that two runs started together may share.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
+import socket
 import subprocess
-from functools import partial
-from unittest.mock import patch
+import sys
+import time
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL
 
 from flows.runtime.environment import EMBEDDED_API
 from flows.runtime.process_exit import die_with_parent
+from gpt.gc_tuning import tune_gc
 
 ANSWER_SECONDS = 5.0
-"""Waited for the first answer of a server that is set, each time that it is tried."""
+"""Longest wait for one answer to a health check."""
+START_SECONDS = 90.0
+"""Longest wait for the embedded API; its first start creates the database."""
+STOP_SECONDS = 5.0
 
-
-def api_environment() -> dict[str, str]:
-    """With which a process uses the API that this one uses; empty where none answers."""
-    if served := PREFECT_API_URL.value():
-        return {"PREFECT_API_URL": str(served)}
-    try:
-        with get_client(sync_client=True) as client:
-            if client.api_healthcheck():
-                return {}
-            return {"PREFECT_API_URL": str(client.api_url), EMBEDDED_API: "1"}
-    except (RuntimeError, httpx.TransportError):
-        return {}
+servers: list[subprocess.Popen[bytes]] = []
+"""The embedded API that this process has started, if any."""
 
 
 def start_api() -> Exception | None:
-    """Start Prefect's embedded API, if no server is set; why there is none that answers.
+    """Start the embedded API unless a server is configured. Return why no API answers, or None."""
+    if PREFECT_API_URL.value():
+        return _check_health()
+    server, deadline = _launch(), time.monotonic() + START_SECONDS
+    while fault := _check_health():
+        if server.poll() is not None or time.monotonic() > deadline:
+            return fault
+        time.sleep(0.1)
+    return None
 
-    A terminal, `timeout` and their like send a signal to every process of a command. The API must
-    outlive it by the moment in which the run says how it ended, so it is born into a session of its
-    own; it ends with this process all the same, be it asked to or, where it hangs, not.
-    """
-    patience = {"timeout": ANSWER_SECONDS} if PREFECT_API_URL.value() else None
-    apart = partial(
-        subprocess.Popen, start_new_session=True, preexec_fn=die_with_parent(signal.SIGKILL)
+
+def _launch() -> subprocess.Popen[bytes]:
+    """Start the server; point this process and its children at it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "flows.runtime.embedded_api", str(port)],
+        # Ctrl-C and `timeout` signal a whole process group; the API outlives it by a moment.
+        start_new_session=True,
+        preexec_fn=die_with_parent(signal.SIGKILL),
     )
+    servers.append(server)
+    atexit.register(_stop, server)
+    os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", EMBEDDED_API: "1"}
+    refresh_global_settings_context()
+    return server
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
     try:
-        with patch.object(subprocess, "Popen", apart):  # Prefect has no setting for this
-            client = get_client(sync_client=True, httpx_settings=patience)
-        with client:
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _check_health() -> Exception | None:
+    try:
+        with get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client:
             return client.api_healthcheck()
-    except (RuntimeError, httpx.TransportError) as error:  # it did not come up in time
+    except (RuntimeError, httpx.TransportError) as error:
         return error
+
+
+def main() -> None:
+    """Serve the API, without its UI, on the port given as the only argument."""
+    tune_gc()
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,6 @@ from filelock import FileLock, Timeout
 EMBEDDED_API = "OVERNIGHT_EMBEDDED_API"
 """Set where PREFECT_API_URL names the embedded server of a process above, which ends with it."""
 EMBEDDED = {
-    "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-    # The first start makes the database: 20 s, the default, are not enough on a slow machine.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     # Types of blocks are for its pages: it imported every Prefect package for them, each time.
     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",

@@ -1,5 +1,7 @@
-"""What a run reached, where it lies, and how to look at it. Without Prefect and MLflow, so that a
-finished run is told of in a second."""
+"""The result of a run: losses, folder, model, and where to see it in Prefect and MLflow.
+
+Imports neither Prefect nor MLflow, so that a finished run is reported within a second.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,6 @@ from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import find_run_dir
 from tasks.tracking.journal import (
     RegisteredVersion,
-    SyncState,
     count_unsent_lines,
     find_registered_version,
     read_sync_state,
@@ -38,11 +39,11 @@ class Outcome(Artifact):
     mlflow_uri: str
     mlflow_run_id: str | None
     registered: RegisteredVersion | None = None
-    """None where no registered model is named, or where MLflow has not answered."""
+    """None if the config names no registered model, or MLflow was unreachable."""
     prefect_ui: str
-    """Shows Prefect's pages on this run: a command, or an address where a server runs."""
+    """Address of Prefect's UI, or the command that starts one."""
     mlflow_ui: str
-    """The same for MLflow."""
+    """Address of MLflow's UI, or the command that starts one."""
 
     def __str__(self) -> str:
         report = self.report
@@ -61,6 +62,7 @@ def build_outcome(
     mlflow_run_id: str | None,
     registered: RegisteredVersion | None,
 ) -> Outcome:
+    """Collect the result of the run of `folder`."""
     return Outcome(
         name=config.run.name,
         report=report,
@@ -70,15 +72,15 @@ def build_outcome(
         mlflow_uri=mlflow_uri,
         mlflow_run_id=mlflow_run_id,
         registered=registered,
-        prefect_ui=prefect_ui(config),
-        mlflow_ui=mlflow_ui(mlflow_uri, folder),
+        prefect_ui=locate_prefect_ui(config),
+        mlflow_ui=locate_mlflow_ui(mlflow_uri, folder),
     )
 
 
 def find_finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | None:
-    """Of a run that is finished, evaluated and told to MLflow; None where something is left to do.
+    """Return the result of a run that is trained, evaluated and fully in MLflow, else None.
 
-    Raises `ConfigError` for a config that cannot work, and what `find_dataset` raises.
+    Raises `ConfigError` for an invalid config, and what `find_dataset` raises.
     """
     config = load_config(path, overrides)
     dataset = find_dataset(config)
@@ -86,33 +88,27 @@ def find_finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | 
     checkpoint = folder and latest_checkpoint(folder)
     if not (folder and checkpoint and checkpoint.finished):
         return None
-    report, receipt = load_report(folder, config, checkpoint.step), read_sync_state(folder)
-    if report is None or receipt is None or not _all_is_told(folder, receipt):
+    report, sync = load_report(folder, config, checkpoint.step), read_sync_state(folder)
+    if report is None or sync is None or sync.status != "FINISHED":
         return None
     name = config.tracking.registered_model
-    registered = find_registered_version(receipt, name, checkpoint.step)
-    if name and not registered:
+    registered = find_registered_version(sync, name, checkpoint.step)
+    if (name and not registered) or count_unsent_lines(folder, sync):
         return None
-    return build_outcome(
-        config, folder, checkpoint, report, receipt.uri, receipt.run_id, registered
-    )
-
-
-def _all_is_told(folder: Path, receipt: SyncState) -> bool:
-    return receipt.status == "FINISHED" and not count_unsent_lines(folder, receipt)
+    return build_outcome(config, folder, checkpoint, report, sync.uri, sync.run_id, registered)
 
 
 def render_outcome(outcome: Outcome) -> str:
-    """The run's result as Markdown."""
+    """Return the result as a Markdown page."""
     report = outcome.report
     rows = {
-        "validation loss": f"{report.loss:.4f} nats a token, over {report.tokens:,} tokens",
+        "validation loss": f"{report.loss:.4f} nats per token, over {report.tokens:,} tokens",
         "perplexity": f"{report.perplexity:,.2f}",
         "bits per byte": f"{report.bits_per_byte:.4f}",
         "trained": f"{report.step:,} steps, {outcome.tokens_seen:,} tokens",
         "run folder": f"`{outcome.folder}`",
         "model": f"`{outcome.model}`",
-        "MLflow run": f"`{outcome.mlflow_run_id or 'not made yet: MLflow was away'}`",
+        "MLflow run": f"`{outcome.mlflow_run_id or 'not created yet: MLflow was unreachable'}`",
         "registered": str(outcome.registered or "no"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -122,12 +118,14 @@ def render_outcome(outcome: Outcome) -> str:
     )
     return (
         f"# {outcome.name}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## Look at it\n\n```sh\n{outcome.prefect_ui}\n{outcome.mlflow_ui}\n```\n\n"
-        f"## What it writes\n\n{samples}\n"
+        "## Open in Prefect and MLflow\n\n"
+        f"```sh\n{outcome.prefect_ui}\n{outcome.mlflow_ui}\n```\n\n"
+        f"## Samples\n\n{samples}\n"
     )
 
 
-def prefect_ui(config: RunConfig) -> str:
+def locate_prefect_ui(config: RunConfig) -> str:
+    """Return the address of the configured Prefect server, or the command that starts one."""
     api = os.environ.get("PREFECT_API_URL", "")
     if api and EMBEDDED_API not in os.environ:
         return api.removesuffix("/api")
@@ -136,23 +134,23 @@ def prefect_ui(config: RunConfig) -> str:
     return f"{settings} {_program('prefect')} server start"
 
 
-def mlflow_ui(uri: str, folder: Path) -> str:
-    """The page with the curves of the experiment that the run of `folder` is in."""
-    receipt = read_sync_state(folder)
-    page = _CURVES.format(receipt.experiment_id) if receipt and receipt.experiment_id else ""
+def locate_mlflow_ui(uri: str, folder: Path) -> str:
+    """Return the address of the charts of the run's experiment, or the command that serves them."""
+    sync = read_sync_state(folder)
+    page = ""
+    if sync and sync.experiment_id:
+        charts = "compareRunsMode=CHART&workflowType=machine_learning"
+        page = f"/#/experiments/{sync.experiment_id}/runs?{charts}"
     if uri.startswith("http"):
         return f"{uri}{page}"
-    # Without the workers for jobs that only prompts and traces need, it starts in half the time.
+    # Job workers only serve prompts and traces; without them it starts in half the time.
     settings = "DO_NOT_TRACK=1 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
     command = f"{settings} {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
     return f"{command}  # http://127.0.0.1:5000{page}"
 
 
-_CURVES = "/#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-
-
 def _program(name: str) -> str:
-    """How this environment's program is called from anywhere: by name where the shell finds it."""
+    """Return the name of this environment's program, or its path if the shell finds another."""
     own = Path(sys.executable).parent / name
     found = shutil.which(name)
     return name if found and Path(found) == own else shlex.quote(str(own))

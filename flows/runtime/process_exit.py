@@ -1,4 +1,4 @@
-"""How a process ends: a child with its parent, and no process by waiting for a dead server."""
+"""How processes end: this one without waiting for a dead server, a child with its parent."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-
-class Leaving:
-    """Prefect's threads hand over what they have before the process ends. Where its API went away
-    there is nobody to take it: of one that hangs they took two minutes to find that out."""
-
-    at_once = False
-
-    def end(self, code: str | int | None) -> NoReturn:
-        if self.at_once and isinstance(code, int):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+_skips_cleanup = False
 
 
-leaving = Leaving()
+def skip_cleanup() -> None:
+    """Let `exit_process` end this process without the clean-up of its threads: Prefect's would
+    wait up to two minutes for an API that hangs."""
+    global _skips_cleanup
+    _skips_cleanup = True
+
+
+def exit_process(code: str | int | None) -> NoReturn:
+    """Exit like `sys.exit`, at once if `skip_cleanup` was called."""
+    if _skips_cleanup and isinstance(code, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def die_with_parent(number: signal.Signals) -> Callable[[], None]:
-    """For `subprocess.Popen(preexec_fn=...)`: the child gets the signal when this process ends,
-    however it ends. On Linux alone."""
-    return partial(_end_with, os.getpid(), number)
+    """Return a `preexec_fn` for `subprocess.Popen`: the child gets the signal when this process
+    ends, even by kill -9. Linux only; elsewhere it does nothing."""
+    return partial(_set_parent_death_signal, os.getpid(), number)
 
 
-def _end_with(parent: int, number: signal.Signals) -> None:
+def _set_parent_death_signal(parent: int, number: signal.Signals) -> None:
     if sys.platform != "linux":
         return
-    parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-    ctypes.CDLL(None).prctl(parent_death_signal, number)
-    if os.getppid() != parent:  # it ended before that call
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+    if os.getppid() != parent:  # the parent ended before the call
         os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""What a retraining came to, in words."""
+"""The result of a retraining, and its page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from tasks.evaluate_slices import ReportPair, SliceReports
 
 
 class TokenCounts(Artifact):
-    """Tokens of a data set, by where they come from."""
+    """Tokens of a dataset by origin."""
 
-    tokenised: int
-    """By this retraining."""
+    tokenized: int
+    """Tokenized for this retraining."""
     reused: int
-    """Of units that other data sets had."""
+    """Reused from earlier datasets."""
 
 
 class RetrainResult(Artifact):
-    """`outcome` is None where there was nothing to do."""
+    """What a retraining did; `outcome` is None if there was nothing to do."""
 
     name: str
     reason: str
-    """Why there was something to do, or nothing."""
+    """Why there was something to do, or why not."""
     notes: tuple[str, ...] = ()
     start: str = ""
     text: TokenCounts | None = None
     champion: str = ""
-    """The one that was held against; empty: there was none."""
+    """The champion before this retraining; empty if there was none."""
     outcome: Outcome | None = None
     slices: SliceReports | None = None
     prefect_ui: str
@@ -37,68 +37,70 @@ class RetrainResult(Artifact):
 
     @property
     def lines(self) -> list[tuple[str, str]]:
-        """What there is to tell, each under its heading."""
-        told = [("source", self.reason), *(("note", note) for note in self.notes)]
+        """The report as pairs of heading and text."""
+        lines = [("source", self.reason), *(("note", note) for note in self.notes)]
         if self.text:
-            reused = f"{self.text.reused:,} reused"
-            told.append(("tokens", f"{self.text.tokenised:,} tokenised, {reused}"))
+            counts = f"{self.text.tokenized:,} tokenized, {self.text.reused:,} reused"
+            lines.append(("tokens", counts))
         if self.outcome is None:
-            return told
-        trained = f"{self.outcome.report.step:,} steps, {self.outcome.tokens_seen:,} tokens"
-        begun = f"from {self.start}" if self.start != "scratch" else "from scratch"
-        told.append(("challenger", f"trained {begun}: {trained}"))
-        told += _on_slices(self.outcome.report, self.slices, self.champion)
-        told.append(("verdict", str(self.outcome.registered or "not yet: MLflow was away")))
-        told.append(("run", str(self.outcome.folder)))
-        return told
+            return lines
+        length = f"{self.outcome.report.step:,} steps, {self.outcome.tokens_seen:,} tokens"
+        lines.append(("challenger", f"trained from {self.start}: {length}"))
+        lines += _slice_lines(self.outcome.report, self.slices, self.champion)
+        registered = self.outcome.registered
+        lines.append(("verdict", str(registered or "not yet: MLflow was unreachable")))
+        lines.append(("run", str(self.outcome.folder)))
+        return lines
 
 
-def _on_slices(
+def _slice_lines(
     report: EvaluationReport, slices: SliceReports | None, champion: str
 ) -> list[tuple[str, str]]:
-    over = f"loss over {report.tokens:,} tokens"
+    count = f"loss over {report.tokens:,} tokens"
     if slices is None:
-        return [("current slice", f"challenger {report.loss:.4f} ({over})")]
-    told = [("current slice", f"{_losses(slices.current, champion)} ({over})")]
-    for name, pair, words in (
-        ("old slice", slices.old, ("better there too", "forgotten some")),
-        ("new text", slices.new, ("learned", "worse there too")),
+        return [("current slice", f"challenger {report.loss:.4f} ({count})")]
+    lines = [("current slice", f"{_losses(slices.current, champion)} ({count})")]
+    for name, pair, better, worse in (
+        ("old slice", slices.old, "better on it too", "the challenger has forgotten some of it"),
+        ("new text", slices.new, "the challenger has learned it", "worse on it too"),
     ):
         if pair:
-            told.append((name, f"{_losses(pair, champion)}: {_told(pair, *words)}"))
+            lines.append((name, f"{_losses(pair, champion)}: {_compare(pair, better, worse)}"))
     if slices.old and slices.old.challenger.slice_fingerprint == report.slice_fingerprint:
-        rule = (
-            "the current slice is the old one, because new text comes behind the first "
-            f"{report.tokens:,} validation tokens; a larger evaluation.tokens would reach it"
+        same = (
+            "the current slice equals the old one: new text comes after the first "
+            f"{report.tokens:,} validation tokens; raise evaluation.tokens to include it"
         )
-        told.append(("note", rule))
-    return told
+        lines.append(("note", same))
+    return lines
 
 
 def _losses(pair: ReportPair, champion: str) -> str:
     return f"challenger {pair.challenger.loss:.4f}, {champion} {pair.champion.loss:.4f}"
 
 
-def _told(pair: ReportPair, better: str, worse: str) -> str:
+def _compare(pair: ReportPair, better: str, worse: str) -> str:
     from gpt.evaluation.significance import compare_reports
 
     if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
-        return "not compared, because other block sizes cut it at another place"
+        return "not compared: their block sizes divide the slice differently"
     found = compare_reports(pair.challenger, pair.champion)
     if found.low is None or found.high is None:
         return found.basis
     interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.basis}"
     if not found.is_significant:
-        return f"no difference beyond chance ({interval})"
+        return f"no significant difference ({interval})"
     return f"{better if found.is_significantly_better else worse} ({interval})"
 
 
-def page(done: RetrainResult) -> str:
-    """As Markdown."""
-    rows = "\n".join(f"| {name} | {_cell(text)} |" for name, text in done.lines)
-    look = f"```sh\n{done.prefect_ui}\n{done.mlflow_ui}\n```"
-    return f"# Retraining of {done.name}\n\n| | |\n|---|---|\n{rows}\n\n## Look at it\n\n{look}\n"
+def render_result(result: RetrainResult) -> str:
+    """Return the result as a Markdown page."""
+    rows = "\n".join(f"| {name} | {_table_cell(text)} |" for name, text in result.lines)
+    return (
+        f"# Retraining of {result.name}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"## Open in Prefect and MLflow\n\n```sh\n{result.prefect_ui}\n{result.mlflow_ui}\n```\n"
+    )
 
 
-def _cell(text: str) -> str:
+def _table_cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())

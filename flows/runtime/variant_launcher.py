@@ -6,11 +6,9 @@ begins with an empty device and has a peak of memory of its own.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +20,7 @@ STOP_SECONDS = 24.0
 """For a child that was asked to stop; Prefect kills its parent 29 s after asking."""
 
 
-def train_in_subprocess(variant: Variant, parent: Path, environment: Mapping[str, str]) -> Path:
+def train_in_subprocess(variant: Variant, parent: Path) -> Path:
     """The folder of the entrant's finished run. What stops this process stops that one first.
 
     Raises `ComparisonError` with the reason where the run came to no end.
@@ -39,9 +37,7 @@ def train_in_subprocess(variant: Variant, parent: Path, environment: Mapping[str
     }
     command = [sys.executable, "-m", "flows.runtime.variant_process", json.dumps(asked)]
     # One that lived on would hold the run that the next comparison goes on with.
-    child = subprocess.Popen(
-        command, env={**os.environ, **environment}, preexec_fn=die_with_parent(signal.SIGKILL)
-    )
+    child = subprocess.Popen(command, preexec_fn=die_with_parent(signal.SIGKILL))
     try:
         code = child.wait()
     except BaseException:

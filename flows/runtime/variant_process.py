@@ -27,7 +27,7 @@ def main() -> None:
 
 def _run(asked: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     environment.prepare(Path(asked["root"]))
-    from flows.runtime.session import run_pretrain
+    from flows.runtime.local_run import run_pretrain
     from tasks.display import log_info
 
     try:

@@ -141,7 +141,7 @@ def test_stopped_from_outside_it_stops_what_it_started(
         assert process.wait(30) == 143, rest
     finally:
         process.kill()
-    assert "the same command goes on" in rest
+    assert "re-run the same command" in rest
     assert "Traceback" not in rest
     [run] = root.glob("train/*")
     assert list(run.glob("checkpoints/step-*/COMPLETE"))

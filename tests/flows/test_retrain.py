@@ -14,8 +14,8 @@ from conftest import TINY_CONFIG
 from corpus_data import documents
 from overnight_command import overnight
 
-from flows.pretrain import pretrain_without_prefect
-from flows.retrain import retrain_without_prefect
+from flows.pretrain import pretrain
+from flows.retrain import retrain
 from flows.runtime.retrain_report import RetrainResult
 from gpt.artifacts import DatasetManifest
 from gpt.data.shards import read_manifest
@@ -65,7 +65,7 @@ class Nights:
 
     def night(self, start: Any = "scratch", path: object = None, **sections: Any) -> RetrainResult:
         named = None if path is None else str(path)
-        return retrain_without_prefect(str(self.path), sections, named, start)
+        return retrain.fn(str(self.path), sections, named, start)
 
     @property
     def aliases(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     assert set(tokenised) == {"b.parquet"}
     now = nights.dataset(lost)
     assert lost.text.reused == before.train.tokens + before.validation.tokens
-    assert lost.text.tokenised + lost.text.reused == now.train.tokens + now.validation.tokens
+    assert lost.text.tokenized + lost.text.reused == now.train.tokens + now.validation.tokens
     assert not set(kept_out) & set(documents(now, now.train))
     assert set(kept_out) < set(documents(now, now.validation))
 
@@ -276,7 +276,7 @@ def test_a_run_that_could_not_be_compared_is_judged_when_it_can(nights: Nights) 
     nights.arrives("a.parquet", FIRST)
     nights.night()
     nights.arrives("b.parquet", SECOND)
-    by_hand = pretrain_without_prefect(str(nights.path), {"training": {"max_steps": 40}}, False)
+    by_hand = pretrain.fn(str(nights.path), {"training": {"max_steps": 40}})
     assert "evaluated on other text" in by_hand.registered.reason
     done = nights.night(training={"max_steps": 40})
     assert done.outcome.folder == by_hand.folder

@@ -34,10 +34,10 @@ def interrupt_all():
 
 
 def embedded_prefect():
-    from prefect.server.api.server import SubprocessASGIServer
+    from flows.runtime.embedded_api import servers
 
-    (server,) = SubprocessASGIServer._instances.values()
-    return server.server_process
+    (server,) = servers
+    return server
 
 
 def kill_prefect():

@@ -38,7 +38,7 @@ def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, new_
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 128 + number, (place, output)
         assert f"stopped by {number.name}" in output, place
-        assert "the same command goes on" in output, place
+        assert "re-run the same command" in output, place
         assert "Traceback" not in output, place
         assert last_state(root, place) == "CANCELLED", place
         if place != "tokenising":
