@@ -20,7 +20,7 @@ ENV DO_NOT_TRACK=1 \
     PREFECT_SERVER_ANALYTICS_ENABLED=false
 
 WORKDIR /overnight
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY gpt gpt
 COPY tasks tasks
 COPY flows flows
