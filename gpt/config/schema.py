@@ -97,13 +97,13 @@ class DataSection(Section):
     on_bad_file: Literal["fail", "skip"] = "fail"
     """fail: stop at an unusable file. skip: skip it, count it and log a warning."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
-    """Tokeniser: tiktoken, or gigatoken verified against it; auto: gigatoken if it is installed.
+    """Tokenizer: tiktoken, or gigatoken verified against it; auto: gigatoken if it is installed.
     The
     tokens are the same."""
     workers: Annotated[int, Field(ge=1, le=1_024)] | None = None
-    """Number of tokenising processes; default: one per CPU. The tokens are the same."""
+    """Number of tokenizing processes; default: one per CPU. The tokens are the same."""
     runner: Literal["local", "dask", "ray"] = "local"
-    """Where files are tokenised: in processes on this machine, or on a Dask or Ray cluster that
+    """Where files are tokenized: in processes on this machine, or on a Dask or Ray cluster that
     reads and writes the same paths. The tokens are the same."""
     cluster: str = ""
     """Address of the Dask scheduler or Ray cluster, e.g. tcp://host:8786 or ray://host:10001;

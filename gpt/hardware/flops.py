@@ -9,7 +9,7 @@ def flops_per_token(config: RunConfig) -> int:
     """Return the FLOPs of training per token: 6 N + 12 n_layer n_embd block_size.
 
     This is the convention of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and of
-    nanoGPT's `estimate_mfu`, so that utilisations compare. N counts the weights that take part in
+    nanoGPT's `estimate_mfu`, so that utilizations compare. N counts the weights that take part in
     matrix products: those of the blocks and of the head, which is the embedding if they are tied.
     An untied embedding and learned positions are looked up and do not count; nor do vectors. The
     factor 6 is a multiplication and an addition, once forward and twice backward. The second term

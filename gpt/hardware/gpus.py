@@ -1,25 +1,24 @@
-"""The GPUs that people own: memory, speed, and what torch calls them. One table for the preflight
-and for MFU.
+"""Table of GPUs: memory, peak FLOPs, bandwidth, and their names in torch.
 
-Peaks are of dense 16-bit matrix products summed in float32, which is what training does: half of
-what a GeForce's advertisement says for float16 sums, a quarter of it where that counts sparsity.
-Most are tensor cores x boost clock x operations of one core in one clock, the formula of llm.c's
-`llmc/mfu.h`. With float32 sums one tensor core does in a clock
+Peaks are for dense 16-bit matrix products with float32 accumulation, as training uses them: half of
+what NVIDIA advertises for a GeForce with float16 accumulation, a quarter of the figure with
+sparsity. Most are tensor cores x boost clock x FLOPs per core and clock, the formula of llm.c's
+`llmc/mfu.h`. With float32 accumulation one tensor core computes per clock
 
-- 64 on a GeForce of Turing, 128 on other Turing cards and on Volta,
-- 128 on a GeForce of Ampere, Ada and Blackwell, 256 on workstation and server cards of those,
+- 64 on a GeForce of Turing, 128 on other Turing GPUs and on Volta,
+- 128 on a GeForce of Ampere, Ada and Blackwell, 256 on workstation and server GPUs of those,
 - 512 on A100, 1,024 on Hopper.
 
 Checked against NVIDIA's own figures: RTX 3090 71 (GA102 whitepaper), RTX 4090 165.2 and RTX 4080
 97.5 (Ada whitepaper), RTX 5090 209.5 (RTX Blackwell whitepaper), RTX A6000 154.8, RTX 6000 Ada
-364.2, A100 312, H100 989. A laptop's boost clock is the highest of the range that NVIDIA gives:
-makers set the power, so few reach it.
+364.2, A100 312, H100 989. For laptops the boost clock is the highest of NVIDIA's range; the maker
+sets the power limit, so few reach it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 GIB = 2**30
@@ -29,74 +28,71 @@ MIB = 2**20
 @dataclass(frozen=True)
 class GPUSpec:
     key: str
-    """What a user types, as rtx-4070."""
+    """Name to type, e.g. rtx-4070."""
     name: str
-    """What `torch.cuda.get_device_name` says."""
+    """Name by `torch.cuda.get_device_name`."""
     memory_bytes: int
-    """All of it; where error correction takes a share, what nvidia-smi shows."""
+    """Total memory; with error correction, what nvidia-smi shows."""
     bf16_tflops: float | None
-    """Dense peak with float32 sums, 10^12 operations a second; None: the card has no bfloat16."""
+    """Dense peak with float32 accumulation, 10^12 FLOPs per second; None without bfloat16."""
     fp16_tflops: float
     bandwidth_bytes_per_second: float
     compute_capability: tuple[int, int]
     source: str
-    """Where the peak comes from."""
+    """Source of the peak."""
     aliases: tuple[str, ...] = ()
-    """Other names of the same card."""
+    """Other names of the same GPU."""
 
     def peak_tflops(self, dtype: str) -> float | None:
-        """Peak for `training.dtype`: bfloat16 is float16 on a card without it, float32 is TF32,
-        half of bfloat16. None: no tensor core multiplies that type."""
+        """Return the peak for `training.dtype`: float16 for bfloat16 if the GPU lacks it; TF32,
+        half
+        of bfloat16, for float32. None if no tensor core multiplies that dtype."""
         if dtype == "float32":
             return self.bf16_tflops / 2 if self.bf16_tflops else None
         return self.bf16_tflops if dtype == "bfloat16" and self.bf16_tflops else self.fp16_tflops
 
 
 def find_gpu(name: str, memory_bytes: int | None = None) -> GPUSpec | None:
-    """The card of that name: a key (`rtx-4070`, "RTX 4070 Ti Super") or what torch calls it.
+    """Find a GPU by its key or another name: `rtx-4070`, "RTX 4070 Ti Super", torch's name.
 
-    Laptop, Ti, Super, PCIe and SXM variants are cards of their own, and so is a part of a card
-    (MIG). `memory_bytes`, as the driver reports it, decides between cards that torch calls alike.
-    None for a card that is not in the table: nobody guesses.
+    Laptop, Ti, Super, PCIe, SXM and MIG variants are different GPUs. `memory_bytes`, as reported by
+    the driver, decides between GPUs with the same name. Returns None if the table has no such GPU.
     """
-    words, size_gb = _words(name)
-    known = _by_words().get(words, ())
+    words, size_gb = _parse_name(name)
+    matches = _gpus_by_words().get(words, ())
     if size_gb is not None:
-        known = tuple(card for card in known if round(card.memory_bytes / GIB) in _near(size_gb))
-    if memory_bytes is None or not known:
-        return known[0] if known else None
-    return min(known, key=lambda card: abs(card.memory_bytes - memory_bytes))
+        # A GPU sold as 80 GB may have 79 GiB: error correction and decimal units take some.
+        sizes = range(round(size_gb * 0.9), size_gb + 2)
+        matches = tuple(gpu for gpu in matches if round(gpu.memory_bytes / GIB) in sizes)
+    if memory_bytes is None or not matches:
+        return matches[0] if matches else None
+    return min(matches, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes))
 
 
-_SILENT_WORDS = {"nvidia", "geforce", "tesla", "gpu", "generation", "edition", "workstation"}
-_SPELLINGS = {"mobile": "laptop", "sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm"}
+_IGNORED_WORDS = {"nvidia", "geforce", "tesla", "gpu", "generation", "edition", "workstation"}
+_SYNONYMS = {"mobile": "laptop", "sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm"}
 
 
 @cache
-def _by_words() -> dict[frozenset[str], tuple[GPUSpec, ...]]:
-    """Cards by what is left of their names; those of several memory sizes in the table's order."""
+def _gpus_by_words() -> dict[frozenset[str], tuple[GPUSpec, ...]]:
+    """GPUs by the words of their names; several memory sizes are in the order of the table."""
     found: dict[frozenset[str], tuple[GPUSpec, ...]] = {}
-    for card in GPUS:
-        for words in {_words(name)[0] for name in (card.key, card.name, *card.aliases)}:
-            found[words] = (*found.get(words, ()), card)
+    for gpu in GPUS:
+        for words in {_parse_name(name)[0] for name in (gpu.key, gpu.name, *gpu.aliases)}:
+            found[words] = (*found.get(words, ()), gpu)
     return found
 
 
-def _words(name: str) -> tuple[frozenset[str], int | None]:
-    """The words that tell cards apart, and the memory, GB, where the name gives it."""
+def _parse_name(name: str) -> tuple[frozenset[str], int | None]:
+    """Return the words that identify a GPU, and its memory in GB if the name has it."""
     text = name.lower()
     size = re.search(r"\b(\d+)\s*gi?b\b", text)
     if size:
         text = text.replace(size[0], " ")
     text = re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", text)
     text = re.sub(r"(?<=\d)(ti|super)\b", r" \1", text.replace("tisuper", "ti super"))
-    words = {_SPELLINGS.get(word, word) for word in re.findall(r"[a-z0-9]+", text)}
-    return frozenset(words - _SILENT_WORDS), int(size[1]) if size else None
-
-
-def _near(size_gb: int) -> range:
-    """A card sold as 80 GB may have 79 GiB: error correction and decimal units take some."""
-    return range(round(size_gb * 0.9), size_gb + 2)
+    words = {_SYNONYMS.get(word, word) for word in re.findall(r"[a-z0-9]+", text)}
+    return frozenset(words - _IGNORED_WORDS), int(size[1]) if size else None
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -112,31 +108,27 @@ def _geforce(
     boost_mhz: int,
     gb_per_second: float,
     capability: tuple[int, int],
-    where: str,
+    source: str,
 ) -> GPUSpec:
-    """A GeForce: half of its tensor cores' rate where they sum in float32."""
+    """A GeForce, which halves the rate of its tensor cores for float32 accumulation."""
     turing = capability < (8, 0)
-    tflops = round(tensor_cores * boost_mhz * (64 if turing else 128) / 1e6, 1)
-    source = f"{tensor_cores} tensor cores x {boost_mhz:,} MHz x {64 if turing else 128}, {where}"
+    rate = 64 if turing else 128
+    tflops = round(tensor_cores * boost_mhz * rate / 1e6, 1)
     return GPUSpec(
-        key=_key(name),
+        key=name.lower().replace(" laptop gpu", " laptop").replace(" ", "-"),
         name=f"NVIDIA GeForce {name}",
         memory_bytes=memory_gib * GIB,
         bf16_tflops=None if turing else tflops,
         fp16_tflops=tflops,
         bandwidth_bytes_per_second=gb_per_second * 1e9,
         compute_capability=capability,
-        source=source,
+        source=f"{tensor_cores} tensor cores x {boost_mhz:,} MHz x {rate}, {source}",
     )
 
 
-def _key(name: str) -> str:
-    return name.lower().replace(" laptop gpu", " laptop").replace(" ", "-")
-
-
-def _sized(card: GPUSpec) -> GPUSpec:
-    """A second memory size of a card, told apart in its key alone."""
-    return GPUSpec(**{**card.__dict__, "key": f"{card.key}-{card.memory_bytes // GIB}gb"})
+def _sized(gpu: GPUSpec) -> GPUSpec:
+    """A second memory size under the same name, with the size in its key."""
+    return replace(gpu, key=f"{gpu.key}-{gpu.memory_bytes // GIB}gb")
 
 
 def _professional(
@@ -149,8 +141,8 @@ def _professional(
     figure: str,
     *aliases: str,
 ) -> GPUSpec:
-    """A workstation or server card, its peak as the data sheet has it: `figure`, or the half of
-    what is said for sparse matrices (of 8-bit floats a quarter, of 4-bit floats an eighth)."""
+    """A workstation or server GPU with the peak of its data sheet: `figure`, or half of it if it is
+    for sparse matrices (a quarter for sparse fp8, an eighth for sparse fp4)."""
     return GPUSpec(
         key=key,
         name=name,
@@ -265,7 +257,7 @@ GPUS: tuple[GPUSpec, ...] = (
     _professional("v100-pcie-32gb", "Tesla V100-PCIE-32GB", 32_510, 112.0, 900, _VOLTA, "112"),
     _professional("a10", "NVIDIA A10", 23_028, 125.0, 600, _AMPERE, "125"),
     _professional("a10g", "NVIDIA A10G", 23_028, 70.0, 600, _AMPERE, "70"),
-    _professional("a16", "NVIDIA A16", 15_356, 17.9, 200, _AMPERE, "17.9 for each of its four"),
+    _professional("a16", "NVIDIA A16", 15_356, 17.9, 200, _AMPERE, "17.9 per GPU, four on a board"),
     _professional("a30", "NVIDIA A30", 24_576, 165.0, 933, _A100, "165"),
     _professional("a40", "NVIDIA A40", 46_068, 149.7, 696, _AMPERE, "149.7"),
     _professional("a100", "NVIDIA A100-SXM4-40GB", 40_960, 312.0, 1555, _A100, "312", "A100 SXM"),

@@ -15,8 +15,8 @@ from gpt.hardware.gpus import GPUSpec, find_gpu
 from gpt.preflight.data_estimate import newest_first
 from gpt.preflight.parameters import count_parameters
 
-GEFORCE_UTILISATION = 0.55
-SERVER_UTILISATION = 0.40
+GEFORCE_UTILIZATION = 0.55
+SERVER_UTILIZATION = 0.40
 """Assumed share of the peak FLOPs without a measurement. GeForce GPUs halve the rate of their
 tensor cores for float32 sums, so memory bandwidth limits them less."""
 UNCOMPILED_SHARE = 0.54
@@ -24,7 +24,7 @@ UNCOMPILED_SHARE = 0.54
 250 ms without."""
 NARROW_N_EMBD = 448
 """Below this width kernel launches take a share of the time that was not measured."""
-MEASURED_UTILISATION = {
+MEASURED_UTILIZATION = {
     "rtx-4070": (0.82, "nanoGPT 124M at 56,000 tokens/s, a user's log"),
     "rtx-4090": (0.55, "nanoGPT 124M at 106,000 tokens/s, nanoGPT PR 225"),
     "h200": (0.42, "modded-nanogpt track 3 at 490,000 tokens/s"),
@@ -46,7 +46,7 @@ class Throughput:
 
 def estimate_throughput(config: RunConfig, gpu: GPUSpec | None) -> Throughput:
     """Estimate throughput from an earlier run on this GPU below `run.root`; without one, from the
-    peak and a utilisation that was published for the GPU or is assumed."""
+    peak and a utilization that was published for the GPU or is assumed."""
     if gpu is None:
         return Throughput(None, "n/a: no GPU, or one that is not in the table")
     if measured := _measured_throughput(config, gpu):
@@ -59,11 +59,11 @@ def nominal_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput:
     peak = gpu.peak_tflops(config.training.dtype)
     if peak is None:
         return Throughput(None, f"n/a: {gpu.name} has no tensor cores for {config.training.dtype}")
-    if gpu.key in MEASURED_UTILISATION:
-        share, source = MEASURED_UTILISATION[gpu.key]
+    if gpu.key in MEASURED_UTILIZATION:
+        share, source = MEASURED_UTILIZATION[gpu.key]
         basis = f"{share:.0%} of {peak:g} TFLOP/s, as measured for {source}"
     else:
-        share = GEFORCE_UTILISATION if "GeForce" in gpu.name else SERVER_UTILISATION
+        share = GEFORCE_UTILIZATION if "GeForce" in gpu.name else SERVER_UTILIZATION
         basis = f"{share:.0%} of {peak:g} TFLOP/s, assumed: there is no measurement for this GPU"
     if config.model.n_embd < NARROW_N_EMBD:
         basis += "; narrow models reach less"
@@ -105,7 +105,7 @@ def total_tokens(config: RunConfig) -> int:
 
 
 def training_hours(config: RunConfig, tokens_per_second: float | None) -> float | None:
-    """Return the hours of training, without tokenising, evaluation and checkpoints."""
+    """Return the hours of training, without tokenizing, evaluation and checkpoints."""
     if tokens_per_second is None:
         return None
     return total_tokens(config) / tokens_per_second / 3600

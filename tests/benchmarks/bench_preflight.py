@@ -16,8 +16,8 @@ def main():
     configs = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.toml"))
     command = [sys.executable, "-m", "flows.cli.main", "validate", *configs, "--gpu", "rtx-4070"]
     seconds = [process_seconds(command) for _ in range(5)]
-    told = ", ".join(f"{each:.2f}" for each in seconds)
-    print(f"{len(configs)} configs: {statistics.median(seconds):.2f} s of process time ({told})")
+    times = ", ".join(f"{each:.2f}" for each in seconds)
+    print(f"{len(configs)} configs: {statistics.median(seconds):.2f} s of process time ({times})")
 
 
 def process_seconds(command):

@@ -1,4 +1,4 @@
-"""The table of cards: every name finds its own card, and nothing finds another's."""
+"""The table of GPUs: every name finds its GPU and no other."""
 
 import pytest
 
@@ -47,26 +47,26 @@ from gpt.hardware.gpus import GIB, GPUS, MIB, find_gpu
         ("", None),
     ],
 )
-def test_names_find_the_card_they_name(name: str, key: str | None) -> None:
-    card = find_gpu(name)
-    assert (card.key if card else None) == key
+def test_name_finds_its_gpu_only(name: str, key: str | None) -> None:
+    gpu = find_gpu(name)
+    assert (gpu.key if gpu else None) == key
 
 
-def test_every_card_is_found_by_its_key_and_by_torchs_name() -> None:
-    for card in GPUS:
-        assert find_gpu(card.key) is card
-        assert find_gpu(card.name, card.memory_bytes) is card
+def test_every_gpu_is_found_by_its_key_and_by_torchs_name() -> None:
+    for gpu in GPUS:
+        assert find_gpu(gpu.key) is gpu
+        assert find_gpu(gpu.name, gpu.memory_bytes) is gpu
 
 
-def test_memory_decides_between_cards_that_torch_calls_alike() -> None:
+def test_memory_decides_between_gpus_with_the_same_name() -> None:
     both = {"rtx-4060-ti": 8_188 * MIB, "rtx-4060-ti-16gb": 16_380 * MIB}
     for key, memory_bytes in both.items():
-        card = find_gpu("NVIDIA GeForce RTX 4060 Ti", memory_bytes)
-        assert card is not None
-        assert card.key == key
+        gpu = find_gpu("NVIDIA GeForce RTX 4060 Ti", memory_bytes)
+        assert gpu is not None
+        assert gpu.key == key
 
 
-# NVIDIA's own figures, dense, float32 sums; see the module's docstring for where they stand.
+# NVIDIA's own figures, dense with float32 accumulation; sources in the module's docstring.
 @pytest.mark.parametrize(
     ("key", "tflops"),
     [
@@ -79,13 +79,13 @@ def test_memory_decides_between_cards_that_torch_calls_alike() -> None:
         ("h100", 989.4),
     ],
 )
-def test_the_formula_gives_nvidias_figures(key: str, tflops: float) -> None:
-    card = find_gpu(key)
-    assert card is not None
-    assert card.bf16_tflops == pytest.approx(tflops, rel=0.003)
+def test_formula_gives_nvidias_figures(key: str, tflops: float) -> None:
+    gpu = find_gpu(key)
+    assert gpu is not None
+    assert gpu.bf16_tflops == pytest.approx(tflops, rel=0.003)
 
 
-def test_cards_without_bfloat16_multiply_float16_instead() -> None:
+def test_gpus_without_bfloat16_use_the_peak_of_float16() -> None:
     old = find_gpu("t4")
     new = find_gpu("rtx-4090")
     assert old is not None
@@ -96,12 +96,12 @@ def test_cards_without_bfloat16_multiply_float16_instead() -> None:
     assert new.peak_tflops("float32") == pytest.approx(82.6, rel=0.001)
 
 
-def test_the_table_is_sound() -> None:
-    keys = [card.key for card in GPUS]
+def test_table_is_plausible() -> None:
+    keys = [gpu.key for gpu in GPUS]
     assert len(keys) == len(set(keys))
-    for card in GPUS:
-        assert 4 * GIB <= card.memory_bytes <= 192 * GIB
-        assert (card.bf16_tflops is None) == (card.compute_capability < (8, 0))
-        assert card.fp16_tflops > 10
-        assert 100e9 < card.bandwidth_bytes_per_second < 10e12
-        assert card.source
+    for gpu in GPUS:
+        assert 4 * GIB <= gpu.memory_bytes <= 192 * GIB
+        assert (gpu.bf16_tflops is None) == (gpu.compute_capability < (8, 0))
+        assert gpu.fp16_tflops > 10
+        assert 100e9 < gpu.bandwidth_bytes_per_second < 10e12
+        assert gpu.source
