@@ -130,7 +130,7 @@ def _why_nothing_to_train_on(plan: RetrainPlan, dataset: DatasetManifest) -> str
         return ""
     known = set(plan.changes.known)
     new = (units for file, units in group_units_by_file(dataset) if file.sha256 not in known)
-    if any(unit.entry.tally.sides["train"].tokens for units in new for unit in units):
+    if any(unit.entry.counts.splits["train"].tokens for units in new for unit in units):
         return ""
     return f"unchanged: no document for training is in {format_names(plan.changes.new)}"
 
@@ -140,7 +140,7 @@ def _count_tokens(dataset: DatasetManifest, known_units: set[str]) -> TokenCount
     counts = {True: 0, False: 0}
     for _, units in group_units_by_file(dataset):
         for unit in units:
-            counts[unit.entry.key in known_units] += unit.entry.tally.tokens
+            counts[unit.entry.key in known_units] += unit.entry.counts.tokens
     return TokenCounts(tokenized=counts[False], reused=counts[True])
 
 

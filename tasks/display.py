@@ -150,7 +150,7 @@ def show_tokenizing(steps: Generator[TokenizeProgress, None, Result]) -> Result:
         text = f"{progress.tokens:,} tokens  {rate:,.0f} tokens/s  {format_duration(left)} left"
         return done, total, text
 
-    return _run_with_progress("tokenising", steps, describe)
+    return _run_with_progress("tokenizing", steps, describe)
 
 
 def show_transfer(name: str, steps: Generator[TransferProgress, None, Result]) -> Result:

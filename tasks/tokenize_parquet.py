@@ -1,4 +1,4 @@
-"""Stage 2, tokenize-parquet: the Parquet source as token shards, or the ones made before."""
+"""Stage 2, tokenize-parquet: the Parquet source as token shards, built now or found."""
 
 from __future__ import annotations
 
@@ -17,43 +17,39 @@ from tasks.runtime.prefect_api import publish_markdown
 
 @task(name="tokenize-parquet", task_run_name="tokenize-parquet", cache_policy=NO_CACHE)
 def tokenize_parquet(config: RunConfig) -> DatasetManifest:
-    """Raises `CorpusError` for a source that cannot be read or holds too little."""
+    """Raises `CorpusError` for a source that cannot be read or holds too little text."""
     dataset = find_or_tokenize(config)
-    tokens = f"{dataset.train.tokens:,} tokens to train on"
-    publish_markdown(f"dataset-{dataset.fingerprint[:16]}", render_summary(dataset), tokens)
+    description = f"{dataset.train.tokens:,} training tokens"
+    publish_markdown(f"dataset-{dataset.fingerprint[:16]}", render_summary(dataset), description)
     return dataset
 
 
 def find_or_tokenize(config: RunConfig) -> DatasetManifest:
-    """The data set of a config, made or found, with a bar and lines; needs no Prefect run."""
-    dataset, verb = find_dataset(config), "already tokenised in"
-    if dataset is None and config.data.store:
-        dataset, verb = _fetched(config), "fetched into"
+    """Find the dataset of a config, download it from data.store, or build it; also uploads it.
+
+    Shows progress; needs no Prefect run.
+    """
+    store = config.data.store
+    dataset, action = find_dataset(config), "found the dataset in"
+    if dataset is None and store:
+        dataset = show_transfer(f"downloading from {store}", download_dataset(config))
+        action = "downloaded the dataset to"
     if dataset is None:
         cluster = resolve_cluster(config.data)
-        log_info(f"tokenising {', '.join(config.data.source)}")
-        dataset, verb = show_tokenizing(tokenize_corpus(config, cluster)), "tokenised into"
+        log_info(f"tokenizing {', '.join(config.data.source)}")
+        dataset, action = show_tokenizing(tokenize_corpus(config, cluster)), "tokenized into"
     else:
         for note in dataset.notes:
             log_warning(note)
     if dataset.skipped_files:
         log_warning(
-            f"{len(dataset.skipped_files)} files were left out; the data set's page names them"
+            f"{len(dataset.skipped_files)} files were skipped; the dataset's summary names them"
         )
     write_summary(dataset)
     log_info(
-        f"{verb} {dataset.folder}: {dataset.train.tokens:,} tokens to train on, "
-        f"{dataset.validation.tokens:,} to validate"
+        f"{action} {dataset.folder}: {dataset.train.tokens:,} training tokens, "
+        f"{dataset.validation.tokens:,} validation tokens"
     )
-    if config.data.store:
-        _put(dataset, config.data.store)
+    if store and show_transfer(f"uploading to {store}", upload_dataset(dataset, store)):
+        log_info(f"uploaded the dataset to {store}")
     return dataset
-
-
-def _fetched(config: RunConfig) -> DatasetManifest | None:
-    return show_transfer(f"fetching from {config.data.store}", download_dataset(config))
-
-
-def _put(dataset: DatasetManifest, store: str) -> None:
-    if show_transfer(f"putting into {store}", upload_dataset(dataset, store)):
-        log_info(f"put into {store}, for other machines")

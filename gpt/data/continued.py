@@ -137,7 +137,7 @@ def group_units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list
         rows = 0
         while rows < source.rows and (unit := next(units, None)):
             mine.append(unit)
-            rows += unit.entry.tally.rows
+            rows += unit.entry.counts.rows
         found.append((source, mine))
     return found
 
@@ -156,7 +156,7 @@ def _new_and_old(
 def _summed(units: Iterable[StoredUnit], split: str) -> SplitCounts:
     total = SplitCounts()
     for unit in units:
-        total.add(unit.entry.tally.sides[split])
+        total.add(unit.entry.counts.splits[split])
     return total
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from gpt.artifacts import DatasetManifest, Shard
 from gpt.config.schema import RunConfig
 from gpt.data.shards import CHECKED, MANIFEST, parse_manifest
-from gpt.data.tokenize.pipeline import dataset_lock, explain_full_disk, publish_dataset
+from gpt.data.tokenize.build import dataset_lock, explain_full_disk, publish_dataset
 from gpt.data.tokenize.plan import DatasetPlan, make_plan
 from gpt.errors import DatasetError, Problem
 from gpt.files import FULL_DISK, PARTIAL, compute_sha256, sync

@@ -33,8 +33,10 @@ from gpt.data.shuffle import MAX_FULL_SHUFFLE, shuffle_epoch
 from gpt.data.sources import find_sources
 from gpt.data.tokenize.plan import plan_units
 from gpt.data.tokenize.units import (
+    SPLITS,
     UNIT_JOURNAL,
     JournalEntry,
+    SplitCounts,
     UnitCounts,
     UnitJournal,
     read_stored_units,
@@ -112,12 +114,12 @@ def planning(meter, asked, root):
 
     found = meter.measured("made up: what the footers say", footers_read)
     planned = meter.measured("plan: identity of the data set", lambda: plan(root, found))
-    works = meter.measured("plan: units counted", lambda: plan_units(planned, found))
-    meter.measured("plan: every unit and its key", lambda: sum(1 for _ in works))
-    meter.measured("plan: the last unit and its key", lambda: works[-1])
+    units = meter.measured(
+        "plan: every unit and its key", lambda: sum(1 for _ in plan_units(planned, found))
+    )
     groups = asked.files * asked.groups
-    print(f"  {groups:,} row groups of {text_bytes:,} bytes: {len(works):,} units")
-    meter.figures["units"] = len(works)
+    print(f"  {groups:,} row groups of {text_bytes:,} bytes: {units:,} units")
+    meter.figures["units"] = units
     return found
 
 
@@ -190,12 +192,11 @@ def footers(meter, asked, folder):
 def journal(meter, asked):
     """What a run that goes on reads first: a line for each finished unit."""
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        tally = UnitCounts(rows=2_000, skipped=Counter(null=0, empty=3))
-        tally.lengths = Counter(dict.fromkeys(range(5, 15), 100))
-        for side in tally.sides.values():
-            side.documents, side.tokens, side.text_bytes, side.digest = 10, 10**6, 10**7, "0" * 64
+        splits = {split: SplitCounts(10, 10**6, 10**7, "0" * 64) for split in SPLITS}
+        lengths = Counter(dict.fromkeys(range(5, 15), 100))
+        counts = UnitCounts(2_000, Counter(null=0, empty=3), splits, lengths)
         entries = (
-            JournalEntry(f"{number:032x}", "gigatoken", tally) for number in range(asked.journal)
+            JournalEntry(f"{number:032x}", "gigatoken", counts) for number in range(asked.journal)
         )
         UnitJournal(Path(folder), asked.tokens_per_shard, entries).close()
         size = (Path(folder) / UNIT_JOURNAL).stat().st_size

@@ -11,7 +11,7 @@ from typing import Any
 import polars
 import pytest
 from conftest import TINY_CONFIG
-from corpus_data import documents
+from corpus_data import decode_documents
 from overnight_command import overnight
 
 from flows.pretrain import pretrain
@@ -19,7 +19,7 @@ from flows.retrain import retrain
 from flows.runtime.retrain_report import RetrainResult
 from gpt.artifacts import DatasetManifest
 from gpt.data.shards import read_manifest
-from gpt.data.tokenize import job
+from gpt.data.tokenize import pipeline
 from gpt.data.tokenize.tokenizer import load_tokenizer
 from gpt.errors import ConfigError, CorpusError, RegistryError
 from gpt.evaluation.significance import compare_with_champion
@@ -96,13 +96,13 @@ def nights(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatc
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files of which text is handed to the tokenizer."""
     names: list[str] = []
-    chunks = job.chunks
+    chunks = pipeline.read_chunks
 
     def noted(source: Any, *rest: Any) -> Any:
         names.append(Path(source.file.name).name)
         return chunks(source, *rest)
 
-    monkeypatch.setattr(job, "chunks", noted)
+    monkeypatch.setattr(pipeline, "read_chunks", noted)
     return names
 
 
@@ -121,9 +121,9 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
 
     # What comes has copies of what was kept out, and of what was trained on.
     before = nights.dataset(first)
-    kept_out = documents(before, before.validation)
+    kept_out = decode_documents(before, before.validation)
     assert len(kept_out) > 5
-    nights.arrives("b.parquet", SECOND + kept_out + documents(before, before.train)[:5])
+    nights.arrives("b.parquet", SECOND + kept_out + decode_documents(before, before.train)[:5])
     tokenised.clear()
     lost = nights.night(training={"max_steps": 1})
     assert lost.reason.endswith("b.parquet")
@@ -131,8 +131,8 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     now = nights.dataset(lost)
     assert lost.text.reused == before.train.tokens + before.validation.tokens
     assert lost.text.tokenized + lost.text.reused == now.train.tokens + now.validation.tokens
-    assert not set(kept_out) & set(documents(now, now.train))
-    assert set(kept_out) < set(documents(now, now.validation))
+    assert not set(kept_out) & set(decode_documents(now, now.train))
+    assert set(kept_out) < set(decode_documents(now, now.validation))
 
     slices = lost.slices
     for pair in (slices.current, slices.old, slices.new):
@@ -222,16 +222,18 @@ def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
 
     assert len(list(nights.root.glob("train/tiny-*"))) == 2, "the same run went on"
     before, made = nights.dataset(first), nights.dataset(done)
-    trained_on = documents(made, made.train)
-    known = set(documents(before, before.train))
+    trained_on = decode_documents(made, made.train)
+    known = set(decode_documents(before, before.train))
     replayed = [text for text in trained_on if text in known]
     new = [text for text in trained_on if text not in known]
-    assert set(new) == set(SECOND) - set(documents(made, made.validation))
+    assert set(new) == set(SECOND) - set(decode_documents(made, made.validation))
     assert replayed
     share = sum(map(tokens, replayed)) / made.train.tokens
     assert share == pytest.approx(0.05, abs=0.03), "but for whole documents"
     assert made.train.text_bytes == sum(len(text.encode()) for text in trained_on)
-    assert set(documents(before, before.validation)) <= set(documents(made, made.validation))
+    assert set(decode_documents(before, before.validation)) <= set(
+        decode_documents(made, made.validation)
+    )
     assert done.slices.old
     params = nights.mlflow.get_run(done.outcome.mlflow_run_id).data.params
     steps = made.train.tokens // 128
@@ -261,9 +263,9 @@ def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
     assert last.reason.endswith(f"new to gpt version 2: {nights.source}/c.parquet")
     assert last.outcome.report.step == 5, "at most what is laid over the config"
     made = nights.dataset(last)
-    trained_on = documents(made, made.train)
+    trained_on = decode_documents(made, made.train)
     new = [text for text in trained_on if text in third]
-    assert set(new) == set(third) - set(documents(made, made.validation))
+    assert set(new) == set(third) - set(decode_documents(made, made.validation))
     assert 0 < len(trained_on) - len(new) < len(new) / 5
     assert last.slices.old
 

@@ -1,4 +1,4 @@
-"""Parquet files for tests of tokenising, and what must come of them."""
+"""Parquet files for tests of tokenizing, and the ids they must give."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +10,12 @@ from gpt.data.shards import open_shard
 from gpt.data.tokenize.chunks import is_validation
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt.data.tokenize.units import SPLITS
 
 TEXTS = [f"Document {i}: <|endoftext|> naïve 東京 🦙 " + "word " * (i % 7) for i in range(300)]
 
 
-def config(root, source, **data):
+def make_config(root, source, **data):
     return build_config(
         {
             "run": {"name": "t", "root": str(root)},
@@ -25,7 +26,7 @@ def config(root, source, **data):
     )
 
 
-def parquet(path, texts=TEXTS, kind=None, column="text", **options):
+def write_parquet(path, texts=TEXTS, kind=None, column="text", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     values = pa.array(texts) if kind is None else pa.array(texts, pa.string()).cast(kind)
     table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), column: values})
@@ -33,9 +34,9 @@ def parquet(path, texts=TEXTS, kind=None, column="text", **options):
     return str(path)
 
 
-def run(made):
-    """All progress and the manifest of a tokenising."""
-    progress, generator = [], tokenize_corpus(made)
+def tokenize_with_progress(config):
+    """Every progress report of `tokenize_corpus`, and its manifest."""
+    progress, generator = [], tokenize_corpus(config)
     while True:
         try:
             progress.append(next(generator))
@@ -43,44 +44,44 @@ def run(made):
             return progress, stop.value
 
 
-def dataset(root, source, **data):
-    return run(config(root, source, **data))[1]
+def build_dataset(root, source, **data):
+    return tokenize_with_progress(make_config(root, source, **data))[1]
 
 
-def reference(texts, fraction=0.1):
-    """The ids of both sides in one loop of tiktoken's simplest call."""
-    sides = {"train": [], "validation": []}
+def reference_ids(texts, fraction=0.1):
+    """The ids of both splits, by the simplest loop over tiktoken."""
+    splits = {"train": [], "validation": []}
     for text in texts:
         if text:
-            side = "validation" if is_validation(text.encode(), fraction) else "train"
-            sides[side] += [END_OF_TEXT, *load_tokenizer().encode_ordinary(text)]
-    return {name: np.array(ids, dtype="<u2").tobytes() for name, ids in sides.items()}
+            split = "validation" if is_validation(text.encode(), fraction) else "train"
+            splits[split] += [END_OF_TEXT, *load_tokenizer().encode_ordinary(text)]
+    return {name: np.array(ids, dtype="<u2").tobytes() for name, ids in splits.items()}
 
 
-def stored(manifest):
-    """The ids of both sides as they lie in the shards."""
+def stored_ids(manifest):
+    """The ids of both splits as they stand in the shards."""
     return {
         name: b"".join(
             open_shard(manifest.folder / s.name, s).tobytes()
             for s in getattr(manifest, name).shards
         )
-        for name in ("train", "validation")
+        for name in SPLITS
     }
 
 
-def documents(manifest, split):
+def decode_documents(manifest, split):
     ids = np.concatenate([open_shard(manifest.folder / s.name, s) for s in split.shards])
     assert ids[0] == END_OF_TEXT
-    split_safely = np.split(ids, np.flatnonzero(ids == END_OF_TEXT))[1:]
-    return [load_tokenizer().decode(piece[1:].tolist()) for piece in split_safely]
+    documents = np.split(ids, np.flatnonzero(ids == END_OF_TEXT))[1:]
+    return [load_tokenizer().decode(piece[1:].tolist()) for piece in documents]
 
 
-def both(manifest):
-    return documents(manifest, manifest.train), documents(manifest, manifest.validation)
+def decode_splits(manifest):
+    return tuple(decode_documents(manifest, getattr(manifest, name)) for name in SPLITS)
 
 
-def everything(manifest):
-    train, validation = both(manifest)
+def decode_all(manifest):
+    train, validation = decode_splits(manifest)
     return sorted(train + validation)
 
 

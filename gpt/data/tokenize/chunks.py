@@ -1,125 +1,86 @@
-"""Rows to chunks of text, in order: what is read in one process and encoded in others."""
+"""Rows to chunks of text, in order: read in one process, encoded in others."""
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpt.data.filters import RowFilter
 from gpt.data.parquet import ParquetSource, read_rows
-from gpt.data.tokenize.encoders import Chunk
+from gpt.data.tokenize.encoders import PART, Chunk
 from gpt.data.tokenize.safe_split import split_safely
 from gpt.data.tokenize.units import Unit
 
 CHUNK_BYTES = 1_000_000
-"""Text that crosses to a worker at once; a longer document is cut where that is safe."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A chunk, and what there is to know of its documents without their ids."""
-
-    chunk: Chunk
-    held_out: NDArray[np.bool_]
-    """Which parts belong to documents for validation."""
-    ends: NDArray[np.bool_]
-    """Which parts end their document."""
-    rows: int
-    """Rows read since the chunk before."""
-    skipped: Counter[str]
-
-
-@dataclass(frozen=True)
-class UnitEnd:
-    """All chunks of a unit came by; what was read since the last of them."""
-
-    rows: int
-    skipped: Counter[str]
-
-
-class Seen(Protocol):
-    """Asked about the text of every document, in order."""
-
-    def is_new(self, text: memoryview) -> bool: ...
+"""Text sent to a worker at once. A longer document is split where that does not change its ids."""
 
 
 def is_validation(text: bytes | memoryview, fraction: float) -> bool:
-    """Whether a document, as UTF-8, is kept out of training: by its own text and nothing else.
+    """Whether a document (UTF-8) belongs to the validation split: decided by its own text alone.
 
-    A checksum spreads texts evenly enough, in a fifth of the time that a cryptographic hash takes.
+    A checksum spreads texts evenly enough, in a fifth of the time of a cryptographic hash.
     """
     return zlib.crc32(text) < fraction * 2**32
 
 
-def chunks(
+def read_chunks(
     source: ParquetSource,
     units: Sequence[Unit],
-    selection: RowFilter,
+    row_filter: RowFilter,
     validation_fraction: float,
-    seen: Seen | None,
-) -> Iterator[Batch | UnitEnd]:
-    """The chunks of some units of a file, in one pass, each unit closed by its `UnitEnd`.
+    is_new: Callable[[memoryview], bool] | None = None,
+) -> Iterator[Chunk]:
+    """Read some units of a file in one pass. The last chunk of each unit has `ends_unit` set, and
+    is without text if nothing was left to send.
 
-    Texts that `seen` knows are left out as "duplicate". Raises `CorpusError` as `read_rows` does.
+    `is_new` is asked about every document in order; one that is not new is skipped as "duplicate".
+    Raises `CorpusError` as `read_rows` does.
     """
-    builder = _Builder()
+    builder = _ChunkBuilder()
     unit = 0
-    for rows in read_rows(source, units, selection):
-        if rows.unit != unit:
-            yield from builder.end()
-            unit = rows.unit
-        for text in rows.texts:
-            if seen and not seen.is_new(text):
+    for batch in read_rows(source, units, row_filter):
+        if batch.unit != unit:
+            yield builder.flush(ends_unit=True)
+            unit = batch.unit
+        for text in batch.texts:
+            if is_new and not is_new(text):
                 builder.skipped["duplicate"] += 1
                 continue
             yield from builder.add(text, is_validation(text, validation_fraction))
-        builder.rows += rows.count
-        builder.skipped.update(rows.skipped)
-    yield from builder.end()
+        builder.rows += batch.count
+        builder.skipped.update(batch.skipped)
+    yield builder.flush(ends_unit=True)
 
 
-class _Builder:
-    """Gathers parts until they make a chunk."""
+class _ChunkBuilder:
+    """Collects parts until they fill a chunk."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self.skipped: Counter[str] = Counter()
         self._clear()
 
     def _clear(self) -> None:
-        self._parts: list[memoryview] = []
-        self._flags: list[tuple[bool, bool, bool]] = []
+        self.rows = 0
+        self.skipped: Counter[str] = Counter()
+        self._texts: list[memoryview] = []
+        self._parts: list[tuple[int, int, bool, bool, bool]] = []
         self._bytes = 0
 
-    def add(self, text: memoryview, held_out: bool) -> Iterator[Batch]:
-        parts = [text] if len(text) <= CHUNK_BYTES else split_safely(text, CHUNK_BYTES)
+    def add(self, text: memoryview, held_out: bool) -> Iterator[Chunk]:
         remaining = len(text)
-        for part in parts:
-            if self._parts and self._bytes + len(part) > CHUNK_BYTES:
-                yield self._flush()
+        for part in [text] if len(text) <= CHUNK_BYTES else split_safely(text, CHUNK_BYTES):
+            if self._texts and self._bytes + len(part) > CHUNK_BYTES:
+                yield self.flush()
             starts = remaining == len(text)
             remaining -= len(part)
-            self._parts.append(part)
-            self._flags.append((starts, remaining == 0, held_out))
+            self._texts.append(part)
+            self._parts.append((len(part), 0, starts, remaining == 0, held_out))
             self._bytes += len(part)
 
-    def end(self) -> Iterator[Batch | UnitEnd]:
-        if self._parts:
-            yield self._flush()
-        yield UnitEnd(self.rows, self.skipped)
-        self.rows, self.skipped = 0, Counter()
-
-    def _flush(self) -> Batch:
-        starts, ends, held_out = np.array(self._flags, dtype=bool).T
-        lengths = np.array([len(part) for part in self._parts], dtype=np.uint64)
-        chunk = Chunk(b"".join(self._parts), lengths, starts)
-        batch = Batch(chunk, held_out, ends, self.rows, self.skipped)
-        self.rows, self.skipped = 0, Counter()
+    def flush(self, ends_unit: bool = False) -> Chunk:
+        parts = np.array(self._parts, dtype=PART)
+        chunk = Chunk(b"".join(self._texts), parts, self.rows, self.skipped, ends_unit)
         self._clear()
-        return batch
+        return chunk

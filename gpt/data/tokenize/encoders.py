@@ -1,12 +1,13 @@
-"""A chunk of text to ids: what one worker does, whichever process it runs in.
+"""A chunk of text to token ids: what one worker does, in whichever process it runs.
 
-Chunks are plain buffers, so that they cross a pipe as they are. Nothing here imports more than
-numpy and the encoder that is asked for.
+Chunks are plain buffers, so they cross a pipe as they are. This module imports nothing heavier than
+numpy and tiktoken; gigatoken is imported only when it is the engine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,55 +17,89 @@ from gpt.data.tokenize import tokenizer
 
 EngineName = Literal["tiktoken", "gigatoken"]
 
+PART = np.dtype(
+    [("text_bytes", "<i8"), ("tokens", "<i8"), ("starts", "?"), ("ends", "?"), ("held_out", "?")]
+)
+"""One part of a document: usually all of it, but a long document is split. `starts` and `ends`:
+whether the part begins or ends its document. `held_out`: whether the document is for validation.
+`tokens`: 0 until the part is encoded; includes the end-of-text token before its document."""
+Parts = NDArray[np.void]
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Parts of documents, end to end. `starts` tells which parts begin a document."""
+    """Text of one unit: some parts, end to end."""
 
     text: bytes
-    lengths: NDArray[np.uint64]
-    starts: NDArray[np.bool_]
+    parts: Parts
+    rows: int = 0
+    """Rows read since the previous chunk of the unit."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Those of them without a document, by reason."""
+    ends_unit: bool = False
+
+    def with_ids(self, ids: NDArray[np.uint16], parts: Parts) -> EncodedChunk:
+        return EncodedChunk(ids, parts, self.rows, self.skipped, self.ends_unit)
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """The ids of a chunk, an end-of-text before each part that begins a document. `counts` holds
-    the ids of each part, its end-of-text among them."""
+class EncodedChunk:
+    """A chunk with its ids in place of its text, an end-of-text token before each document."""
 
     ids: NDArray[np.uint16]
-    counts: NDArray[np.uint64]
+    parts: Parts
+    rows: int
+    skipped: Counter[str]
+    ends_unit: bool
 
 
 class EncoderMismatchError(Exception):
-    """The faster encoder gave other ids than tiktoken; says where."""
+    """gigatoken's ids differ from tiktoken's; the message says where. Caught to fall back."""
 
 
-Ids = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""The ids of some texts, end to end, and how many each text has."""
+TokenIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""The ids of some texts, end to end, and the number of ids of each text."""
 
 
 class Encoder(Protocol):
-    def encode(self, texts: list[bytes]) -> Ids:
-        """The ids of texts, each of which is whole UTF-8. Raises `EncoderMismatchError`."""
+    def encode(self, texts: list[bytes]) -> TokenIds:
+        """Encode texts, each of them complete UTF-8. Raises `EncoderMismatchError`."""
 
 
 class TiktokenEncoder:
-    def encode(self, texts: list[bytes]) -> Ids:
-        return joined([tokenizer.encode(text.decode()) for text in texts])
+    def encode(self, texts: list[bytes]) -> TokenIds:
+        return concatenate_ids([tokenizer.encode(text.decode()) for text in texts])
 
 
-def joined(parts: list[NDArray[Any]]) -> Ids:
-    return np.concatenate(parts), np.array([part.size for part in parts], dtype=np.int64)
+def load_encoder(engine: EngineName) -> Encoder:
+    """Load the ranks and the engine; takes 0.2 to 0.5 s."""
+    tokenizer.load_tokenizer()
+    if engine == "gigatoken":
+        from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder
+
+        return GigatokenEncoder()
+    return TiktokenEncoder()
 
 
-def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
-    """Depends on the chunk's text alone. Raises `EncoderMismatchError`, and `ValueError` for an id
-    that is no token of GPT-2's (uint16 would hide it)."""
-    ends = np.cumsum(chunk.lengths, dtype=np.int64).tolist()
-    texts = [chunk.text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+def concatenate_ids(ids: list[NDArray[Any]]) -> TokenIds:
+    return np.concatenate(ids), np.array([each.size for each in ids], dtype=np.int64)
+
+
+def encode_chunk(encoder: Encoder, chunk: Chunk) -> EncodedChunk:
+    """Encode a chunk; the result depends on its text alone.
+
+    Raises `EncoderMismatchError`, and `ValueError` for an id outside GPT-2's ordinary vocabulary
+    (uint16 would hide it).
+    """
+    parts = chunk.parts.copy()
+    if not parts.size:
+        return chunk.with_ids(np.empty(0, np.uint16), parts)
+    ends = np.cumsum(parts["text_bytes"]).tolist()
+    texts = [chunk.text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     ids, counts = encoder.encode(texts)
     if ids.size and int(ids.max()) >= tokenizer.END_OF_TEXT:
-        raise ValueError(f"{ids.max()} is no id of ordinary text in GPT-2's vocabulary")
-    places = (np.cumsum(counts) - counts)[chunk.starts]
-    separated = np.insert(ids.astype(np.uint16), places, tokenizer.END_OF_TEXT)
-    return Encoded(separated, (counts + chunk.starts).astype(np.uint64))
+        raise ValueError(f"{ids.max()} is not the id of ordinary text in GPT-2's vocabulary")
+    document_starts = (np.cumsum(counts) - counts)[parts["starts"]]
+    separated = np.insert(ids.astype(np.uint16), document_starts, tokenizer.END_OF_TEXT)
+    parts["tokens"] = counts + parts["starts"]
+    return chunk.with_ids(separated, parts)

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt.data.tokenize import tokenizer
-from gpt.data.tokenize.encoders import EncoderMismatchError, Ids, joined
+from gpt.data.tokenize.encoders import EncoderMismatchError, TokenIds, concatenate_ids
 
 SAMPLE_BYTES = 8_192
 """Compared of every chunk (1 MB), at a place drawn from its own bytes."""
@@ -71,13 +71,13 @@ class GigatokenEncoder:
             self._encoder = load(str(path), "gpt2", {})
         self._text_bytes, self._resident = 0, resident_bytes()
 
-    def encode(self, texts: list[bytes]) -> Ids:
+    def encode(self, texts: list[bytes]) -> TokenIds:
         if self._text_bytes > RECYCLE_TEXT_BYTES or (
             resident_bytes() - self._resident > RECYCLE_GROWTH_BYTES
         ):
             self._fresh()
         self._text_bytes += sum(map(len, texts))
-        ids, counts = joined([self._encoder.encode(text) for text in texts])
+        ids, counts = concatenate_ids([self._encoder.encode(text) for text in texts])
         self._check(texts, ids, counts)
         return ids, counts
 

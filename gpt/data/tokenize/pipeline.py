@@ -1,62 +1,62 @@
-"""Parquet to token shards: rows -> text -> ids, an end-of-text before each document -> files.
+"""Parquet to token shards: rows -> text -> ids, an end-of-text token before each document -> files.
 
-A data set lies in a folder named after what decides its tokens: the sources' bytes, the column,
-the selection, the split, the ranks, the shard length. The same again costs a look at the files'
-times; anything else lies beside it. Documents are divided into training and validation by a hash
-of their own text, so one stays on its side whatever arrives later and wherever it stands.
+A dataset lies in a folder named after a hash of what decides its tokens: the sources' bytes, the
+text column, the filters, the split, the tokenizer and the shard length. The same settings find it
+again by looking at the files' times; any others build another dataset beside it. A hash of each
+document's own text decides its split, so a document stays in its split whatever is added later.
 
-The way of the data: `sources` (which files), `parquet` (can they be used; rows), `selection`
-(which rows), `chunks` (text for workers), `engine` (ids, by several processes; or `orders`, by
-those of a cluster), `assembly` (shards and journal, by one). The work is done in units (`units`),
-and a finished unit is never done again: not after a kill, because the journal of the unfinished
-folder has it; not for another data set, because every journal is asked. Memory follows the number
-of workers and the longest document.
+The pipeline, one direction:
+
+    plan      the files, the dataset's fingerprint, its units of work
+    chunks    rows of one unit -> chunks of text
+    pool      chunks -> ids in worker processes; or whole units -> ids on a cluster (`requests`)
+    worker    the worker process; `encoders` is what it runs
+    writer    ids -> shards and the journal of finished units
+    build     the unfinished folder, from the first unit to the manifest
+
+A finished unit is never encoded again: an interrupted build finds it in its own journal, another
+dataset finds it in any other's. Memory depends on the number of workers and the longest document.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-from filelock import FileLock, Timeout
+from itertools import groupby
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.data.filters import SeenTexts
 from gpt.data.parquet import ParquetSource, check_has_text
-from gpt.data.shards import record_verified, write_manifest
 from gpt.data.tokenize import tokenizer
-from gpt.data.tokenize.chunks import Batch, UnitEnd
-from gpt.data.tokenize.encoders import Chunk, Encoded, EncoderMismatchError
-from gpt.data.tokenize.job import FALLBACK, DatasetBuild, Item, build_manifest, items_of
+from gpt.data.tokenize.build import (
+    DatasetBuild,
+    dataset_lock,
+    explain_full_disk,
+    remove_abandoned,
+)
+from gpt.data.tokenize.chunks import read_chunks
+from gpt.data.tokenize.encoders import Chunk, EncodedChunk, EncoderMismatchError
 from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, inspect_sources, make_plan
 from gpt.data.tokenize.pool import Pool, available_cpus, map_in_order, open_pool
-from gpt.data.tokenize.requests import Cluster, delivered
-from gpt.data.tokenize.units import SPLITS, StoredUnit, UnitCounts, read_stored_units
-from gpt.data.tokenize.writer import Assembly
-from gpt.errors import CorpusError, DatasetError, Problem
-from gpt.files import FULL_DISK, PARTIAL, sync
+from gpt.data.tokenize.requests import OpenCluster, encode_on_cluster
+from gpt.data.tokenize.units import SPLITS, StoredUnit, UnitCounts
+from gpt.data.tokenize.writer import DatasetWriter
+from gpt.errors import CorpusError, Problem
 
 TEXT_BYTES_PER_WORKER = 8_000_000
-"""Text for which it pays to start another process, bytes."""
-ABANDONED_SECONDS = 7 * 24 * 3600
-"""An unfinished folder in which nothing happened for this long goes; till then it is resumed."""
-WAIT_SECONDS = 0.5
-SEEN = "seen.sqlite"
-
-logger = logging.getLogger(__name__)
+"""Bytes of text for which another process pays off."""
+SEEN_DATABASE = "seen.sqlite"
 
 
 @dataclass(frozen=True)
 class TokenizeProgress:
-    """How far tokenising has come. `seconds` since it began; `tokens` with end-of-texts. What an
-    earlier run or another data set had done already is among rows and tokens: `kept` of them."""
+    """How far tokenizing has come. `seconds` since the start; `tokens` includes end-of-text tokens.
+    Of the rows and tokens, `rows_reused` and `tokens_reused` were encoded by an earlier run or for
+    another dataset."""
 
     rows_done: int
     rows_total: int
@@ -66,234 +66,199 @@ class TokenizeProgress:
     tokens_reused: int = 0
 
 
-Steps = Generator[TokenizeProgress, None, DatasetManifest]
-
-# --- the two entries -----------------------------------------------------------------------------
+Progress = Generator[TokenizeProgress, None, DatasetManifest]
+EncodedUnits = Iterator[tuple[PlannedUnit, EncodedChunk | StoredUnit]]
+"""For each unit in order: its encoded chunks, or where to copy it from."""
 
 
 def find_dataset(config: RunConfig) -> DatasetManifest | None:
-    """The complete data set of this config, if it was made before; hashes only changed sources.
+    """Find the complete dataset of this config, if it exists; hashes only changed sources.
 
-    A damaged one (a shard missing, cut short or altered) counts as none, with a warning in the
-    log. Raises `CorpusError` as `tokenize_corpus` does for sources that cannot be read.
+    A damaged one (a shard missing, cut short or altered) is logged as a warning and not returned.
+    Raises `CorpusError` as `tokenize_corpus` does for sources that cannot be read.
     """
     return make_plan(config).find_existing()
 
 
-def tokenize_corpus(config: RunConfig, cluster: Cluster | None = None) -> Steps:
-    """Make the data set of `config`, or find it; the manifest is the generator's return value.
-    Units are encoded by the workers of `cluster`, if there is one, else by processes of this
-    machine: the shards are the same.
+def tokenize_corpus(config: RunConfig, open_cluster: OpenCluster | None = None) -> Progress:
+    """Build or find the dataset of `config`; the generator returns its manifest. Units are encoded
+    on a cluster if `open_cluster` is given, otherwise by processes of this machine: the shards are
+    the same.
 
-    Yields progress several times a second; nothing at all when the data set is there. Left early
-    or killed, it leaves no folder that could be taken for a data set, and every finished unit for
-    the next start. Where another process is making the same data set, it waits for that. Raises
-    `CorpusError` naming every source that cannot be used, or when a split comes out empty, and
-    `DatasetError` when the disk is full.
+    Yields progress several times a second, nothing if the dataset exists. If interrupted, it leaves
+    no folder that could be mistaken for a dataset and keeps every finished unit for the next run.
+    Waits for another process that builds the same dataset. Raises `CorpusError` naming every source
+    that cannot be used, or when a split is empty, and `DatasetError` when the disk is full.
     """
     plan = make_plan(config)
     if found := plan.find_existing():
         return found
-    sources, skipped = yield from _usable(plan)
+    sources, skipped_files = yield from _inspect(plan)
     plan.identities.save()
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(plan.folder.parent), dataset_lock(plan.folder):
         if found := plan.find_existing():
             return found
-        _remove_abandoned(plan.folder)
+        remove_abandoned(plan.folder)
         with contextlib.suppress(EncoderMismatchError):
-            return (yield from _make(DatasetBuild(plan, sources, skipped), cluster))
-        return (yield from _make(DatasetBuild(plan, sources, skipped), cluster))
+            return (yield from _run(DatasetBuild(plan, sources, skipped_files), open_cluster))
+        return (yield from _run(DatasetBuild(plan, sources, skipped_files), open_cluster))
 
 
-def _usable(
+def _inspect(
     plan: DatasetPlan,
 ) -> Generator[TokenizeProgress, None, tuple[list[ParquetSource], list[Problem]]]:
-    checking = inspect_sources(plan)
+    inspection = inspect_sources(plan)
     while True:
         try:
-            yield TokenizeProgress(0, 0, 0, next(checking))
+            yield TokenizeProgress(0, 0, 0, next(inspection))
         except StopIteration as done:
             return done.value
 
 
-# --- one at a time, on a disk with room ----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def dataset_lock(folder: Path) -> Iterator[None]:
-    """Hold the data set's lock; wait for whoever has it."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
+def _run(build: DatasetBuild, open_cluster: OpenCluster | None) -> Progress:
+    """Raises `EncoderMismatchError` after preparing a restart with tiktoken."""
+    data = build.plan.data
+    kept = [stored.entry for stored in build.kept]
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is making %s: waiting for it", folder)
-        lock.acquire(poll_interval=WAIT_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """A full disk, as a message."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        rule = f"the disk is full: {error.strerror}; finished units are kept"
-        remedy = "free some space (2 bytes a token are needed), or set run.root to another disk; "
-        remedy += "then run again"
-        raise DatasetError(Problem(str(folder), "", rule, remedy)) from error
-
-
-# --- the work ------------------------------------------------------------------------------------
-
-
-def _make(job: DatasetBuild, cluster: Cluster | None) -> Steps:
-    """Raises `EncoderMismatchError` when gigatoken was given up: then another job begins anew."""
-    data = job.plan.data
-    kept = [stored.entry for stored in job.kept]
-    try:
-        with Assembly(
-            job.folder, data.tokens_per_shard, job.engine, data.max_tokens, kept
-        ) as assembly:
-            if len(kept) < len(job.works):
-                yield from _assemble(job, assembly, cluster)
-            _check_counts(job, assembly.total)
-            manifest = build_manifest(job, assembly.total, assembly.close())
-        (job.folder / FALLBACK).unlink(missing_ok=True)
-        return publish_dataset(job.folder, job.plan.folder, manifest)
+        with DatasetWriter(
+            build.folder, data.tokens_per_shard, build.engine, data.max_tokens, kept
+        ) as writer:
+            if not build.is_complete:
+                yield from _write_units(build, writer, open_cluster)
+            _check_counts(build, writer.total)
+            shards = writer.finish()
+        return build.publish(writer.total, shards)
     except EncoderMismatchError as reason:
-        job.restart_with_tiktoken(reason)
+        build.restart_with_tiktoken(reason)
         raise
     finally:
-        if not read_stored_units(job.folder) and not (job.folder / FALLBACK).exists():
-            shutil.rmtree(job.folder, ignore_errors=True)
+        build.remove_if_useless()
 
 
-def _assemble(
-    job: DatasetBuild, assembly: Assembly, cluster: Cluster | None
+def _write_units(
+    build: DatasetBuild, writer: DatasetWriter, open_cluster: OpenCluster | None
 ) -> Generator[TokenizeProgress, None, None]:
     """Bring every unit that is not kept into the shards, in order."""
     started = time.monotonic()
-    rows_reused, tokens_reused = assembly.rows, assembly.tokens
-    by_file: dict[str, Counter[str]] = defaultdict(Counter)
-    for work, stored in zip(job.works, job.kept, strict=False):
-        by_file[work.source.file.name].update(stored.entry.tally.skipped)
-    with _seen_texts(job) as seen, _coded(job, assembly.tokens, seen, cluster) as coded:
-        for (work, item), encoded in coded:
-            if isinstance(item, Batch):
-                assert encoded
-                assembly.take(item, encoded)
-                if assembly.full:
-                    item = UnitEnd(0, Counter())
-            if isinstance(item, StoredUnit):
-                tally = assembly.copy(item)
-                rows_reused, tokens_reused = rows_reused + tally.rows, tokens_reused + tally.tokens
-            if isinstance(item, UnitEnd):
-                _check_unchanged(job, work)
-                tally = assembly.end_unit(work.key, item)
-            if not isinstance(item, Batch):
-                by_file[work.source.file.name].update(tally.skipped)
-                if work.unit.rows.stop == work.source.rows:
-                    check_has_text(work.source, by_file.pop(work.source.file.name))
+    rows_reused, tokens_reused = writer.rows, writer.tokens
+    skipped_by_file: dict[str, Counter[str]] = defaultdict(Counter)
+    for unit, kept in zip(build.kept_units(), build.kept, strict=True):
+        skipped_by_file[unit.source.file.name].update(kept.entry.counts.skipped)
+    with _encoded_units(build, writer.tokens, open_cluster) as units:
+        for unit, content in units:
+            counts: UnitCounts | None = None
+            if isinstance(content, StoredUnit):
+                counts = writer.copy_unit(content)
+                rows_reused += counts.rows
+                tokens_reused += counts.tokens
+            else:
+                writer.write(content)
+                if content.ends_unit or writer.is_full:
+                    _check_unchanged(build, unit)
+                    counts = writer.end_unit(unit.key)
+            if counts:
+                skipped_by_file[unit.source.file.name].update(counts.skipped)
+                if unit.unit.rows.stop == unit.source.rows:
+                    check_has_text(unit.source, skipped_by_file.pop(unit.source.file.name))
             seconds = time.monotonic() - started
             yield TokenizeProgress(
-                assembly.rows, job.rows_total, assembly.tokens, seconds, rows_reused, tokens_reused
+                writer.rows, build.total_rows, writer.tokens, seconds, rows_reused, tokens_reused
             )
-            if assembly.full:
+            if writer.is_full:
                 break
 
 
-def _chunk_of(item: Item) -> Chunk | None:
-    return item[1].chunk if isinstance(item[1], Batch) else None
+def _check_unchanged(build: DatasetBuild, unit: PlannedUnit) -> None:
+    file = unit.source.file
+    if file.stamp() != build.plan.identities.by_file[file].stamp:
+        raise CorpusError(Problem(file.name, "", "changed while it was read", "run again"))
 
 
-@contextlib.contextmanager
-def _coded(
-    job: DatasetBuild, tokens: int, seen: SeenTexts | None, cluster: Cluster | None
-) -> Iterator[Iterator[tuple[Item, Encoded | None]]]:
-    """Everything that there is to do, done, in order."""
-    if cluster:
-        with cluster() as workers:
-            yield delivered(workers, job, tokens, seen)
-    else:
-        with _open_pool(job) as pool:
-            yield map_in_order(pool, items_of(job, tokens, seen), _chunk_of)
-
-
-@contextlib.contextmanager
-def _open_pool(job: DatasetBuild) -> Iterator[Pool[Chunk, Encoded]]:
-    tokenizer.read_verified_files(tokenizer.ranks_folder())
-    text_bytes = sum(source.text_bytes for source in job.sources)
-    workers = job.plan.data.workers or available_cpus()
-    with open_pool(job.engine, min(workers, 1 + text_bytes // TEXT_BYTES_PER_WORKER)) as pool:
-        yield pool
-
-
-@contextlib.contextmanager
-def _seen_texts(job: DatasetBuild) -> Iterator[SeenTexts | None]:
-    seen = SeenTexts(job.folder / SEEN) if job.plan.data.drop_duplicates else None
-    try:
-        yield seen
-    finally:
-        if seen:
-            seen.close()
-
-
-def _check_unchanged(job: DatasetBuild, work: PlannedUnit) -> None:
-    file = work.source.file
-    if file.stamp() != job.plan.identities.by_file[file].stamp:
-        raise CorpusError(Problem(file.name, "", "was changed while it was read", "run again"))
-
-
-def _check_counts(job: DatasetBuild, total: UnitCounts) -> None:
-    data = job.plan.data
-    train, validation = (total.sides[name].documents for name in SPLITS)
+def _check_counts(build: DatasetBuild, total: UnitCounts) -> None:
+    """Raises `CorpusError` where a split has no document."""
+    data = build.plan.data
+    train, validation = (total.splits[name].documents for name in SPLITS)
     if train and validation:
         return
     if not train and not validation:
         reasons = [f"{count} {reason}" for reason, count in total.skipped.items() if count]
         if data.max_tokens is not None:
             reasons.append(f"max_tokens = {data.max_tokens}")
-        rule = f"no row is left of {job.rows_total}: {', '.join(reasons)}"
-        remedy = "ask for less in [data], or name other files"
+        rule = f"none of its {build.total_rows} rows is left: {', '.join(reasons)}"
+        remedy = "relax the filters in [data], or name other files"
         raise CorpusError(Problem("data.source", ", ".join(data.source), rule, remedy))
-    missing, move = ("training", "lower") if not train else ("validation", "raise")
+    missing, change = ("training", "lower") if not train else ("validation", "raise")
     rule = f"leaves no document for {missing}: there are {train + validation} documents"
     limit = "" if data.max_tokens is None else " or raise data.max_tokens"
-    remedy = f"{move} data.validation_fraction,{limit} or add documents to data.source"
+    remedy = f"{change} data.validation_fraction,{limit} or add documents to data.source"
     value = str(data.validation_fraction)
     raise CorpusError(Problem("data.validation_fraction", value, rule, remedy))
 
 
-# --- the end -------------------------------------------------------------------------------------
+# --- encoding, by processes of this machine or by a cluster --------------------------------------
 
 
-def publish_dataset(partial: Path, folder: Path, manifest: DatasetManifest) -> DatasetManifest:
-    """Make `folder` of the complete `partial`: the manifest last, then the name; what is damaged
-    under that name gives way."""
-    write_manifest(manifest.model_copy(update={"folder": partial}))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    sync(folder.parent)
-    published = manifest.model_copy(update={"folder": folder})
-    record_verified(published)
-    return published
+@contextlib.contextmanager
+def _encoded_units(
+    build: DatasetBuild, tokens: int, open_cluster: OpenCluster | None
+) -> Iterator[EncodedUnits]:
+    """All units that are not kept. `tokens` is the number of tokens of those that are."""
+    with contextlib.ExitStack() as stack:
+        seen = None
+        if build.plan.data.drop_duplicates:
+            seen = stack.enter_context(contextlib.closing(SeenTexts(build.folder / SEEN_DATABASE)))
+            for unit in build.kept_units():
+                build.add_to_seen(unit, seen)
+        if open_cluster:
+            cluster = stack.enter_context(open_cluster())
+            yield encode_on_cluster(cluster, build, tokens, seen)
+        else:
+            pool = stack.enter_context(_open_local_pool(build))
+            yield _encode_here(pool, build, tokens, seen)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Delete what other runs left unfinished long ago: a journal's time moves with every unit."""
-    for partial in folder.parent.glob(f"*{PARTIAL}"):
-        try:
-            newest = max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
-        except OSError:
+def _open_local_pool(
+    build: DatasetBuild,
+) -> contextlib.AbstractContextManager[Pool[Chunk, EncodedChunk]]:
+    tokenizer.read_verified_files(tokenizer.ranks_folder())
+    text_bytes = sum(source.text_bytes for source in build.sources)
+    workers = build.plan.data.workers or available_cpus()
+    return open_pool(build.engine, min(workers, 1 + text_bytes // TEXT_BYTES_PER_WORKER))
+
+
+def _encode_here(
+    pool: Pool[Chunk, EncodedChunk], build: DatasetBuild, tokens: int, seen: SeenTexts | None
+) -> EncodedUnits:
+    for (unit, stored), encoded in map_in_order(pool, _read_units(build, tokens, seen)):
+        content = stored or encoded
+        assert content
+        yield unit, content
+
+
+def _read_units(
+    build: DatasetBuild, tokens: int, seen: SeenTexts | None
+) -> Iterator[tuple[tuple[PlannedUnit, StoredUnit | None], Chunk | None]]:
+    """The chunks of each unit, or where to copy it from. Neighbouring units of a file are read in
+    one pass."""
+    for (_, is_stored), group in groupby(
+        build.remaining_units(tokens), key=lambda item: (id(item[0].source), item[1] is not None)
+    ):
+        if is_stored:
+            for unit, stored in group:
+                build.add_to_seen(unit, seen)
+                yield (unit, stored), None
             continue
-        name = partial.name.removesuffix(PARTIAL)
-        if name != folder.name and time.time() - newest > ABANDONED_SECONDS:
-            lock = FileLock(partial.with_name(f".{name}.lock"))
-            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
-                shutil.rmtree(partial, ignore_errors=True)
+        units = [unit for unit, _ in group]
+        current = iter(units)
+        unit = next(current)
+        for chunk in read_chunks(
+            unit.source,
+            [each.unit for each in units],
+            build.plan.row_filter,
+            build.plan.data.validation_fraction,
+            seen.is_new if seen else None,
+        ):
+            yield (unit, None), chunk
+            if chunk.ends_unit:
+                unit = next(current, unit)

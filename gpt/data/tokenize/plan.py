@@ -1,20 +1,17 @@
-"""What a config comes to before any row is read: files, their identity, the data set's name, units.
+"""What a config amounts to before any row is read: files, dataset fingerprint and units.
 
-The name is a hash of all that decides the tokens; so is the key of every unit of work.
+The dataset's name is a hash of everything that decides its tokens, and so is the key of each unit.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import DataSection, RunConfig, fingerprint
@@ -27,29 +24,30 @@ from gpt.data.tokenize.units import Unit, split_into_units
 from gpt.errors import CorpusError, DatasetError, Problem
 
 FORMAT_VERSION = 2
-"""Raised when the same sources and settings would give other shards."""
+"""Raised when the same sources and settings would give different shards."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """All that is known before any file was opened."""
+    """What is known before a file is opened."""
 
     data: DataSection
-    selection: RowFilter
+    row_filter: RowFilter
     identities: FileIdentities
     fingerprint: str
     folder: Path
 
     def find_existing(self) -> DatasetManifest | None:
+        """The complete dataset in `folder`; None if there is none or it is damaged."""
         if not (self.folder / MANIFEST).is_file():
             return None
         try:
             found = read_manifest(self.folder)
             verify_if_changed(found)
         except DatasetError as error:
-            logger.warning("%s\nIt is made anew; what is whole of it is kept.", error)
+            logger.warning("%s\nIt is rebuilt; its intact units are reused.", error)
             return None
         if found.skipped_files and self.data.on_bad_file == "fail":
             return None
@@ -58,19 +56,17 @@ class DatasetPlan:
 
 
 def make_plan(config: RunConfig) -> DatasetPlan:
+    """Find the source files and hash those that changed. Raises `CorpusError`."""
     files = find_sources(config.data.source)
-    return plan_for_files(
-        config, files, FileIdentities(files, config.run.root / "datasets" / HASHES)
-    )
+    identities = FileIdentities(files, config.run.root / "datasets" / HASHES)
+    return plan_for_files(config, files, identities)
 
 
 def plan_for_files(
     config: RunConfig, files: Sequence[CorpusFile], identities: FileIdentities
 ) -> DatasetPlan:
-    """The plan for files whose identities are known."""
     data = config.data
-    datasets = config.run.root / "datasets"
-    selection = RowFilter(
+    row_filter = RowFilter(
         data.text_column,
         data.where,
         data.min_length,
@@ -89,15 +85,15 @@ def plan_for_files(
         values["unreadable"] = [problem.key for problem in identities.problems]
     if data.where:
         values["partitions"] = [
-            collect_partition_values(file, selection) for file in identities.by_file
+            collect_partition_values(file, row_filter) for file in identities.by_file
         ]
     name = fingerprint(values)
-    return DatasetPlan(data, selection, identities, name, datasets / name[:16])
+    return DatasetPlan(data, row_filter, identities, name, config.run.root / "datasets" / name[:16])
 
 
 def non_default_settings(data: DataSection) -> dict[str, str | int | bool]:
-    """The settings beyond the first ones that decide tokens, where they are not left at default:
-    data sets made before there was such a setting keep their name."""
+    """The settings that were added later and decide tokens, where they are not the default: so
+    datasets made before a setting existed keep their name."""
     names = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
     return {name: getattr(data, name) for name in names if getattr(data, name)}
 
@@ -105,127 +101,74 @@ def non_default_settings(data: DataSection) -> dict[str, str | int | bool]:
 def inspect_sources(
     plan: DatasetPlan,
 ) -> Generator[float, None, tuple[list[ParquetSource], list[Problem]]]:
-    """The files that can be used, and what is wrong with those that on_bad_file lets be skipped.
+    """Return the files that can be used, and the problems of those that on_bad_file = "skip" leaves
+    out: these are found before tokenizing, by reading every file completely.
 
-    Yields the seconds since it began after each file that is read for that: skipping is decided
-    before tokenising, by reading every file whole. Raises `CorpusError` with all that is wrong.
+    Yields the seconds since the start after each file read so. Raises `CorpusError` with every
+    problem found.
     """
     started = time.monotonic()
     sources: list[ParquetSource] = []
     problems = list(plan.identities.problems)
-    skipping = plan.data.on_bad_file == "skip"
-    plan.selection.check_condition()
+    skips_bad_files = plan.data.on_bad_file == "skip"
+    plan.row_filter.check_condition()
     for file in plan.identities.by_file:
         try:
-            source = inspect(file, plan.selection)
-            if skipping:
-                check_all_rows(source, plan.selection)
+            source = inspect(file, plan.row_filter)
+            if skips_bad_files:
+                check_all_rows(source, plan.row_filter)
                 yield time.monotonic() - started
             sources.append(source)
         except CorpusError as error:
             problems += error.problems
-    if problems and (not skipping or not sources):
+    if problems and (not skips_bad_files or not sources):
         raise CorpusError(*problems)
     for problem in problems:
-        logger.warning("left out: %s", problem)
+        logger.warning("file skipped: %s", problem)
     return sources, problems
 
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """One unit of one source, and the name under which its ids are known."""
+    """One unit of one source, and the key under which its ids are stored."""
 
     source: ParquetSource
     unit: Unit
     key: str
 
 
-def plan_units(plan: DatasetPlan, sources: Sequence[ParquetSource]) -> Works:
-    """Every unit in order."""
-    return Works(plan, sources)
+def plan_units(plan: DatasetPlan, sources: Sequence[ParquetSource]) -> Iterator[PlannedUnit]:
+    """All units in order, made one at a time: 15 trillion tokens are millions of units, and a list
+    of them would take gigabytes.
 
-
-class Works(Sequence[PlannedUnit]):
-    """The units of a plan, each made when it is asked for: 15T tokens are millions of them, and
-    held all at once they would take gigabytes.
-
-    With drop_duplicates a unit depends on all before it, so its key holds theirs, and getting at
-    one takes the time of all before it; otherwise on its own rows alone.
+    With drop_duplicates a unit depends on all units before it, so its key includes theirs.
+    Otherwise it depends on its own rows alone.
     """
-
-    def __init__(
-        self, plan: DatasetPlan, sources: Sequence[ParquetSource], window: range | None = None
-    ) -> None:
-        self._plan, self._sources = plan, sources
-        self._ends: list[int] = []
-        if window is None:
-            counts = (sum(1 for _ in _units(source)) for source in sources)
-            self._ends = list(itertools.accumulate(counts))
-            window = range(self._ends[-1] if self._ends else 0)
-        self._window = window
-
-    def __len__(self) -> int:
-        return len(self._window)
-
-    @overload
-    def __getitem__(self, index: int) -> PlannedUnit: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Works: ...
-
-    def __getitem__(self, index: int | slice) -> PlannedUnit | Works:
-        if isinstance(index, int):
-            return next(self._from(self._window[index]))
-        window = self._window[index]
-        assert window.step == 1, "units are taken in order"
-        part = Works(self._plan, self._sources, window)
-        part._ends = self._ends
-        return part
-
-    def __iter__(self) -> Iterator[PlannedUnit]:
-        return itertools.islice(self._from(self._window.start), len(self))
-
-    def _from(self, first: int) -> Iterator[PlannedUnit]:
-        """Units `first` and on."""
-        if self._plan.data.drop_duplicates:
-            return itertools.islice(self._made(0), first, None)
-        file = bisect_right(self._ends, first)
-        before = self._ends[file - 1] if file else 0
-        return itertools.islice(self._made(file), first - before, None)
-
-    def _made(self, first_file: int) -> Iterator[PlannedUnit]:
-        """Units from a file on, the first of all where keys hold those before."""
-        plan, settings = self._plan, _unit_settings(self._plan.data)
-        chained, before = plan.data.drop_duplicates, ""
-        for source in itertools.islice(self._sources, first_file, None):
-            identity = plan.identities.by_file[source.file].sha256
-            partitions = (
-                collect_partition_values(source.file, plan.selection) if plan.data.where else {}
-            )
-            # What `fingerprint` hashes, its keys in order, written out: five times as fast.
-            head = (
-                f'", "file": "{identity}", "partitions": {json.dumps(partitions, sort_keys=True)}'
-            )
-            for unit in _units(source):
-                rows = f'"rows": [{unit.rows.start}, {unit.rows.stop}], "settings": "{settings}"'
-                text = f'{{"before": "{before}{head}, {rows}}}'
-                key = hashlib.sha256(text.encode()).hexdigest()[:32]
-                yield PlannedUnit(source, unit, key)
-                before = key if chained else ""
-
-
-def _units(source: ParquetSource) -> Iterator[Unit]:
-    return split_into_units(source.groups.tolist())
+    settings, before = _unit_settings(plan.data), ""
+    for source in sources:
+        sha256 = plan.identities.by_file[source.file].sha256
+        partitions = (
+            collect_partition_values(source.file, plan.row_filter) if plan.data.where else {}
+        )
+        # The text that `fingerprint` would hash, keys in order, written out: five times as fast.
+        head = f'", "file": "{sha256}", "partitions": {json.dumps(partitions, sort_keys=True)}'
+        for unit in split_into_units(source.groups.tolist()):
+            rows = f'"rows": [{unit.rows.start}, {unit.rows.stop}], "settings": "{settings}"'
+            text = f'{{"before": "{before}{head}, {rows}}}'
+            key = hashlib.sha256(text.encode()).hexdigest()[:32]
+            yield PlannedUnit(source, unit, key)
+            before = key if plan.data.drop_duplicates else ""
 
 
 def _unit_settings(data: DataSection) -> str:
-    """What of the settings decides a unit's ids."""
+    """A hash of the settings that decide the ids of a unit."""
+    settings = non_default_settings(data)
     return fingerprint(
         {
             "format": FORMAT_VERSION,
             "ranks": tokenizer.RANKS_SHA256,
             "text_column": data.text_column,
             "validation_fraction": data.validation_fraction,
-            "selection": {k: v for k, v in non_default_settings(data).items() if k != "max_tokens"},
+            "selection": {name: value for name, value in settings.items() if name != "max_tokens"},
         }
     )

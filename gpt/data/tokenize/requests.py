@@ -1,10 +1,9 @@
-"""A unit of work as an order that another machine can carry out, and what it sends back.
+"""A unit as a request that another machine can encode, and what it returns.
 
-An order is small: which rows of which file, and how. The worker reads them by itself, so it must
-reach the files under the names that data.source gives them. A delivery is the ids of one unit (8 MB
-for 16 MB of text), in the very batches that a process of this machine would have given, so that
-the one writer does with them what it always does and the shards are the same. Nothing here knows
-which cluster it is.
+A request is small: which rows of which file, and how. The worker reads them itself, so it must
+reach the files under the names in data.source. A result holds the ids of one unit (8 MB for 16 MB
+of text) in the same chunks that this machine would have made, so the writer makes the same shards
+of them. Nothing here depends on the kind of cluster.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,202 +19,163 @@ import numpy as np
 
 from gpt.data.filters import HASH_BYTES, RowFilter, SeenTexts, hash_text
 from gpt.data.parquet import ParquetSource
-from gpt.data.tokenize.chunks import Batch, UnitEnd, chunks
-from gpt.data.tokenize.encoders import Encoded, Encoder, EngineName, encode_chunk
-from gpt.data.tokenize.job import DatasetBuild, Item, planned, remember, remember_kept
+from gpt.data.tokenize.build import DatasetBuild
+from gpt.data.tokenize.chunks import read_chunks
+from gpt.data.tokenize.encoders import (
+    EncodedChunk,
+    Encoder,
+    EngineName,
+    encode_chunk,
+    load_encoder,
+)
 from gpt.data.tokenize.plan import FORMAT_VERSION, PlannedUnit
 from gpt.data.tokenize.pool import Pool, map_in_order, resolve_engine
 from gpt.data.tokenize.units import StoredUnit, Unit
-from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError, Problem
 
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """All that decides what comes of a unit."""
+    """Everything that decides the ids of a unit."""
 
     source: ParquetSource
     size_bytes: int
-    """Of the file, as it is where the order was given."""
+    """Size of the file where the request was made."""
     unit: Unit
-    selection: RowFilter
+    row_filter: RowFilter
     validation_fraction: float
     engine: EngineName
-    hashed: bool
-    """Whether the hash of every document is wanted, to tell duplicates among all units."""
+    with_hashes: bool
+    """Return a hash per document, to find duplicates across all units."""
     format: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True, eq=False)
 class EncodeResult:
-    """What came of an order: the batches of its unit, without their text, and its end."""
+    """The encoded chunks of a unit."""
 
-    batches: list[tuple[Batch, Encoded]]
-    end: UnitEnd
+    chunks: list[EncodedChunk]
     hashes: bytes
-    """Of every document in order, `HASH_BYTES` each, where they were wanted."""
+    """`HASH_BYTES` per document in order, if they were requested."""
 
 
-Cluster = Callable[[], contextlib.AbstractContextManager[Pool[EncodeRequest, EncodeResult]]]
-"""Opens the workers for as long as they are needed."""
+OpenCluster = Callable[[], contextlib.AbstractContextManager[Pool[EncodeRequest, EncodeResult]]]
+"""Opens the workers of a cluster for as long as they are needed."""
 
 
-# --- where the work is done ----------------------------------------------------------------------
+# --- on a worker ---------------------------------------------------------------------------------
 
 
-def encode_unit(order: EncodeRequest) -> EncodeResult:
-    """Read the rows of an order and encode them.
+def encode_unit(request: EncodeRequest) -> EncodeResult:
+    """Read and encode the rows of a request; runs on a worker.
 
-    Raises `EncoderMismatchError`, and `CorpusError` for a file that cannot be read here or is
-    another one than where the order was given, for an engine that is not installed and for another
-    version of this package; each names the machine.
+    Raises `EncoderMismatchError`, and `CorpusError` for a file that cannot be read here or differs
+    from the one where the request was made, for an engine that is not installed, and for another
+    version of this package. Each message names the machine.
     """
     try:
-        return _encoded(order)
+        _check_worker(request)
+        encoder = _thread_encoder(request.engine)
+        hashes = bytearray()
+
+        def collect_hash(text: memoryview) -> bool:
+            hashes.extend(hash_text(text))
+            return True
+
+        chunks = read_chunks(
+            request.source,
+            [request.unit],
+            request.row_filter,
+            request.validation_fraction,
+            collect_hash if request.with_hashes else None,
+        )
+        return EncodeResult([encode_chunk(encoder, chunk) for chunk in chunks], bytes(hashes))
     except CorpusError as error:
-        here = f" (on {socket.gethostname()})"
-        problems = [replace(problem, rule=problem.rule + here) for problem in error.problems]
+        host = f" (on {socket.gethostname()})"
+        problems = [replace(problem, rule=problem.rule + host) for problem in error.problems]
         raise CorpusError(*problems) from error
 
 
-def _encoded(order: EncodeRequest) -> EncodeResult:
-    _check(order)
-    encoder = _encoder(order.engine)
-    hashes = _Hashes()
-    batches: list[tuple[Batch, Encoded]] = []
-    end = UnitEnd(0, Counter())
-    for item in chunks(
-        order.source,
-        [order.unit],
-        order.selection,
-        order.validation_fraction,
-        hashes if order.hashed else None,
-    ):
-        if isinstance(item, UnitEnd):
-            end = item
-        else:
-            textless = replace(item, chunk=replace(item.chunk, text=b""))
-            batches.append((textless, encode_chunk(encoder, item.chunk)))
-    return EncodeResult(batches, end, bytes(hashes.all))
-
-
-def _check(order: EncodeRequest) -> None:
-    if order.format != FORMAT_VERSION:
-        rule = f"this worker makes format {FORMAT_VERSION} of shards and not {order.format}"
+def _check_worker(request: EncodeRequest) -> None:
+    if request.format != FORMAT_VERSION:
+        rule = f"this worker writes shard format {FORMAT_VERSION}, not {request.format}"
         remedy = "install the same version of overnight on every worker"
         raise CorpusError(Problem("data.cluster", "", rule, remedy))
-    if order.engine == "gigatoken" and resolve_engine("auto") != "gigatoken":
+    if request.engine == "gigatoken" and resolve_engine("auto") != "gigatoken":
         rule = "gigatoken is not installed"
         remedy = "pip install 'overnight[turbo]' on every worker, or set data.engine to tiktoken"
-        raise CorpusError(Problem("data.engine", order.engine, rule, remedy))
-    file = order.source.file
-    with contextlib.suppress(OSError):  # told by whoever reads it
-        if file.size_bytes() != order.size_bytes:
-            rule = f"has {file.size_bytes():,} bytes and not {order.size_bytes:,}"
+        raise CorpusError(Problem("data.engine", request.engine, rule, remedy))
+    file = request.source.file
+    with contextlib.suppress(OSError):  # reported when the file is read
+        if file.size_bytes() != request.size_bytes:
+            rule = f"has {file.size_bytes():,} bytes instead of {request.size_bytes:,}"
             remedy = "every worker must see the same files: use a shared folder or an address"
             raise CorpusError(Problem(file.name, "", rule, remedy))
 
 
-_of_thread = threading.local()
-"""An encoder for each: a worker may have several threads, and loading one takes half a second."""
+_thread_local = threading.local()
+"""One encoder per thread: a worker may have several, and loading one takes half a second."""
 
 
-def _encoder(engine: EngineName) -> Encoder:
-    if getattr(_of_thread, "engine", None) != engine:
-        _of_thread.encoder, _of_thread.engine = load_encoder(engine), engine
-    encoder: Encoder = _of_thread.encoder
+def _thread_encoder(engine: EngineName) -> Encoder:
+    if getattr(_thread_local, "engine", None) != engine:
+        _thread_local.encoder, _thread_local.engine = load_encoder(engine), engine
+    encoder: Encoder = _thread_local.encoder
     return encoder
 
 
-class _Hashes:
-    """Takes every text for new, and keeps the hashes by which duplicates are told later."""
-
-    def __init__(self) -> None:
-        self.all = bytearray()
-
-    def is_new(self, text: memoryview) -> bool:
-        self.all += hash_text(text)
-        return True
+# --- on the machine that writes the shards -------------------------------------------------------
 
 
-# --- where the shards are written ----------------------------------------------------------------
-
-
-def delivered(
-    pool: Pool[EncodeRequest, EncodeResult],
-    job: DatasetBuild,
-    tokens: int | None,
+def encode_on_cluster(
+    cluster: Pool[EncodeRequest, EncodeResult],
+    build: DatasetBuild,
+    tokens: int,
     seen: SeenTexts | None,
-) -> Iterator[tuple[Item, Encoded | None]]:
-    """What `items_of` gives, the chunks with their ids, from the workers of `pool`. Units that can
-    be copied are not sent. `tokens` is what the data set holds before."""
-
-    def order_of(unit: tuple[PlannedUnit, StoredUnit | None]) -> EncodeRequest | None:
-        work, stored = unit
-        return None if stored else _order(job, work)
-
-    remember_kept(job, seen)
-    for (work, stored), delivery in map_in_order(pool, planned(job, tokens), order_of):
+) -> Iterator[tuple[PlannedUnit, EncodedChunk | StoredUnit]]:
+    """Every unit that is not kept, in order: its encoded chunks, or where to copy it from. Units
+    that can be copied are not sent. `tokens` is the number of tokens of the kept units."""
+    items = (
+        ((unit, stored), None if stored else _make_request(build, unit))
+        for unit, stored in build.remaining_units(tokens)
+    )
+    for (unit, stored), result in map_in_order(cluster, items):
         if stored:
-            remember(job, work, seen)
-            yield (work, stored), None
+            build.add_to_seen(unit, seen)
+            yield unit, stored
             continue
-        assert delivery
-        for item, encoded in _without_duplicates(delivery, seen) if seen else _all(delivery):
-            yield (work, item), encoded
+        assert result
+        for chunk in _drop_duplicates(result, seen) if seen else result.chunks:
+            yield unit, chunk
 
 
-def _order(job: DatasetBuild, work: PlannedUnit) -> EncodeRequest:
-    data, source = job.plan.data, work.source
+def _make_request(build: DatasetBuild, unit: PlannedUnit) -> EncodeRequest:
+    data, source = build.plan.data, unit.source
     if not source.file.filesystem:
         source = replace(source, file=replace(source.file, folder=str(Path.cwd())))
     return EncodeRequest(
         source,
-        work.source.file.size_bytes(),
-        work.unit,
-        job.plan.selection,
+        unit.source.file.size_bytes(),
+        unit.unit,
+        build.plan.row_filter,
         data.validation_fraction,
-        job.engine,
+        build.engine,
         data.drop_duplicates,
     )
 
 
-Items = Iterator[tuple[Batch | UnitEnd, Encoded | None]]
-
-
-def _all(delivery: EncodeResult) -> Items:
-    yield from delivery.batches
-    yield delivery.end, None
-
-
-def _without_duplicates(delivery: EncodeResult, seen: SeenTexts) -> Items:
-    """The documents that `seen` does not know yet; the others are counted as "duplicate"."""
-    size = HASH_BYTES
-    hashes = (delivery.hashes[i : i + size] for i in range(0, len(delivery.hashes), size))
-    new = np.array([seen.is_new_hash(each) for each in hashes], dtype=bool)
-    documents, rows = 0, 0
-    skipped: Counter[str] = Counter()
-    for batch, encoded in delivery.batches:
-        starts = batch.chunk.starts
-        parts = new[documents - 1 + np.cumsum(starts)]
-        documents += int(np.count_nonzero(starts))
-        rows += batch.rows
-        skipped.update(batch.skipped)
-        if duplicates := int(np.count_nonzero(starts & ~parts)):
+def _drop_duplicates(result: EncodeResult, seen: SeenTexts) -> Iterator[EncodedChunk]:
+    """Remove the documents that `seen` knows already, counting them as "duplicate"."""
+    starts = range(0, len(result.hashes), HASH_BYTES)
+    hashes = (result.hashes[start : start + HASH_BYTES] for start in starts)
+    is_new = np.array([seen.is_new_hash(each) for each in hashes], dtype=bool)
+    documents = 0
+    for chunk in result.chunks:
+        parts = chunk.parts
+        chosen = is_new[documents - 1 + np.cumsum(parts["starts"])]
+        documents += int(np.count_nonzero(parts["starts"]))
+        skipped = chunk.skipped.copy()
+        if duplicates := int(np.count_nonzero(parts["starts"] & ~chosen)):
             skipped["duplicate"] += duplicates
-        if parts.any():
-            kept = replace(
-                batch,
-                chunk=replace(
-                    batch.chunk, lengths=batch.chunk.lengths[parts], starts=starts[parts]
-                ),
-                held_out=batch.held_out[parts],
-                ends=batch.ends[parts],
-                rows=rows,
-                skipped=skipped,
-            )
-            ids = encoded.ids[np.repeat(parts, encoded.counts.astype(np.int64))]
-            yield kept, Encoded(ids, encoded.counts[parts])
-            rows, skipped = 0, Counter()
-    skipped.update(delivery.end.skipped)
-    yield UnitEnd(delivery.end.rows + rows, skipped), None
+        ids = chunk.ids[np.repeat(chosen, parts["tokens"])]
+        yield replace(chunk, ids=ids, parts=parts[chosen], skipped=skipped)

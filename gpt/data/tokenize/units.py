@@ -1,9 +1,10 @@
-"""Units of work, and the journal in which finished ones stand.
+"""Units of work, and the journal that lists the finished ones.
 
-A unit is a range of rows of one file: row groups, or rows of a large one. It is named by all that
-decides its ids, so whoever needs the same unit again finds it: the same data set after it was
-killed, or another one that has the file too. The journal is a file of lines beside the shards,
-written in the order of the ids; a line counts only if the ids in the shards still have its digest.
+A unit is a range of rows of one file: some row groups, or a part of a large one. Its key is a hash
+of everything that decides its token ids, so the same unit is found again later: by the same dataset
+after it was killed, or by another dataset that contains the same file. The journal is a file of
+JSON lines beside the shards, in the order of the ids; a line counts only if the ids in the shards
+still have the digest that it gives.
 """
 
 from __future__ import annotations
@@ -26,26 +27,28 @@ from gpt.data.shards import read_stream
 UNIT_JOURNAL = "units.jsonl"
 SPLITS = ("train", "validation")
 UNIT_BYTES = 16_000_000
-"""Text in one unit, bytes, as the file's footer tells it: what a killed run has to do again."""
+"""Text per unit, in bytes as the file's footer states them: what a killed run has to repeat."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `rows` of a file, counted over its row groups, which lie in row groups `groups`."""
+    """The rows of a file (counted over all its row groups), and the row groups they lie in."""
 
     rows: range
     groups: range
 
 
 def split_into_units(groups: Sequence[tuple[int, int]]) -> Iterator[Unit]:
-    """Cut a file's row groups, given as (rows, bytes of text), into units of about `UNIT_BYTES`:
+    """Split a file, given as (rows, bytes of text) per row group, into units of about `UNIT_BYTES`:
     several small row groups, or a part of a large one. Depends on the file alone."""
     first_group = first_row = row = size = 0
     for index, (rows, text_bytes) in enumerate(groups):
         if text_bytes >= 2 * UNIT_BYTES and rows > 1:
             if row > first_row:
                 yield Unit(range(first_row, row), range(first_group, index))
-            yield from _parts(row, rows, text_bytes, index)
+            count = min(rows, -(-text_bytes // UNIT_BYTES))
+            for start, end in pairwise(row + rows * i // count for i in range(count + 1)):
+                yield Unit(range(start, end), range(index, index + 1))
             row += rows
             first_group, first_row, size = index + 1, row, 0
             continue
@@ -57,19 +60,12 @@ def split_into_units(groups: Sequence[tuple[int, int]]) -> Iterator[Unit]:
         yield Unit(range(first_row, row), range(first_group, len(groups)))
 
 
-def _parts(first_row: int, rows: int, text_bytes: int, group: int) -> Iterator[Unit]:
-    count = min(rows, -(-text_bytes // UNIT_BYTES))
-    bounds = [first_row + rows * i // count for i in range(count + 1)]
-    for start, end in pairwise(bounds):
-        yield Unit(range(start, end), range(group, group + 1))
-
-
-# --- what was counted ----------------------------------------------------------------------------
+# --- counts --------------------------------------------------------------------------------------
 
 
 @dataclass
 class SplitCounts:
-    """What went to training, or to validation. `digest` is of the ids, as they stand in shards."""
+    """What went to one split. `digest` is the SHA-256 of the ids as they stand in the shards."""
 
     documents: int = 0
     tokens: int = 0
@@ -88,144 +84,135 @@ class UnitCounts:
 
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    sides: dict[str, SplitCounts] = field(
+    """Rows without a document, by reason."""
+    splits: dict[str, SplitCounts] = field(
         default_factory=lambda: {name: SplitCounts() for name in SPLITS}
     )
     lengths: Counter[int] = field(default_factory=Counter)
-    """Documents by the bits of their length in tokens."""
+    """Documents by the number of bits of their length in tokens."""
 
     @property
     def documents(self) -> int:
-        return sum(side.documents for side in self.sides.values())
+        return sum(split.documents for split in self.splits.values())
 
     @property
     def tokens(self) -> int:
-        return sum(side.tokens for side in self.sides.values())
+        return sum(split.tokens for split in self.splits.values())
 
     def add(self, other: UnitCounts) -> None:
         self.rows += other.rows
         self.skipped.update(other.skipped)
         self.lengths.update(other.lengths)
-        for name, side in self.sides.items():
-            side.add(other.sides[name])
-
-
-@dataclass(frozen=True)
-class JournalEntry:
-    """One line of a journal: a finished unit."""
-
-    key: str
-    engine: str
-    tally: UnitCounts
-    whole: bool = True
-    """Whether nothing of it was cut off by data.max_tokens."""
-
-
-class IdsDigest:
-    """The digest of one side of a unit, made while its ids go by."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()  # processors have instructions for this one
-
-    def update(self, ids: NDArray[np.uint16]) -> None:
-        self._hash.update(np.ascontiguousarray(ids).data.cast("B"))
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        for name, split in self.splits.items():
+            split.add(other.splits[name])
 
 
 # --- the journal ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class JournalEntry:
+    """A finished unit: one line of the journal."""
+
+    key: str
+    engine: str
+    counts: UnitCounts
+    complete: bool = True
+    """False where data.max_tokens cut documents off."""
+
+    def to_json(self) -> dict[str, Any]:
+        counts = self.counts
+        tally = {
+            "rows": counts.rows,
+            "skipped": counts.skipped,
+            "sides": {name: vars(split) for name, split in counts.splits.items()},
+            "lengths": counts.lengths,
+        }
+        return {"key": self.key, "engine": self.engine, "tally": tally, "whole": self.complete}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> JournalEntry:
+        tally = value["tally"]
+        counts = UnitCounts(
+            rows=tally["rows"],
+            skipped=Counter(tally["skipped"]),
+            splits={name: SplitCounts(**tally["sides"][name]) for name in SPLITS},
+            lengths=Counter({int(bits): count for bits, count in tally["lengths"].items()}),
+        )
+        return cls(value["key"], value["engine"], counts, value["whole"])
+
+
 class UnitJournal:
-    """A journal, open for appending behind the lines that are kept."""
+    """A journal open for appending, after the entries that are kept."""
 
     def __init__(
         self, folder: Path, tokens_per_shard: int, kept: Iterable[JournalEntry] = ()
     ) -> None:
         path = folder / UNIT_JOURNAL
-        fresh = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
-        self._file: IO[str] = fresh.open("w", encoding="utf-8")
-        self._line({"tokens_per_shard": tokens_per_shard})
+        new_path = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
+        self._file: IO[str] = new_path.open("w", encoding="utf-8")
+        self._write({"tokens_per_shard": tokens_per_shard})
         for entry in kept:
-            self._line(_to_json(entry))
+            self._write(entry.to_json())
         self._file.flush()
-        fresh.replace(path)
+        new_path.replace(path)
 
     def append(self, entry: JournalEntry) -> None:
-        """The ids must have been handed to the operating system before."""
-        self._line(_to_json(entry))
+        """Write one entry. Its ids must have been flushed to the operating system before."""
+        self._write(entry.to_json())
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
-    def _line(self, value: Mapping[str, Any]) -> None:
+    def _write(self, value: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
-
-
-def _to_json(entry: JournalEntry) -> dict[str, Any]:
-    tally = vars(entry.tally) | {"sides": {k: vars(v) for k, v in entry.tally.sides.items()}}
-    return vars(entry) | {"tally": tally}
-
-
-def _from_json(value: dict[str, Any]) -> JournalEntry:
-    tally = value.pop("tally")
-    return JournalEntry(
-        **value,
-        tally=UnitCounts(
-            rows=tally["rows"],
-            skipped=Counter(tally["skipped"]),
-            sides={name: SplitCounts(**tally["sides"][name]) for name in SPLITS},
-            lengths=Counter({int(bits): count for bits, count in tally["lengths"].items()}),
-        ),
-    )
 
 
 @dataclass(frozen=True)
 class StoredUnit:
-    """A finished unit as it lies in some data set's shards."""
+    """A finished unit as it lies in the shards of some dataset."""
 
     entry: JournalEntry
     folder: Path
     tokens_per_shard: int
-    first: Mapping[str, int]
-    """Where its ids begin in the stream of each split."""
+    offsets: Mapping[str, int]
+    """The position of its first id in the stream of each split."""
 
     def ids(self, split: str) -> Iterator[NDArray[np.uint16]]:
-        count = self.entry.tally.sides[split].tokens
-        return read_stream(self.folder, split, self.tokens_per_shard, self.first[split], count)
+        count = self.entry.counts.splits[split].tokens
+        return read_stream(self.folder, split, self.tokens_per_shard, self.offsets[split], count)
 
     def is_intact(self) -> bool:
-        """Whether the shards hold what the journal says; reads all of it."""
+        """Whether the shards hold what the journal says. Reads all of the unit's ids."""
         for split in SPLITS:
-            digest = IdsDigest()
+            digest = hashlib.sha256()
             for ids in self.ids(split):
-                digest.update(ids)
-            if digest.hexdigest() != self.entry.tally.sides[split].digest:
+                digest.update(ids.data)
+            if digest.hexdigest() != self.entry.counts.splits[split].digest:
                 return False
         return True
 
 
-def read_unit_keys(datasets: Path) -> set[str]:
-    """The keys of the units of every data set in a folder, whole or broken off."""
-    folders = datasets.iterdir() if datasets.is_dir() else ()
-    return {stored.entry.key for folder in folders for stored in read_stored_units(folder)}
-
-
 def read_stored_units(folder: Path) -> list[StoredUnit]:
-    """The units of the data set in `folder`, whole or broken off; none if there is no journal.
-    What follows a line that is torn or makes no sense is as good as none."""
+    """List the finished units of the dataset in `folder`, complete or interrupted; none without a
+    journal. Reading stops at the first line that is cut short or invalid."""
     found: list[StoredUnit] = []
-    first = dict.fromkeys(SPLITS, 0)
+    offsets = dict.fromkeys(SPLITS, 0)
     try:
         with (folder / UNIT_JOURNAL).open(encoding="utf-8") as lines:
             tokens_per_shard = int(json.loads(next(lines))["tokens_per_shard"])
             for line in lines:
-                entry = _from_json(json.loads(line))
-                found.append(StoredUnit(entry, folder, tokens_per_shard, dict(first)))
+                entry = JournalEntry.from_json(json.loads(line))
+                found.append(StoredUnit(entry, folder, tokens_per_shard, dict(offsets)))
                 for split in SPLITS:
-                    first[split] += entry.tally.sides[split].tokens
+                    offsets[split] += entry.counts.splits[split].tokens
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         pass
     return found
+
+
+def read_unit_keys(datasets: Path) -> set[str]:
+    """The keys of the finished units of every dataset below `datasets`, complete or interrupted."""
+    folders = datasets.iterdir() if datasets.is_dir() else ()
+    return {stored.entry.key for folder in folders for stored in read_stored_units(folder)}

@@ -1,62 +1,29 @@
-"""Ids to shards, in order: the one writer of a data set, and its journal.
+"""Ids to shards, in order: the one writer of a dataset and of its journal.
 
-Whatever stands in the journal is in the shards; killed between the two, the rest is written again.
+Whatever the journal lists is in the shards; after a kill, what it does not list is written again.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt.artifacts import Shard
 from gpt.data.shards import ShardWriter
-from gpt.data.tokenize.chunks import Batch, UnitEnd
-from gpt.data.tokenize.encoders import Encoded, EngineName
-from gpt.data.tokenize.units import (
-    SPLITS,
-    IdsDigest,
-    JournalEntry,
-    StoredUnit,
-    UnitCounts,
-    UnitJournal,
-)
+from gpt.data.tokenize.encoders import PART, EncodedChunk, EngineName, Parts
+from gpt.data.tokenize.units import SPLITS, JournalEntry, StoredUnit, UnitCounts, UnitJournal
 
 
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Parts of documents with their ids, end to end."""
+class DatasetWriter(ExitStack):
+    """Writes encoded chunks and copies stored units, in order. On exit it closes all files.
 
-    ids: NDArray[np.uint16]
-    counts: NDArray[np.int64]
-    """Ids of each part."""
-    text_bytes: NDArray[np.int64]
-    starts: NDArray[np.bool_]
-    ends: NDArray[np.bool_]
-    held_out: NDArray[np.bool_]
-
-    def split(self, index: int) -> tuple[Parts, Parts]:
-        place = int(self.counts[:index].sum())
-        others: list[Any] = [getattr(self, field.name) for field in fields(self)[1:]]
-        first = Parts(self.ids[:place], *(array[:index] for array in others))
-        return first, Parts(self.ids[place:], *(array[index:] for array in others))
-
-    def joined(self, other: Parts) -> Parts:
-        names = [field.name for field in fields(self)]
-        return Parts(*(np.concatenate([getattr(self, n), getattr(other, n)]) for n in names))
-
-
-class Assembly:
-    """Takes batches with their ids, and units that are there already, in order.
-
-    `max_tokens` is never passed: `full` says that a document was left out for it, and that there
-    is nothing more to take.
+    It never exceeds `max_tokens`: `is_full` tells that a document was left out because of it and
+    that nothing more can be written.
     """
 
     def __init__(
@@ -67,38 +34,27 @@ class Assembly:
         max_tokens: int | None,
         kept: Sequence[JournalEntry],
     ) -> None:
+        super().__init__()
         self.total = UnitCounts()
         for entry in kept:
-            self.total.add(entry.tally)
-        self.full = any(not entry.whole for entry in kept)
+            self.total.add(entry.counts)
+        self.is_full = any(not entry.complete for entry in kept)
         self._engine, self._max_tokens = engine, max_tokens
-        self._stack = ExitStack()
         self._journal = UnitJournal(folder, tokens_per_shard, kept)
-        self._stack.callback(self._journal.close)
-        self._writers = {
-            name: self._stack.enter_context(
-                ShardWriter(folder, name, tokens_per_shard, self.total.sides[name].tokens)
+        self.callback(self._journal.close)
+        self._shards = {
+            split: self.enter_context(
+                ShardWriter(folder, split, tokens_per_shard, self.total.splits[split].tokens)
             )
-            for name in SPLITS
+            for split in SPLITS
         }
-        self._begin()
+        self._begin_unit()
 
-    def __enter__(self) -> Assembly:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def _begin(self) -> None:
+    def _begin_unit(self) -> None:
         self._unit = UnitCounts()
-        self._digests = {name: IdsDigest() for name in SPLITS}
-        self._open_tokens = 0
-        self._held: Parts | None = None
+        self._digests = {split: hashlib.sha256() for split in SPLITS}
+        self._open_document_tokens = 0
+        self._held_back: tuple[NDArray[np.uint16], Parts] = np.empty(0, "<u2"), np.empty(0, PART)
 
     @property
     def rows(self) -> int:
@@ -108,76 +64,74 @@ class Assembly:
     def tokens(self) -> int:
         return self.total.tokens + self._unit.tokens
 
-    def take(self, batch: Batch, encoded: Encoded) -> None:
-        """Write a batch; with `max_tokens`, the documents for which there is room."""
-        self._unit.rows += batch.rows
-        self._unit.skipped.update(batch.skipped)
-        parts = Parts(
-            encoded.ids,
-            encoded.counts.astype(np.int64),
-            batch.chunk.lengths.astype(np.int64),
-            batch.chunk.starts,
-            batch.ends,
-            batch.held_out,
-        )
-        self._write(parts if self._max_tokens is None else self._fitting(parts, self._max_tokens))
+    def write(self, chunk: EncodedChunk) -> None:
+        """Write a chunk; with `max_tokens`, as many of its documents as fit."""
+        self._unit.rows += chunk.rows
+        self._unit.skipped.update(chunk.skipped)
+        if self._max_tokens is None:
+            self._write_parts(chunk.ids, chunk.parts)
+        else:
+            self._write_parts(*self._take_fitting(chunk, self._max_tokens - self.tokens))
 
-    def _fitting(self, parts: Parts, max_tokens: int) -> Parts:
-        """The documents that fit, whole; the beginning of one that may is held back."""
-        if self._held:
-            parts = self._held.joined(parts)
-        sums = np.cumsum(parts.counts)
-        fits = np.flatnonzero(parts.ends & (sums <= max_tokens - self.tokens))
-        fitting, self._held = parts.split(int(fits[-1]) + 1 if fits.size else 0)
-        self.full = bool(sums[-1] > max_tokens - self.tokens)
-        return fitting
+    def _take_fitting(self, chunk: EncodedChunk, room: int) -> tuple[NDArray[np.uint16], Parts]:
+        """The complete documents that fit. The beginning of one that may still fit is held back."""
+        ids = np.concatenate([self._held_back[0], chunk.ids])
+        parts = np.concatenate([self._held_back[1], chunk.parts])
+        sums = np.cumsum(parts["tokens"])
+        fitting = np.flatnonzero(parts["ends"] & (sums <= room))
+        count = int(fitting[-1]) + 1 if fitting.size else 0
+        size = int(sums[count - 1]) if count else 0
+        self._held_back = ids[size:], parts[count:]
+        self.is_full = bool(ids.size > room)
+        return ids[:size], parts[:count]
 
-    def _write(self, parts: Parts) -> None:
-        for name, mine in (("train", ~parts.held_out), ("validation", parts.held_out)):
-            if not mine.any():
+    def _write_parts(self, ids: NDArray[np.uint16], parts: Parts) -> None:
+        for split in SPLITS:
+            chosen = parts["held_out"] == (split == "validation")
+            if not chosen.any():
                 continue
-            ids = parts.ids if mine.all() else parts.ids[np.repeat(mine, parts.counts)]
-            side = self._unit.sides[name]
-            side.documents += int(np.count_nonzero(mine & parts.starts))
-            side.tokens += ids.size
-            side.text_bytes += int(parts.text_bytes[mine].sum())
-            self._digests[name].update(ids)
-            self._writers[name].write(ids)
+            split_ids = ids if chosen.all() else ids[np.repeat(chosen, parts["tokens"])]
+            counts = self._unit.splits[split]
+            counts.documents += int(np.count_nonzero(chosen & parts["starts"]))
+            counts.text_bytes += int(parts["text_bytes"][chosen].sum())
+            self._write_ids(split, split_ids)
+            counts.tokens += split_ids.size
         self._count_lengths(parts)
 
+    def _write_ids(self, split: str, ids: NDArray[np.uint16]) -> None:
+        self._digests[split].update(ids.data)
+        self._shards[split].write(ids)
+
     def _count_lengths(self, parts: Parts) -> None:
-        sums = np.cumsum(parts.counts) + self._open_tokens
-        ends = sums[parts.ends]
+        sums = np.cumsum(parts["tokens"]) + self._open_document_tokens
+        ends = sums[parts["ends"]]
         for tokens in np.diff(ends, prepend=0).tolist():
             self._unit.lengths[(tokens - 1).bit_length()] += 1
         if sums.size:
-            self._open_tokens = int(sums[-1] - (ends[-1] if ends.size else 0))
+            self._open_document_tokens = int(sums[-1] - (ends[-1] if ends.size else 0))
 
-    def end_unit(self, key: str, end: UnitEnd) -> UnitCounts:
-        """Close a unit: its ids first, then its line in the journal. What it came to."""
-        self._unit.rows += end.rows
-        self._unit.skipped.update(end.skipped)
-        return self._journalled(key, self._engine, not self.full)
+    def end_unit(self, key: str) -> UnitCounts:
+        """Flush the unit's ids, then add it to the journal. Returns what it contained."""
+        return self._add_to_journal(key, self._engine, not self.is_full)
 
-    def copy(self, stored: StoredUnit) -> UnitCounts:
-        """Take a unit over as it lies in another data set. It must be intact."""
-        for name in SPLITS:
-            for ids in stored.ids(name):
-                self._digests[name].update(ids)
-                self._writers[name].write(ids)
-        self._unit.add(stored.entry.tally)
-        return self._journalled(stored.entry.key, stored.entry.engine, True)
+    def copy_unit(self, stored: StoredUnit) -> UnitCounts:
+        """Copy a unit from another dataset. It must be intact. Returns what it contained."""
+        for split in SPLITS:
+            for ids in stored.ids(split):
+                self._write_ids(split, ids)
+        self._unit.add(stored.entry.counts)
+        return self._add_to_journal(stored.entry.key, stored.entry.engine, True)
 
-    def _journalled(self, key: str, engine: str, whole: bool) -> UnitCounts:
-        for name in SPLITS:
-            self._writers[name].flush()
-            self._unit.sides[name].digest = self._digests[name].hexdigest()
-        tally = self._unit
-        self._journal.append(JournalEntry(key, engine, tally, whole))
-        self.total.add(tally)
-        self._begin()
-        return tally
+    def _add_to_journal(self, key: str, engine: str, complete: bool) -> UnitCounts:
+        for split in SPLITS:
+            self._shards[split].flush()
+            self._unit.splits[split].digest = self._digests[split].hexdigest()
+        counts = self._unit
+        self._journal.append(JournalEntry(key, engine, counts, complete))
+        self.total.add(counts)
+        self._begin_unit()
+        return counts
 
-    def close(self) -> dict[str, tuple[Shard, ...]]:
-        """Finish the last shards; all of them, by split."""
-        return {name: writer.close() for name, writer in self._writers.items()}
+    def finish(self) -> dict[str, tuple[Shard, ...]]:
+        """Finish the last shards. Returns all of them by split."""
+        return {split: writer.close() for split, writer in self._shards.items()}

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_data import (
     TEXTS,
-    config,
-    dataset,
-    everything,
-    parquet,
-    reference,
-    run,
-    stored,
+    build_dataset,
+    decode_all,
+    make_config,
+    reference_ids,
+    stored_ids,
+    tokenize_with_progress,
+    write_parquet,
 )
 
 from gpt.data import parquet as parquet_files
@@ -27,7 +27,7 @@ from gpt.errors import CorpusError
 
 def refused(made, *words):
     with pytest.raises(CorpusError) as caught:
-        run(made)
+        tokenize_with_progress(made)
     for word in words:
         assert str(word) in str(caught.value)
     assert not list(made.run.root.glob("datasets/*/manifest.json"))
@@ -44,23 +44,23 @@ def refused(made, *words):
     ],
 )
 def test_sources_that_name_nothing(tmp_path, source, rule):
-    refused(config(tmp_path, source), source, rule)
+    refused(make_config(tmp_path, source), source, rule)
 
 
 def test_a_directory_without_parquet(tmp_path):
-    refused(config(tmp_path / "runs", str(tmp_path)), tmp_path, "holds no *.parquet")
+    refused(make_config(tmp_path / "runs", str(tmp_path)), tmp_path, "holds no *.parquet")
 
 
 def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
-    good = parquet(tmp_path / "good.parquet", compression="none")
+    good = write_parquet(tmp_path / "good.parquet", compression="none")
     data = (tmp_path / "good.parquet").read_bytes()
     (tmp_path / "csv.parquet").write_text("text\nhello\n")
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
     (tmp_path / "footer.parquet").write_bytes(data[:-40] + b"\xff" * 32 + data[-8:])
-    parquet(tmp_path / "other.parquet", column="content")
+    write_parquet(tmp_path / "other.parquet", column="content")
     pq.write_table(pa.table({"text": [1, 2], "body": ["x", "y"]}), tmp_path / "ints.parquet")
-    error = refused(config(tmp_path / "runs", str(tmp_path)))
+    error = refused(make_config(tmp_path / "runs", str(tmp_path)))
     told = {p.key.rpartition("/")[2]: str(p) for p in error.problems}
     assert set(told) == {path.name for path in tmp_path.glob("*.parquet")} - {"good.parquet"}
     assert "not Parquet" in told["csv.parquet"]
@@ -72,7 +72,7 @@ def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
     assert "text (int64)" in told["ints.parquet"]
     assert "body" in told["ints.parquet"]
     assert not (tmp_path / "runs").exists()
-    run(config(tmp_path / "runs", good))
+    tokenize_with_progress(make_config(tmp_path / "runs", good))
 
 
 @pytest.mark.parametrize(
@@ -89,34 +89,34 @@ def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
 )
 def test_only_strings_are_text(tmp_path, values):
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
-    made = config(tmp_path / "runs", str(tmp_path / "a.parquet"))
+    made = make_config(tmp_path / "runs", str(tmp_path / "a.parquet"))
     refused(made, "a.parquet", "text (", "must hold strings", "no column is text")
 
 
 def test_a_damaged_page_is_found_while_reading(tmp_path):
-    source = parquet(tmp_path / "a.parquet", compression="zstd", write_page_checksum=True)
+    source = write_parquet(tmp_path / "a.parquet", compression="zstd", write_page_checksum=True)
     data = bytearray((tmp_path / "a.parquet").read_bytes())
     middle = len(data) * 2 // 3
     data[middle : middle + 16] = bytes(16)
     (tmp_path / "a.parquet").write_bytes(data)
-    refused(config(tmp_path / "runs", source), "a.parquet", "row group 0", "damaged")
+    refused(make_config(tmp_path / "runs", source), "a.parquet", "row group 0", "damaged")
 
 
 @pytest.mark.parametrize("texts", [[None, None], ["", None, ""]])
 def test_a_file_without_text_is_told_beside_good_ones(tmp_path, texts):
-    good = parquet(tmp_path / "good.parquet")
-    source = parquet(tmp_path / "a.parquet", texts, pa.string())
+    good = write_parquet(tmp_path / "good.parquet")
+    source = write_parquet(tmp_path / "a.parquet", texts, pa.string())
     nulls = texts.count(None)
-    made = config(tmp_path / "runs", [good, source])
+    made = make_config(tmp_path / "runs", [good, source])
     refused(made, "a.parquet", "no row has text", f"{nulls} null")
-    parquet(tmp_path / "a.parquet", [], pa.string())
+    write_parquet(tmp_path / "a.parquet", [], pa.string())
     refused(made, "a.parquet", "has no rows")
 
 
 def test_a_selection_that_leaves_nothing(tmp_path):
-    source = parquet(tmp_path / "a.parquet")
-    refused(config(tmp_path / "runs", source, where="id < 0"), "no row is left", "300 where")
-    refused(config(tmp_path / "runs", source, max_tokens=1), "no row is left", "max_tokens")
+    source = write_parquet(tmp_path / "a.parquet")
+    refused(make_config(tmp_path / "runs", source, where="id < 0"), "no row is left", "300 where")
+    refused(make_config(tmp_path / "runs", source, max_tokens=1), "no row is left", "max_tokens")
 
 
 @pytest.mark.parametrize(
@@ -133,26 +133,31 @@ def test_a_selection_that_leaves_nothing(tmp_path):
     ],
 )
 def test_conditions_that_cannot_be_asked(tmp_path, where, rule):
-    refused(config(tmp_path / "runs", parquet(tmp_path / "a.parquet"), where=where), rule)
+    refused(
+        make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"), where=where), rule
+    )
 
 
 def test_dangling_links_pipes_and_folders_that_cannot_be_listed(tmp_path, monkeypatch):
     inside = tmp_path / "in"
-    parquet(inside / "good.parquet")
+    write_parquet(inside / "good.parquet")
     (inside / "link.parquet").symlink_to("gone.parquet")
     os.mkfifo(inside / "pipe.parquet")
-    error = refused(config(tmp_path / "runs", str(inside)), "link.parquet", "link to gone.parquet")
+    error = refused(
+        make_config(tmp_path / "runs", str(inside)), "link.parquet", "link to gone.parquet"
+    )
     assert "no regular file" in str(error)
-    refused(config(tmp_path / "runs", str(inside / "link.parquet")), "link to gone.parquet")
+    refused(make_config(tmp_path / "runs", str(inside / "link.parquet")), "link to gone.parquet")
 
 
 def test_an_empty_split_names_the_setting(tmp_path):
-    source = parquet(tmp_path / "a.parquet", TEXTS[:20])
+    source = write_parquet(tmp_path / "a.parquet", TEXTS[:20])
     refused(
-        config(tmp_path / "1", source, validation_fraction=1e-9), "raise data.validation_fraction"
+        make_config(tmp_path / "1", source, validation_fraction=1e-9),
+        "raise data.validation_fraction",
     )
     refused(
-        config(tmp_path / "2", source, validation_fraction=1 - 1e-9),
+        make_config(tmp_path / "2", source, validation_fraction=1 - 1e-9),
         "lower data.validation_fraction",
     )
 
@@ -163,13 +168,13 @@ def test_text_that_is_not_utf8_is_told_by_its_row(tmp_path, monkeypatch, batch_r
     raw = pa.array([b"fine", b"caf\xe9 au lait"], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
-    made = config(tmp_path / "runs", str(tmp_path / "a.parquet"))
+    made = make_config(tmp_path / "runs", str(tmp_path / "a.parquet"))
     refused(made, "a.parquet = row 1", "not UTF-8 at its byte 3")
 
 
 def test_a_source_changed_meanwhile_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 1_000)
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     generator = tokenize_corpus(made)
     next(generator)
     os.utime(tmp_path / "a.parquet", ns=(1, 1))
@@ -182,35 +187,37 @@ def test_a_source_changed_meanwhile_is_refused(tmp_path, monkeypatch):
 
 def bad_files(folder):
     """One of each kind; the names say what is wrong."""
-    plain = Path(parquet(folder / "tmp", compression="none", write_page_checksum=True)).read_bytes()
+    plain = Path(
+        write_parquet(folder / "tmp", compression="none", write_page_checksum=True)
+    ).read_bytes()
     (folder / "tmp").unlink()
     (folder / "not-parquet.parquet").write_text("text\nhello\n")
     (folder / "empty.parquet").write_bytes(b"")
     (folder / "cut.parquet").write_bytes(plain[: len(plain) // 2])
     middle = len(plain) // 2
     (folder / "pages.parquet").write_bytes(plain[:middle] + bytes(64) + plain[middle + 64 :])
-    parquet(folder / "column.parquet", column="content")
+    write_parquet(folder / "column.parquet", column="content")
     pq.write_table(pa.table({"text": [1, 2]}), folder / "type.parquet")
     raw = pa.array([b"fine", b"caf\xe9 au lait"], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     pq.write_table(pa.table({"text": broken}), folder / "utf8.parquet")
-    parquet(folder / "no-rows.parquet", [], pa.string())
-    parquet(folder / "nulls.parquet", [None, None], pa.string())
+    write_parquet(folder / "no-rows.parquet", [], pa.string())
+    write_parquet(folder / "nulls.parquet", [None, None], pa.string())
     (folder / "dangling.parquet").symlink_to("gone")
 
 
 def test_bad_files_are_left_out_counted_and_named(tmp_path):
     inside = tmp_path / "in"
-    parquet(inside / "good.parquet")
+    write_parquet(inside / "good.parquet")
     bad_files(inside)
-    made = dataset(tmp_path / "runs", str(inside), on_bad_file="skip")
-    assert stored(made) == reference(TEXTS)
+    made = build_dataset(tmp_path / "runs", str(inside), on_bad_file="skip")
+    assert stored_ids(made) == reference_ids(TEXTS)
     bad = {path.name for path in inside.iterdir()} - {"good.parquet"}
     assert {Path(file.path).name for file in made.skipped_files} == bad
     assert all(file.reason for file in made.skipped_files)
-    assert dataset(tmp_path / "runs", str(inside), on_bad_file="skip") == made
+    assert build_dataset(tmp_path / "runs", str(inside), on_bad_file="skip") == made
     with pytest.raises(CorpusError) as told:
-        run(config(tmp_path / "runs", str(inside)))
+        tokenize_with_progress(make_config(tmp_path / "runs", str(inside)))
     assert {Path(p.key).name for p in told.value.problems} == bad - {
         "pages.parquet",
         "utf8.parquet",
@@ -220,7 +227,9 @@ def test_bad_files_are_left_out_counted_and_named(tmp_path):
 
 def test_only_bad_files_are_an_error_also_when_skipping(tmp_path):
     bad_files(tmp_path)
-    refused(config(tmp_path / "runs", str(tmp_path), on_bad_file="skip"), "utf8.parquet = row 1")
+    refused(
+        make_config(tmp_path / "runs", str(tmp_path), on_bad_file="skip"), "utf8.parquet = row 1"
+    )
 
 
 # --- text is never changed -----------------------------------------------------------------------
@@ -236,20 +245,20 @@ def test_text_is_never_changed(tmp_path):
         "\t" * 2_000 + "x",
         "\ud7ff\ue000",
     ]
-    made = dataset(
-        tmp_path / "runs", parquet(tmp_path / "a.parquet", texts), validation_fraction=0.5
+    made = build_dataset(
+        tmp_path / "runs", write_parquet(tmp_path / "a.parquet", texts), validation_fraction=0.5
     )
-    assert everything(made) == sorted(texts)
-    assert stored(made) == reference(texts, 0.5)
+    assert decode_all(made) == sorted(texts)
+    assert stored_ids(made) == reference_ids(texts, 0.5)
 
 
 def test_enum_and_json_columns_are_text(tmp_path):
     names = [f"value {i}" for i in range(200)]
-    parquet(tmp_path / "a.parquet", names, pa.dictionary(pa.int32(), pa.string()))
+    write_parquet(tmp_path / "a.parquet", names, pa.dictionary(pa.int32(), pa.string()))
     table = pa.table({"text": pa.array([f'"{n}"' for n in names], pa.json_())})
     pq.write_table(table, tmp_path / "json.parquet")
-    made = dataset(tmp_path / "runs", str(tmp_path))
-    assert everything(made) == sorted([*names, *(f'"{n}"' for n in names)])
+    made = build_dataset(tmp_path / "runs", str(tmp_path))
+    assert decode_all(made) == sorted([*names, *(f'"{n}"' for n in names)])
 
 
 # --- the disk ------------------------------------------------------------------------------------
@@ -258,18 +267,18 @@ FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
-sys.path.insert(0, "tests")
-from corpus_data import dataset
+sys.path.insert(0, "tests/helpers")
+from corpus_data import build_dataset
 from gpt.errors import DatasetError
 try:
-    dataset(sys.argv[1], sys.argv[2])
+    build_dataset(sys.argv[1], sys.argv[2])
 except DatasetError as error:
     print(error)
 """
 
 
 def test_a_full_disk_is_a_message_and_nothing_looks_complete(tmp_path):
-    source = parquet(tmp_path / "a.parquet")
+    source = write_parquet(tmp_path / "a.parquet")
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path / "runs"), source],
         capture_output=True,
@@ -280,4 +289,4 @@ def test_a_full_disk_is_a_message_and_nothing_looks_complete(tmp_path):
     assert "the disk is full" in done.stdout
     assert "run again" in done.stdout
     assert not list((tmp_path / "runs/datasets").glob("*/manifest.json"))
-    assert stored(dataset(tmp_path / "runs", source)) == reference(TEXTS)
+    assert stored_ids(build_dataset(tmp_path / "runs", source)) == reference_ids(TEXTS)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus_data import TEXTS, config, dataset, parquet, stored
+from corpus_data import TEXTS, build_dataset, make_config, stored_ids, write_parquet
 from servers import BUCKET, KEYS, object_store
 
 from gpt.config.loading import load_config
@@ -49,16 +49,16 @@ def address(request, tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    return parquet(tmp_path / "a.parquet", row_group_size=20)
+    return write_parquet(tmp_path / "a.parquet", row_group_size=20)
 
 
 def asked(root, source, address, **data):
-    return config(root, source, tokens_per_shard=1_000, store=address, **data)
+    return make_config(root, source, tokens_per_shard=1_000, store=address, **data)
 
 
 def test_what_one_machine_made_another_fetches(tmp_path, source, address):
     here, there = (asked(tmp_path / name, source, address) for name in ("here", "there"))
-    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
     assert find_dataset(here) == made
     assert ended(download_dataset(there)) == ([], None), "it is in no store yet"
     told, put = ended(upload_dataset(made, address))
@@ -74,7 +74,7 @@ def test_what_one_machine_made_another_fetches(tmp_path, source, address):
     assert len(told) >= len(made.train.shards)
     assert fetched.folder == tmp_path / "there" / "datasets" / made.folder.name
     assert fetched.model_copy(update={"folder": made.folder}) == made
-    assert stored(fetched) == stored(made)
+    assert stored_ids(fetched) == stored_ids(made)
     verify_shards(fetched)
     assert find_dataset(there) == fetched
     names = {path.name for path in made.folder.iterdir()}
@@ -84,24 +84,26 @@ def test_what_one_machine_made_another_fetches(tmp_path, source, address):
 
 def test_its_units_are_known_as_well(tmp_path, source, monkeypatch):
     address = str(tmp_path / "shared")
-    ended(upload_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
-    more = parquet(tmp_path / "b.parquet", TEXTS[:40])
+    ended(upload_dataset(build_dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    more = write_parquet(tmp_path / "b.parquet", TEXTS[:40])
     ended(download_dataset(asked(tmp_path / "there", source, address)))
     both = [source, more]
-    expected = dataset(tmp_path / "other", both, tokens_per_shard=1_000)
-    from gpt.data.tokenize import job
+    expected = build_dataset(tmp_path / "other", both, tokens_per_shard=1_000)
+    from gpt.data.tokenize import pipeline
 
     encoded = []
-    real = job.chunks
+    real = pipeline.read_chunks
     monkeypatch.setattr(
-        job, "chunks", lambda source, *rest: encoded.append(source) or real(source, *rest)
+        pipeline, "read_chunks", lambda source, *rest: encoded.append(source) or real(source, *rest)
     )
-    assert stored(dataset(tmp_path / "there", both, tokens_per_shard=1_000)) == stored(expected)
+    assert stored_ids(
+        build_dataset(tmp_path / "there", both, tokens_per_shard=1_000)
+    ) == stored_ids(expected)
     assert {each.file.name for each in encoded} == {more}
 
 
 def test_put_half_it_is_not_there_and_is_put_whole(tmp_path, source, address, monkeypatch):
-    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
     putting = upload_dataset(made, address)
     next(putting)
     next(putting)
@@ -123,11 +125,11 @@ def test_put_half_it_is_not_there_and_is_put_whole(tmp_path, source, address, mo
     assert first.name in sent
     assert sent[-1].startswith(MANIFEST)
     assert len(sent) == len(files)  # all but one of the files, and the manifest
-    assert stored(ended(download_dataset(there))[1]) == stored(made)
+    assert stored_ids(ended(download_dataset(there))[1]) == stored_ids(made)
 
 
 def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address, monkeypatch):
-    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
     ended(upload_dataset(made, address))
     there = asked(tmp_path / "there", source, address)
     fetching = download_dataset(there)
@@ -139,7 +141,7 @@ def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address
     real = DatasetStore.get
     monkeypatch.setattr(DatasetStore, "get", lambda *words: got.append(words[-2]) or real(*words))
     _, fetched = ended(download_dataset(there))
-    assert stored(fetched) == stored(made)
+    assert stored_ids(fetched) == stored_ids(made)
     shards = {shard.name for shard in (*made.train.shards, *made.validation.shards)}
     assert len(shards - set(got)) in (2, 3)
 
@@ -147,7 +149,7 @@ def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address
 @pytest.mark.parametrize("fault", ["altered", "missing", "another", "no manifest"])
 def test_a_damaged_copy_is_refused(tmp_path, source, fault):
     address = str(tmp_path / "shared")
-    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
     ended(upload_dataset(made, address))
     copy = tmp_path / "shared" / made.folder.name
     shard = copy / made.train.shards[1].name
@@ -172,7 +174,7 @@ def test_a_damaged_copy_is_refused(tmp_path, source, fault):
 
 def test_a_store_that_is_away_stops_nothing(tmp_path, source, caplog, monkeypatch):
     address = str(tmp_path / "shared")
-    made = dataset(tmp_path / "here", source, tokens_per_shard=1_000)
+    made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
 
     def away(*_):
         raise ConnectionError("nobody answers")
@@ -187,7 +189,7 @@ def test_a_store_that_is_away_stops_nothing(tmp_path, source, caplog, monkeypatc
 
 def test_a_full_disk_is_told(tmp_path, source, monkeypatch):
     address = str(tmp_path / "shared")
-    ended(upload_dataset(dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    ended(upload_dataset(build_dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -212,9 +214,9 @@ def test_sources_in_a_bucket_as_on_a_disk(tmp_path, source, bucket):
 
     filesystem, path = fsspec.core.url_to_fs(f"{bucket}/sources")
     filesystem.put_file(source, f"{path}/a.parquet")
-    here = dataset(tmp_path / "here", source)
+    here = build_dataset(tmp_path / "here", source)
     for name in (f"{bucket}/sources/a.parquet", f"{bucket}/sources/*.parquet"):
-        assert stored(dataset(tmp_path / "there", name)) == stored(here)
+        assert stored_ids(build_dataset(tmp_path / "there", name)) == stored_ids(here)
 
 
 def test_on_the_command_line(tmp_path, tiny_config, bucket):
@@ -229,10 +231,10 @@ def test_on_the_command_line(tmp_path, tiny_config, bucket):
 
     first, second = tokenized("first"), tokenized("second")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "tokenised into" in first.stdout
-    assert f"put into {bucket}, for other machines" in first.stdout
-    assert "fetched into" in second.stdout
-    assert "put into" not in second.stdout
+    assert "tokenized into" in first.stdout
+    assert f"uploaded the dataset to {bucket}" in first.stdout
+    assert "downloaded the dataset to" in second.stdout
+    assert "uploaded" not in second.stdout
     name = find_dataset(load_config(tiny_config, {"run": {"root": str(tmp_path / "first")}}))
     assert name
     assert (tmp_path / "second" / "datasets" / name.folder.name / MANIFEST).exists()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from corpus_data import TEXTS, both, dataset, parquet
+from corpus_data import TEXTS, build_dataset, decode_splits, write_parquet
 
 from gpt.data.loader import SequenceDataset
 from gpt.data.shards import read_manifest
@@ -16,8 +16,8 @@ from gpt.errors import DatasetError
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("summary")
-    source = parquet(folder / "a.parquet", [*TEXTS, None, ""])
-    return dataset(folder / "runs", source, min_length=3)
+    source = write_parquet(folder / "a.parquet", [*TEXTS, None, ""])
+    return build_dataset(folder / "runs", source, min_length=3)
 
 
 def inspect(folder):
@@ -49,14 +49,14 @@ def test_the_page_and_the_picture_lie_beside_the_shards(made):
 
 
 def test_samples_are_how_documents_begin(made):
-    train, _ = both(made)
+    train, _ = decode_splits(made)
     assert list(read_samples(made, made.train, 3)) == train[:3]
 
 
 def test_inspect_and_training_refuse_an_altered_shard(made):
     shown = inspect(made.folder)
     assert shown.returncode == 0, shown.stderr
-    assert both(made)[0][0] in shown.stdout
+    assert decode_splits(made)[0][0] in shown.stdout
     path = made.folder / "train-00000.bin"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

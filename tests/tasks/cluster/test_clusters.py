@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from corpus_data import TEXTS, config, dataset, parquet
+from corpus_data import TEXTS, build_dataset, make_config, write_parquet
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from waiting import free_port
 
 from gpt.data.tokenize import pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.errors import ConfigError, CorpusError
-from tasks.cluster import engines, runner
+from tasks.cluster import backends, runner
 from tasks.cluster.runner import resolve_cluster
 from tasks.tokenize_parquet import find_or_tokenize, tokenize_parquet
 
@@ -119,7 +119,7 @@ def source(tmp_path, monkeypatch):
     """A dozen units, each of which takes a worker a moment."""
     monkeypatch.setattr(units, "UNIT_BYTES", 500_000)
     texts = [f"{i} {text * 60}" for i, text in enumerate(TEXTS * 6)]
-    return parquet(tmp_path / "a.parquet", texts, row_group_size=100)
+    return write_parquet(tmp_path / "a.parquet", texts, row_group_size=100)
 
 
 @pytest.fixture
@@ -146,18 +146,18 @@ def but_folder(manifest):
 def test_a_cluster_makes_the_shards_of_one_machine(tmp_path, source, running, no_local_workers):
     kind, at = running
     settings = {"tokens_per_shard": 1_000_000, "drop_duplicates": True}
-    here = dataset(tmp_path / "here", source, **settings)
+    here = build_dataset(tmp_path / "here", source, **settings)
     no_local_workers()
-    asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    asked = make_config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
     assert but_folder(find_or_tokenize(asked)) == but_folder(here)
 
 
 def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running, no_local_workers):
     kind, at = running
     settings = {"tokens_per_shard": 1_000_000, "engine": "tiktoken"}
-    here = dataset(tmp_path / "here", source, **settings)
+    here = build_dataset(tmp_path / "here", source, **settings)
     no_local_workers()
-    asked = config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    asked = make_config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
     steps = tokenize_corpus(asked, resolve_cluster(asked.data))
     victim = None
     while victim is None:  # only a few units are on their way until the next step is asked for
@@ -173,10 +173,10 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_local_workers):
-    here = dataset(tmp_path / "here", source)
+    here = build_dataset(tmp_path / "here", source)
     no_local_workers()
     before = set(psutil.Process().children(recursive=True))
-    there = find_or_tokenize(config(tmp_path / "there", source, runner=kind, workers=2))
+    there = find_or_tokenize(make_config(tmp_path / "there", source, runner=kind, workers=2))
     assert but_folder(there) == but_folder(here)
     # Not what was there may have started, as a browser does.
     left = {
@@ -191,10 +191,10 @@ def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_
 
 def test_what_a_worker_finds_wrong_is_told_once(tmp_path, source, monkeypatch, running):
     kind, at = running
-    asked = config(tmp_path / "runs", source, runner=kind, cluster=at.address)
+    asked = make_config(tmp_path / "runs", source, runner=kind, cluster=at.address)
     steps = tokenize_corpus(asked, resolve_cluster(asked.data))
     monkeypatch.setattr("gpt.data.sources.CorpusFile.size_bytes", lambda _: 1)
-    with pytest.raises(CorpusError, match=r"a\.parquet\n.* bytes and not 1 \(on "):
+    with pytest.raises(CorpusError, match=r"a\.parquet\n.* bytes instead of 1 \(on "):
         list(steps)
 
 
@@ -203,7 +203,9 @@ def test_units_are_task_runs_of_the_flow_run(tmp_path):
     import prefect
     from prefect.client.orchestration import get_client
 
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"), runner="dask", workers=1)
+    made = make_config(
+        tmp_path / "runs", write_parquet(tmp_path / "a.parquet"), runner="dask", workers=1
+    )
 
     @prefect.flow
     def tokenizing():
@@ -226,14 +228,14 @@ def test_units_are_task_runs_of_the_flow_run(tmp_path):
 def test_workers_that_cannot_reach_prefect_get_the_function_alone(
     tmp_path, source, monkeypatch, caplog, kind
 ):
-    here = dataset(tmp_path / "here", source)
+    here = build_dataset(tmp_path / "here", source)
     nowhere = f"http://127.0.0.1:{free_port()}/api"
     monkeypatch.setattr(
-        runner, "_api_named", lambda: temporary_settings({PREFECT_API_URL: nowhere})
+        runner, "_prefect_api_url", lambda: temporary_settings({PREFECT_API_URL: nowhere})
     )
     monkeypatch.setattr(runner, "FlowRunContext", SimpleNamespace(get=lambda: "a flow run"))
     monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
-    there = find_or_tokenize(config(tmp_path / "there", source, runner=kind, workers=2))
+    there = find_or_tokenize(make_config(tmp_path / "there", source, runner=kind, workers=2))
     assert but_folder(there) == but_folder(here)
     assert caplog.text.count("cannot reach Prefect's API") == 1
 
@@ -245,7 +247,7 @@ def test_workers_that_cannot_reach_prefect_get_the_function_alone(
 def test_a_package_that_is_missing(tmp_path, source, monkeypatch, kind):
     monkeypatch.setattr(runner.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"data\.runner = {kind}\n.*not installed\n.*\[{kind}\]"):
-        find_or_tokenize(config(tmp_path / "runs", source, runner=kind))
+        find_or_tokenize(make_config(tmp_path / "runs", source, runner=kind))
     assert not (tmp_path / "runs").exists()
 
 
@@ -257,30 +259,30 @@ ADDRESSES = {"dask": ["{}:{}", "tcp://{}:{}", "tls://{}:{}"], "ray": ["{}:{}", "
 )
 def test_an_address_where_nobody_is(tmp_path, source, kind, form):
     address = form.format("127.0.0.1", free_port())
-    with pytest.raises(ConfigError, match=rf"data\.cluster = {address}\n.*nobody answers there"):
-        find_or_tokenize(config(tmp_path / "runs", source, runner=kind, cluster=address))
+    with pytest.raises(ConfigError, match=rf"data\.cluster = {address}\n.*nothing answers there"):
+        find_or_tokenize(make_config(tmp_path / "runs", source, runner=kind, cluster=address))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("address", ["here", "tcp://:8786", "host:many"])
 def test_an_address_that_is_none(tmp_path, source, address):
-    with pytest.raises(ConfigError, match="names no host and port"):
-        find_or_tokenize(config(tmp_path / "runs", source, runner="dask", cluster=address))
+    with pytest.raises(ConfigError, match="has no host and port"):
+        find_or_tokenize(make_config(tmp_path / "runs", source, runner="dask", cluster=address))
 
 
 @pytest.mark.parametrize(
     ("kind", "scheme"), [("dask", "ray"), ("dask", "http"), ("dask", "ucx"), ("ray", "tcp")]
 )
 def test_an_address_of_something_else(tmp_path, source, kind, scheme):
-    rule = rf"{scheme}:// is no address of {kind.capitalize()}\n.*tcp://host:8786 for Dask"
+    rule = rf"{scheme}:// is not a {kind.capitalize()} address\n.*tcp://host:8786 for Dask"
     with pytest.raises(ConfigError, match=rule):
         find_or_tokenize(
-            config(tmp_path, source, runner=kind, cluster=f"{scheme}://localhost:8786")
+            make_config(tmp_path, source, runner=kind, cluster=f"{scheme}://localhost:8786")
         )
 
 
 def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(engines, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
 
     def hang_up():
         with suppress(OSError):
@@ -290,8 +292,8 @@ def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         threading.Thread(target=hang_up, daemon=True).start()
         address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
-        with pytest.raises(ConfigError, match="the dask cluster cannot be opened"):
-            find_or_tokenize(config(tmp_path / "runs", source, runner="dask", cluster=address))
+        with pytest.raises(ConfigError, match="cannot open the dask cluster"):
+            find_or_tokenize(make_config(tmp_path / "runs", source, runner="dask", cluster=address))
         other.shutdown(socket.SHUT_RDWR)
     assert not list(Path(tmp_path / "runs").rglob("*.bin*"))
 
@@ -299,8 +301,8 @@ def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_port_that_says_nothing(tmp_path, source, monkeypatch, kind):
     """As one of a page that waits to be asked for it, Dask's dashboard or Prefect's."""
-    monkeypatch.setattr(engines, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=rf"{address}\n.*does not answer as a cluster does"):
-            find_or_tokenize(config(tmp_path, source, runner=kind, cluster=address))
+        with pytest.raises(ConfigError, match=rf"{address}\n.*does not answer as a cluster"):
+            find_or_tokenize(make_config(tmp_path, source, runner=kind, cluster=address))

@@ -4,7 +4,14 @@ import logging
 
 import numpy as np
 import pytest
-from corpus_data import AWKWARD_TEXTS, TEXTS, dataset, parquet, reference, stored
+from corpus_data import (
+    AWKWARD_TEXTS,
+    TEXTS,
+    build_dataset,
+    reference_ids,
+    stored_ids,
+    write_parquet,
+)
 from hypothesis import given, settings
 
 from gpt.data.tokenize import chunks, gigatoken_encoder, tokenizer, units
@@ -86,24 +93,24 @@ def test_any_difference_falls_back_to_tiktoken_for_the_whole(tmp_path, monkeypat
     monkeypatch.setattr(GigatokenEncoder, "_fresh", faulty)
     texts = [text.replace("東京", "").replace("<|endoftext|>", "") for text in TEXTS]
     texts.insert(250, f"It is {marker.decode()} in here, and the rest is plain.")
-    source = parquet(tmp_path / "a.parquet", texts, row_group_size=50)
+    source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=50)
     with caplog.at_level(logging.WARNING):
-        made = dataset(tmp_path / "runs", source, engine="gigatoken")
-    assert stored(made) == reference(texts)
+        made = build_dataset(tmp_path / "runs", source, engine="gigatoken")
+    assert stored_ids(made) == reference_ids(texts)
     assert made.engine == "tiktoken"
-    assert "gigatoken was given up" in made.notes[0]
+    assert "gigatoken was replaced" in made.notes[0]
     assert made.notes[0] in caplog.text
     assert not list((tmp_path / "runs/datasets").glob("*.partial"))
 
 
 def test_shards_are_the_same_with_and_without(tmp_path):
-    source = parquet(tmp_path / "a.parquet", row_group_size=50)
-    fast = dataset(tmp_path / "fast", source, engine="gigatoken")
-    slow = dataset(tmp_path / "slow", source, engine="tiktoken")
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=50)
+    fast = build_dataset(tmp_path / "fast", source, engine="gigatoken")
+    slow = build_dataset(tmp_path / "slow", source, engine="tiktoken")
     assert (fast.engine, slow.engine) == ("gigatoken", "tiktoken")
     assert fast.train == slow.train
     assert fast.validation == slow.validation
-    assert dataset(tmp_path / "fast", source, engine="tiktoken") == fast
+    assert build_dataset(tmp_path / "fast", source, engine="tiktoken") == fast
 
 
 def test_the_encoder_is_made_anew_when_it_has_grown(monkeypatch):

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_data import (
     TEXTS,
-    both,
-    config,
-    dataset,
-    documents,
-    everything,
-    parquet,
-    reference,
-    run,
-    stored,
+    build_dataset,
+    decode_all,
+    decode_documents,
+    decode_splits,
+    make_config,
+    reference_ids,
+    stored_ids,
+    tokenize_with_progress,
+    write_parquet,
 )
 
 from gpt.data import parquet as parquet_files
@@ -33,9 +33,11 @@ from gpt.files import compute_sha256
 
 
 def test_shards_decode_back_to_the_rows(tmp_path):
-    source = parquet(tmp_path / "a.parquet", row_group_size=64)
-    progress, manifest = run(config(tmp_path / "runs", source, tokens_per_shard=1_000))
-    train, validation = both(manifest)
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
+    progress, manifest = tokenize_with_progress(
+        make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
+    )
+    train, validation = decode_splits(manifest)
     held_out = [is_validation(text.encode(), 0.1) for text in TEXTS]
     assert train == [t for t, held in zip(TEXTS, held_out, strict=True) if not held]
     assert validation == [t for t, held in zip(TEXTS, held_out, strict=True) if held]
@@ -68,27 +70,33 @@ STRINGS = [
 @pytest.mark.parametrize("kind", STRINGS, ids=str)
 def test_every_kind_of_string_gives_the_same_tokens(tmp_path, kind):
     texts = [*TEXTS[:90], "", None]
-    plain = run(config(tmp_path / "plain", parquet(tmp_path / "plain.parquet", texts)))[1]
-    other = run(config(tmp_path / "other", parquet(tmp_path / "other.parquet", texts, kind)))[1]
+    plain = tokenize_with_progress(
+        make_config(tmp_path / "plain", write_parquet(tmp_path / "plain.parquet", texts))
+    )[1]
+    other = tokenize_with_progress(
+        make_config(tmp_path / "other", write_parquet(tmp_path / "other.parquet", texts, kind))
+    )[1]
     assert other.train.shards == plain.train.shards
     assert other.validation.shards == plain.validation.shards
     assert other.skipped == {"null": 1, "empty": 1}
 
 
 def test_the_shards_are_tiktoken_s_ids_in_order(tmp_path):
-    source = parquet(tmp_path / "a.parquet", row_group_size=64)
-    assert stored(dataset(tmp_path / "runs", source)) == reference(TEXTS)
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
+    assert stored_ids(build_dataset(tmp_path / "runs", source)) == reference_ids(TEXTS)
 
 
 def test_the_size_of_batches_chunks_units_and_shards_changes_no_token(tmp_path, monkeypatch):
     texts = [*TEXTS, "one long text, " * 400, "東京。" * 700, "x" * 3_000]
-    source = parquet(tmp_path / "a.parquet", texts, row_group_size=101)
+    source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=101)
     monkeypatch.setattr(units, "UNIT_BYTES", 1_000)
     monkeypatch.setattr(parquet_files, "BATCH_ROWS", 3)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 500)
-    progress, pieces = run(config(tmp_path / "pieces", source, tokens_per_shard=1_000))
+    progress, pieces = tokenize_with_progress(
+        make_config(tmp_path / "pieces", source, tokens_per_shard=1_000)
+    )
     assert len(progress) > len(TEXTS) / 10
-    assert stored(pieces) == reference(texts)
+    assert stored_ids(pieces) == reference_ids(texts)
     lengths = [len(pipeline.tokenizer.encode(text)) for text in texts]
     bins = [sum(n.bit_length() == bits for n in lengths) for bits in range(20)]
     assert [*pieces.document_lengths, *[0] * 20][:20] == bins
@@ -115,7 +123,7 @@ def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 900)
     monkeypatch.setattr(parquet_files, "BATCH_ROWS", 7)
     selection = RowFilter("text")
-    source = parquet(tmp_path / "a.parquet", row_group_size=90)
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=90)
     (found,) = [parquet_files.inspect(f, selection) for f in find_sources([source])]
     assert len(found.units) > 10
 
@@ -133,9 +141,9 @@ def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
 def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
-    source = parquet(tmp_path / "a.parquet", row_group_size=64)
-    made = dataset(tmp_path / "runs", source, workers=workers)
-    assert stored(made) == reference(TEXTS)
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
+    made = build_dataset(tmp_path / "runs", source, workers=workers)
+    assert stored_ids(made) == reference_ids(TEXTS)
 
 
 # --- what is asked for ---------------------------------------------------------------------------
@@ -145,17 +153,17 @@ def hive(folder):
     for year, language in ((2023, "en"), (2024, "en"), (2024, "de")):
         place = folder / f"year={year}" / f"language={language}"
         texts = [f"{year} {language} number {i}" for i in range(40)]
-        parquet(place / "part.parquet", texts)
+        write_parquet(place / "part.parquet", texts)
 
 
 def test_a_condition_on_columns_and_hive_partitions(tmp_path):
     hive(tmp_path / "in")
-    made = dataset(
+    made = build_dataset(
         tmp_path / "runs",
         str(tmp_path / "in"),
         where="year >= 2024 AND language = 'en' AND id < 30",
     )
-    assert everything(made) == sorted(f"2024 en number {i}" for i in range(30))
+    assert decode_all(made) == sorted(f"2024 en number {i}" for i in range(30))
     assert made.skipped == {"null": 0, "empty": 0, "where": 90}
     assert made.settings["where"].startswith("year")
 
@@ -163,35 +171,35 @@ def test_a_condition_on_columns_and_hive_partitions(tmp_path):
 def test_the_same_bytes_in_another_partition_are_another_data_set(tmp_path):
     hive(tmp_path / "in")
     where = {"where": "language = 'en'"}
-    before = dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
+    before = build_dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
     (tmp_path / "in/year=2024/language=de").rename(tmp_path / "in/year=2024/language=en2")
     (tmp_path / "in/year=2024/language=en").rename(tmp_path / "in/year=2024/language=fr")
-    after = dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
+    after = build_dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
     assert before.folder != after.folder
-    assert everything(after) == sorted(f"2023 en number {i}" for i in range(40))
+    assert decode_all(after) == sorted(f"2023 en number {i}" for i in range(40))
 
 
 def test_unknown_is_no(tmp_path):
     table = pa.table({"text": [f"text {i}" for i in range(60)], "score": [None, 0.5, 0.95] * 20})
     pq.write_table(table, tmp_path / "a.parquet")
-    made = dataset(tmp_path / "runs", str(tmp_path / "a.parquet"), where="score > 0.9")
-    assert everything(made) == sorted(f"text {i}" for i in range(2, 60, 3))
+    made = build_dataset(tmp_path / "runs", str(tmp_path / "a.parquet"), where="score > 0.9")
+    assert decode_all(made) == sorted(f"text {i}" for i in range(2, 60, 3))
     assert made.skipped["where"] == 40
 
 
 def test_lengths_are_characters(tmp_path):
     texts = ["é" * n for n in range(1, 41) for _ in range(3)]
-    source = parquet(tmp_path / "a.parquet", texts)
-    made = dataset(tmp_path / "runs", source, min_length=5, max_length=30)
-    assert everything(made) == sorted(text for text in texts if 5 <= len(text) <= 30)
+    source = write_parquet(tmp_path / "a.parquet", texts)
+    made = build_dataset(tmp_path / "runs", source, min_length=5, max_length=30)
+    assert decode_all(made) == sorted(text for text in texts if 5 <= len(text) <= 30)
     assert made.skipped == {"null": 0, "empty": 0, "short": 12, "long": 30}
 
 
 def test_exact_duplicates_are_dropped_across_files(tmp_path):
-    a = parquet(tmp_path / "a.parquet", [*TEXTS[:80], *TEXTS[:80], TEXTS[0] + " "])
-    b = parquet(tmp_path / "b.parquet", TEXTS[40:120])
-    made = dataset(tmp_path / "runs", [a, b], drop_duplicates=True)
-    assert stored(made) == reference([*TEXTS[:80], TEXTS[0] + " ", *TEXTS[80:120]])
+    a = write_parquet(tmp_path / "a.parquet", [*TEXTS[:80], *TEXTS[:80], TEXTS[0] + " "])
+    b = write_parquet(tmp_path / "b.parquet", TEXTS[40:120])
+    made = build_dataset(tmp_path / "runs", [a, b], drop_duplicates=True)
+    assert stored_ids(made) == reference_ids([*TEXTS[:80], TEXTS[0] + " ", *TEXTS[80:120]])
     assert made.skipped["duplicate"] == 120
     assert not list(made.folder.glob("seen*"))
 
@@ -200,10 +208,12 @@ def test_exact_duplicates_are_dropped_across_files(tmp_path):
 def test_max_tokens_is_never_passed_and_documents_stay_whole(tmp_path, monkeypatch, most):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 90)
     texts = [text * (1 + i % 3) for i, text in enumerate(TEXTS)]
-    made = dataset(tmp_path / "runs", parquet(tmp_path / "a.parquet", texts), max_tokens=most)
+    made = build_dataset(
+        tmp_path / "runs", write_parquet(tmp_path / "a.parquet", texts), max_tokens=most
+    )
     sizes = [1 + len(pipeline.tokenizer.encode(text)) for text in texts]
     fitting = max(n for n in range(len(texts)) if sum(sizes[:n]) <= most)
-    assert stored(made) == reference(texts[:fitting])
+    assert stored_ids(made) == reference_ids(texts[:fitting])
     assert made.skipped["max_tokens"] == len(texts) - fitting
     verify_shards(made)
 
@@ -211,26 +221,30 @@ def test_max_tokens_is_never_passed_and_documents_stay_whole(tmp_path, monkeypat
 def test_files_behind_an_address(tmp_path):
     import fsspec
 
-    source = parquet(tmp_path / "a.parquet")
+    source = write_parquet(tmp_path / "a.parquet")
     memory = fsspec.filesystem("memory")
     for name in ("one", "two"):
         memory.pipe(f"/bucket/{tmp_path.name}/{name}.parquet", Path(source).read_bytes())
     address = f"memory://bucket/{tmp_path.name}"
     for pattern in (address, f"{address}/*.parquet"):
-        made = dataset(tmp_path / "runs", pattern)
-        assert stored(made) == reference(TEXTS * 2)
-    single = dataset(tmp_path / "runs", f"{address}/one.parquet")
-    assert stored(single) == reference(TEXTS)
+        made = build_dataset(tmp_path / "runs", pattern)
+        assert stored_ids(made) == reference_ids(TEXTS * 2)
+    single = build_dataset(tmp_path / "runs", f"{address}/one.parquet")
+    assert stored_ids(single) == reference_ids(TEXTS)
 
 
 # --- order and sides -----------------------------------------------------------------------------
 
 
 def test_a_document_stays_on_its_side_in_any_order_and_company(tmp_path):
-    one = run(config(tmp_path / "1", parquet(tmp_path / "1.parquet", TEXTS[:200])))[1]
+    one = tokenize_with_progress(
+        make_config(tmp_path / "1", write_parquet(tmp_path / "1.parquet", TEXTS[:200]))
+    )[1]
     shuffled = [*TEXTS[200:], *reversed(TEXTS[:200])]
-    two = run(config(tmp_path / "2", parquet(tmp_path / "2.parquet", shuffled)))[1]
-    (train_1, validation_1), (train_2, validation_2) = both(one), both(two)
+    two = tokenize_with_progress(
+        make_config(tmp_path / "2", write_parquet(tmp_path / "2.parquet", shuffled))
+    )[1]
+    (train_1, validation_1), (train_2, validation_2) = decode_splits(one), decode_splits(two)
     assert set(train_1) < set(train_2)
     assert set(validation_1) < set(validation_2)
     assert not set(train_2) & set(validation_2)
@@ -239,7 +253,7 @@ def test_a_document_stays_on_its_side_in_any_order_and_company(tmp_path):
 def test_files_globs_directories_and_lists(tmp_path):
     names = ["b.parquet", "a.parquet", "deep/er/c.parquet", "plain[1].parquet"]
     for i, name in enumerate(names):
-        parquet(tmp_path / "in" / name, TEXTS[i : i + 1])
+        write_parquet(tmp_path / "in" / name, TEXTS[i : i + 1])
     (tmp_path / "in" / "notes.txt").write_text("no")
     inside = tmp_path / "in"
 
@@ -261,64 +275,71 @@ def test_files_globs_directories_and_lists(tmp_path):
 
 
 def test_order_of_sources_is_the_order_of_documents(tmp_path):
-    a, b = parquet(tmp_path / "a.parquet", TEXTS[:99]), parquet(tmp_path / "b.parquet", TEXTS[99:])
-    one = run(config(tmp_path / "runs", [a, b]))[1]
-    two = run(config(tmp_path / "runs", [b, a]))[1]
+    a, b = (
+        write_parquet(tmp_path / "a.parquet", TEXTS[:99]),
+        write_parquet(tmp_path / "b.parquet", TEXTS[99:]),
+    )
+    one = tokenize_with_progress(make_config(tmp_path / "runs", [a, b]))[1]
+    two = tokenize_with_progress(make_config(tmp_path / "runs", [b, a]))[1]
     assert one.folder != two.folder
-    assert documents(one, one.train) != documents(two, two.train)
-    assert sorted(documents(one, one.train)) == sorted(documents(two, two.train))
+    assert decode_documents(one, one.train) != decode_documents(two, two.train)
+    assert sorted(decode_documents(one, one.train)) == sorted(decode_documents(two, two.train))
 
 
 # --- reuse ---------------------------------------------------------------------------------------
 
 
 def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
-    source = parquet(tmp_path / "a.parquet")
+    source = write_parquet(tmp_path / "a.parquet")
     time.sleep(2 * sources.SETTLED_SECONDS)
-    made = config(tmp_path / "runs", source)
+    made = make_config(tmp_path / "runs", source)
     assert find_dataset(made) is None
-    _, manifest = run(made)
+    _, manifest = tokenize_with_progress(made)
     monkeypatch.setattr(sources, "compute_sha256", None)
     monkeypatch.setattr(parquet_files, "inspect", None)
     monkeypatch.setattr(pool, "load_encoder", None)
     assert find_dataset(made) == manifest
-    assert run(made) == ([], manifest)
+    assert tokenize_with_progress(made) == ([], manifest)
 
 
 def test_a_hash_made_while_the_file_was_young_is_not_remembered(tmp_path):
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
+    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     os.utime(tmp_path / "a.parquet")
     find_dataset(made)
     assert not (tmp_path / "runs/datasets/source-hashes.json").exists()
 
 
 def test_one_byte_with_the_old_time_put_back_is_noticed(tmp_path):
-    source = Path(parquet(tmp_path / "a.parquet", TEXTS, compression="none"))
-    before = dataset(tmp_path / "runs", str(source))
+    source = Path(write_parquet(tmp_path / "a.parquet", TEXTS, compression="none"))
+    before = build_dataset(tmp_path / "runs", str(source))
     status = source.stat()
     data = source.read_bytes()
     source.write_bytes(data.replace(b"Document 7:", b"Document 8:"))
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
-    after = dataset(tmp_path / "runs", str(source))
+    after = build_dataset(tmp_path / "runs", str(source))
     assert after.folder != before.folder
-    assert stored(after) == reference([t.replace("Document 7:", "Document 8:") for t in TEXTS])
+    assert stored_ids(after) == reference_ids(
+        [t.replace("Document 7:", "Document 8:") for t in TEXTS]
+    )
 
 
 def test_moved_and_touched_sources_are_the_same_data(tmp_path):
-    source = parquet(tmp_path / "a.parquet")
-    _, manifest = run(config(tmp_path / "runs", source))
+    source = write_parquet(tmp_path / "a.parquet")
+    _, manifest = tokenize_with_progress(make_config(tmp_path / "runs", source))
     Path(source).rename(tmp_path / "b.parquet")
     os.utime(tmp_path / "b.parquet", ns=(1, 1))
-    assert find_dataset(config(tmp_path / "runs", str(tmp_path / "b.parquet"))) == manifest
+    assert find_dataset(make_config(tmp_path / "runs", str(tmp_path / "b.parquet"))) == manifest
 
 
 def test_every_setting_and_byte_that_changes_tokens_changes_the_folder(tmp_path):
-    source = parquet(tmp_path / "a.parquet")
-    folders = {run(config(tmp_path / "runs", source))[1].folder}
+    source = write_parquet(tmp_path / "a.parquet")
+    folders = {tokenize_with_progress(make_config(tmp_path / "runs", source))[1].folder}
     for change in ({"validation_fraction": 0.2}, {"tokens_per_shard": 1_000}):
-        folders.add(run(config(tmp_path / "runs", source, **change))[1].folder)
-    parquet(tmp_path / "a.parquet", TEXTS[1:])
-    folders.add(run(config(tmp_path / "runs", source))[1].folder)
+        folders.add(
+            tokenize_with_progress(make_config(tmp_path / "runs", source, **change))[1].folder
+        )
+    write_parquet(tmp_path / "a.parquet", TEXTS[1:])
+    folders.add(tokenize_with_progress(make_config(tmp_path / "runs", source))[1].folder)
     assert len(folders) == 4
 
 
@@ -350,57 +371,61 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_shard_is_made_anew_and_nothing_else(tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
-    source = parquet(tmp_path / "a.parquet", row_group_size=20)
-    made = config(tmp_path / "runs", source, tokens_per_shard=1_000)
-    _, manifest = run(made)
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=20)
+    made = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
+    _, manifest = tokenize_with_progress(made)
     DAMAGES[kind](manifest.folder / "train-00002.bin")
     with caplog.at_level(logging.WARNING):
         assert find_dataset(made) is None
     assert "train-00002.bin" in caplog.text
     encoded = spied(monkeypatch)
-    assert run(made)[1] == manifest
+    assert tokenize_with_progress(made)[1] == manifest
     verify_shards(manifest)
     assert 0 < len(b"".join(encoded)) < sum(len(t.encode()) for t in TEXTS) / 2
 
 
 def test_without_its_manifest_it_is_no_data_set(tmp_path):
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
-    _, manifest = run(made)
+    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
+    _, manifest = tokenize_with_progress(made)
     (manifest.folder / "manifest.json").unlink()
     assert find_dataset(made) is None
-    assert run(made)[1] == manifest
+    assert tokenize_with_progress(made)[1] == manifest
     verify_shards(manifest)
 
 
 def test_only_what_depends_on_a_changed_file_is_encoded_again(tmp_path, monkeypatch):
-    places = [parquet(tmp_path / f"{i}.parquet", TEXTS[i * 60 : i * 60 + 60]) for i in range(5)]
-    dataset(tmp_path / "runs", places)
+    places = [
+        write_parquet(tmp_path / f"{i}.parquet", TEXTS[i * 60 : i * 60 + 60]) for i in range(5)
+    ]
+    build_dataset(tmp_path / "runs", places)
     encoded = spied(monkeypatch)
     changed = [f"new {text}" for text in TEXTS[120:180]]
-    parquet(tmp_path / "2.parquet", changed)
-    after = dataset(tmp_path / "runs", places)
-    assert stored(after) == reference([*TEXTS[:120], *changed, *TEXTS[180:]])
+    write_parquet(tmp_path / "2.parquet", changed)
+    after = build_dataset(tmp_path / "runs", places)
+    assert stored_ids(after) == reference_ids([*TEXTS[:120], *changed, *TEXTS[180:]])
     assert b"".join(encoded) == "".join(changed).encode()
     encoded.clear()
-    fewer = dataset(tmp_path / "runs", [*places[3:], *places[:2]], tokens_per_shard=1_000)
-    assert stored(fewer) == reference([*TEXTS[180:], *TEXTS[:120]])
+    fewer = build_dataset(tmp_path / "runs", [*places[3:], *places[:2]], tokens_per_shard=1_000)
+    assert stored_ids(fewer) == reference_ids([*TEXTS[180:], *TEXTS[:120]])
     assert not encoded
 
 
 def test_with_duplicates_dropped_all_behind_a_change_depends_on_it(tmp_path, monkeypatch):
-    places = [parquet(tmp_path / f"{i}.parquet", TEXTS[i * 50 : i * 50 + 60]) for i in range(5)]
-    dataset(tmp_path / "runs", places, drop_duplicates=True)
+    places = [
+        write_parquet(tmp_path / f"{i}.parquet", TEXTS[i * 50 : i * 50 + 60]) for i in range(5)
+    ]
+    build_dataset(tmp_path / "runs", places, drop_duplicates=True)
     encoded = spied(monkeypatch)
-    parquet(tmp_path / "3.parquet", [*TEXTS[:10], *TEXTS[160:200]])
-    after = dataset(tmp_path / "runs", places, drop_duplicates=True)
+    write_parquet(tmp_path / "3.parquet", [*TEXTS[:10], *TEXTS[160:200]])
+    after = build_dataset(tmp_path / "runs", places, drop_duplicates=True)
     kept = [*TEXTS[:160], *TEXTS[160:200], *TEXTS[200:260]]
-    assert stored(after) == reference(kept)
+    assert stored_ids(after) == reference_ids(kept)
     assert b"".join(encoded) == "".join(TEXTS[160:260]).encode()
 
 
 def test_a_damaged_memory_of_hashes_is_only_forgotten(tmp_path):
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet"))
-    _, manifest = run(made)
+    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
+    _, manifest = tokenize_with_progress(made)
     for text in ("", "[1]", '{"x": 3}', "{"):
         (tmp_path / "runs/datasets/source-hashes.json").write_text(text)
         assert find_dataset(made) == manifest
@@ -408,17 +433,17 @@ def test_a_damaged_memory_of_hashes_is_only_forgotten(tmp_path):
 
 def test_left_early_it_leaves_no_data_set_and_loses_no_unit(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
-    source = parquet(tmp_path / "a.parquet", row_group_size=20)
-    made = config(tmp_path / "runs", source, tokens_per_shard=1_000)
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=20)
+    made = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
     generator = tokenize_corpus(made)
-    done = [next(generator) for _ in range(9)][-1]
+    done = [next(generator) for _ in range(5)][-1]
     generator.close()
     assert find_dataset(made) is None
     (left,) = (tmp_path / "runs/datasets").glob("*.partial")
     assert not (left / "manifest.json").exists()
     encoded = spied(monkeypatch)
-    progress, manifest = run(made)
-    assert stored(manifest) == reference(TEXTS)
+    progress, manifest = tokenize_with_progress(made)
+    assert stored_ids(manifest) == reference_ids(TEXTS)
     assert progress[0].rows_reused >= 40
     assert progress[0].rows_reused <= done.rows_done
     texts = TEXTS[progress[0].rows_reused :]
@@ -430,9 +455,9 @@ def test_an_unfinished_folder_with_other_bytes_than_its_journal_is_not_believed(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet", row_group_size=20))
+    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet", row_group_size=20))
     generator = tokenize_corpus(made)
-    for _ in range(9):
+    for _ in range(5):
         next(generator)
     generator.close()
     (left,) = (tmp_path / "runs/datasets").glob("*.partial")
@@ -440,7 +465,7 @@ def test_an_unfinished_folder_with_other_bytes_than_its_journal_is_not_believed(
     data = bytearray(path.read_bytes())
     data[1_500] ^= 1
     path.write_bytes(data)
-    assert stored(run(made)[1]) == reference(TEXTS)
+    assert stored_ids(tokenize_with_progress(made)[1]) == reference_ids(TEXTS)
 
 
 def test_folders_of_killed_runs_go_when_they_are_old(tmp_path):
@@ -448,5 +473,5 @@ def test_folders_of_killed_runs_go_when_they_are_old(tmp_path):
     for name in ("old.partial", "new.partial"):
         (datasets / name).mkdir(parents=True)
     os.utime(datasets / "old.partial", (1, 1))
-    run(config(tmp_path / "runs", parquet(tmp_path / "a.parquet")))
+    tokenize_with_progress(make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet")))
     assert [path.name for path in datasets.glob("*.partial")] == ["new.partial"]

@@ -11,22 +11,29 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from corpus_data import TEXTS, config, dataset, parquet, reference, run, stored
+from corpus_data import (
+    TEXTS,
+    build_dataset,
+    make_config,
+    reference_ids,
+    stored_ids,
+    tokenize_with_progress,
+    write_parquet,
+)
 
-from gpt.data.tokenize import chunks, pipeline, units
-from gpt.data.tokenize import pool as engine
-from gpt.data.tokenize.encoders import Chunk, encode_chunk
+from gpt.data.tokenize import chunks, pipeline, pool, units
+from gpt.data.tokenize.encoders import PART, Chunk, encode_chunk, load_encoder
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.data.tokenize.pool import map_in_order, open_pool, resolve_engine
-from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests"])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests/helpers"])}
 
 
-def chunk(text, starts=True):
-    data = text.encode()
-    return Chunk(data, np.array([len(data)], dtype="<u8"), np.array([starts]))
+def chunk(text):
+    """A chunk of one document."""
+    data = text if isinstance(text, bytes) else text.encode()
+    return Chunk(data, np.array([(len(data), 0, True, True, False)], dtype=PART))
 
 
 def _all_children():
@@ -43,18 +50,14 @@ def children():
 @pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_the_order_of_the_items(workers, children):
     texts = ["word " * (50_000 if i % 7 == 0 else 1) + str(i) for i in range(40)]
-    items = [chunk(text) if i % 5 else text for i, text in enumerate(texts)]
-
-    def chunk_of(item):
-        return item if isinstance(item, Chunk) else None
-
-    with open_pool("tiktoken", workers) as pool:
-        results = list(map_in_order(pool, items, chunk_of))
+    items = [(text, chunk(text) if i % 5 else None) for i, text in enumerate(texts)]
+    with open_pool("tiktoken", workers) as workers_pool:
+        results = list(map_in_order(workers_pool, items))
     encoder = load_encoder("tiktoken")
-    assert [item for item, _ in results] == items
-    for item, encoded in results:
-        if isinstance(item, Chunk):
-            assert np.array_equal(encoded.ids, encode_chunk(encoder, item).ids)
+    assert [text for text, _ in results] == texts
+    for (_, request), (_, encoded) in zip(items, results, strict=True):
+        if request:
+            assert np.array_equal(encoded.ids, encode_chunk(encoder, request).ids)
         else:
             assert encoded is None
     assert not children()
@@ -66,12 +69,12 @@ def test_items_are_drawn_only_as_fast_as_they_are_done():
     def items():
         for i in range(100):
             drawn.append(i)
-            yield chunk(str(i))
+            yield i, chunk(str(i))
 
-    with open_pool("tiktoken", 2) as pool:
-        results = map_in_order(pool, items(), lambda item: item)
+    with open_pool("tiktoken", 2) as workers_pool:
+        results = map_in_order(workers_pool, items())
         next(results)
-        assert len(drawn) <= 2 * engine.CHUNKS_PER_WORKER + 1
+        assert len(drawn) <= 2 * pool.CHUNKS_PER_WORKER + 1
 
 
 def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
@@ -80,7 +83,9 @@ def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
     monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
-    made = config(tmp_path / "runs", parquet(tmp_path / "a.parquet", row_group_size=20), workers=2)
+    made = make_config(
+        tmp_path / "runs", write_parquet(tmp_path / "a.parquet", row_group_size=20), workers=2
+    )
     generator = tokenize_corpus(made)
     next(generator)
     for child in children():
@@ -88,15 +93,14 @@ def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
     with pytest.raises(CorpusError, match="exit status -9"):
         list(generator)
     assert not children()
-    assert stored(run(made)[1]) == reference(TEXTS)
+    assert stored_ids(tokenize_with_progress(made)[1]) == reference_ids(TEXTS)
 
 
 def test_a_fault_inside_a_worker_is_told_with_its_traceback(monkeypatch):
-    broken = Chunk(b"\xff", np.array([1], dtype="<u8"), np.array([True]))
-    with open_pool("tiktoken", 2) as pool:
+    with open_pool("tiktoken", 2) as workers_pool:
         with pytest.raises(RuntimeError, match="UnicodeDecodeError"):
-            pool.submit(broken).result()
-        assert pool.submit(chunk("still there")).result().ids.size
+            workers_pool.submit(chunk(b"\xff")).result()
+        assert workers_pool.submit(chunk("still there")).result().ids.size
 
 
 def test_a_worker_imports_little():
@@ -109,7 +113,7 @@ def test_a_worker_imports_little():
 
 
 def test_an_engine_that_is_not_installed_is_a_message(monkeypatch):
-    monkeypatch.setattr(engine, "GIGATOKEN_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(pool, "GIGATOKEN_PACKAGE", "no_such_package_here")
     assert resolve_engine("auto") == "tiktoken"
     with pytest.raises(CorpusError, match="pip install"):
         resolve_engine("gigatoken")
@@ -120,11 +124,11 @@ def test_an_engine_that_is_not_installed_is_a_message(monkeypatch):
 # No guard around the work: workers must not import the parent's program again.
 SCRIPT = """
 import sys
-from corpus_data import config
-from gpt.data import chunks, corpus, units
+from corpus_data import make_config
+from gpt.data.tokenize import chunks, pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
-corpus.TEXT_BYTES_PER_WORKER, chunks.CHUNK_BYTES, units.UNIT_BYTES = 1, 5_000, 25_000
-made = config(sys.argv[1], sys.argv[2], workers=2, tokens_per_shard=20_000)
+pipeline.TEXT_BYTES_PER_WORKER, chunks.CHUNK_BYTES, units.UNIT_BYTES = 1, 5_000, 25_000
+made = make_config(sys.argv[1], sys.argv[2], workers=2, tokens_per_shard=20_000)
 for step in tokenize_corpus(made):
     print(step.rows_reused, step.rows_done, flush=True)
 print("done", flush=True)
@@ -178,17 +182,17 @@ def killed_at_random(root, source, kills, seed):
 
 def test_killed_at_random_moments_no_finished_unit_is_done_again(tmp_path):
     root = tmp_path / "runs"
-    source = parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
+    source = write_parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
     assert killed_at_random(root, source, 3, seed=0)
-    assert stored(dataset(root, source, tokens_per_shard=20_000)) == reference(LONG)
+    assert stored_ids(build_dataset(root, source, tokens_per_shard=20_000)) == reference_ids(LONG)
     assert not list(root.glob("datasets/*.partial"))
 
 
 def test_two_processes_on_one_data_set_do_not_write_over_each_other(tmp_path):
-    root, source = tmp_path / "runs", parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
+    root, source = tmp_path / "runs", write_parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
     threads = "import torch; torch.ones(600, 600) @ torch.ones(600, 600)"
     processes = [start(root, source, threads) for _ in range(2)]
     steps = [process.communicate()[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(len(lines) > 1 for lines in steps) == [False, True]
-    assert stored(dataset(root, source, tokens_per_shard=20_000)) == reference(LONG)
+    assert stored_ids(build_dataset(root, source, tokens_per_shard=20_000)) == reference_ids(LONG)
