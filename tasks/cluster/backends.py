@@ -134,7 +134,7 @@ def _check_dask_scheduler(address: str) -> None:
         await comm.close()
 
     try:
-        asyncio.run(asyncio.wait_for(handshake(), CONNECT_SECONDS))
+        asyncio.run(asyncio.wait_for(handshake(), 2 * CONNECT_SECONDS))
     except TimeoutError as error:
         raise _address_error(address, NO_ANSWER) from error
 

@@ -185,7 +185,7 @@ def _check_counts(build: DatasetBuild, total: UnitCounts) -> None:
         reasons = [f"{count} {reason}" for reason, count in total.skipped.items() if count]
         if data.max_tokens is not None:
             reasons.append(f"max_tokens = {data.max_tokens}")
-        rule = f"none of its {build.total_rows} rows is left: {', '.join(reasons)}"
+        rule = f"no row is left: {', '.join(reasons)} (of {build.total_rows} rows)"
         remedy = "relax the filters in [data], or name other files"
         raise CorpusError(Problem("data.source", ", ".join(data.source), rule, remedy))
     missing, change = ("training", "lower") if not train else ("validation", "raise")
