@@ -71,16 +71,6 @@ class TiktokenEncoder:
         return concatenate_ids([tokenizer.encode(text.decode()) for text in texts])
 
 
-def load_encoder(engine: EngineName) -> Encoder:
-    """Load the ranks and the engine; takes 0.2 to 0.5 s."""
-    tokenizer.load_tokenizer()
-    if engine == "gigatoken":
-        from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder
-
-        return GigatokenEncoder()
-    return TiktokenEncoder()
-
-
 def concatenate_ids(ids: list[NDArray[Any]]) -> TokenIds:
     return np.concatenate(ids), np.array([each.size for each in ids], dtype=np.int64)
 

@@ -24,9 +24,8 @@ from gpt.data.tokenize.encoders import (
     Encoder,
     EngineName,
     encode_chunk,
-    load_encoder,
 )
-from gpt.data.tokenize.worker import PipeClosedError, receive_encoded, send_chunk
+from gpt.data.tokenize.worker import PipeClosedError, load_encoder, receive_encoded, send_chunk
 from gpt.errors import CorpusError, Problem
 
 Item = TypeVar("Item")

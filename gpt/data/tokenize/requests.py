@@ -26,11 +26,11 @@ from gpt.data.tokenize.encoders import (
     Encoder,
     EngineName,
     encode_chunk,
-    load_encoder,
 )
 from gpt.data.tokenize.plan import FORMAT_VERSION, PlannedUnit
 from gpt.data.tokenize.pool import Pool, map_in_order, resolve_engine
 from gpt.data.tokenize.units import StoredUnit, Unit
+from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError, Problem
 
 

@@ -22,9 +22,10 @@ from corpus_data import (
 )
 
 from gpt.data.tokenize import chunks, pipeline, pool, units
-from gpt.data.tokenize.encoders import PART, Chunk, encode_chunk, load_encoder
+from gpt.data.tokenize.encoders import PART, Chunk, encode_chunk
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.data.tokenize.pool import map_in_order, open_pool, resolve_engine
+from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests/helpers"])}
