@@ -1,6 +1,6 @@
-"""What passes between the stages: small frozen records, printable and readable back.
+"""Records passed between stages: small, frozen, and stored as JSON.
 
-Never a tensor, a module or an open file: each names the folder where the heavy thing lies.
+They never hold a tensor, a module or an open file; they name the folder that has the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Artifact(BaseModel):
 
 
 class SourceFile(Artifact):
-    """One Parquet file that went into a data set."""
+    """A Parquet file of a dataset."""
 
     path: str
     size_bytes: int
@@ -24,14 +24,14 @@ class SourceFile(Artifact):
 
 
 class SkippedFile(Artifact):
-    """A file that data.on_bad_file = "skip" left out, and why."""
+    """A file skipped because of `data.on_bad_file = "skip"`, and why."""
 
     path: str
     reason: str
 
 
 class Shard(Artifact):
-    """One token file inside the data set's folder."""
+    """A token file in the dataset's folder."""
 
     name: str
     tokens: int
@@ -39,7 +39,7 @@ class Shard(Artifact):
 
 
 class Split(Artifact):
-    """The training or the validation side. `tokens` counts one end-of-text a document."""
+    """The training or validation split. `tokens` includes one end-of-text token per document."""
 
     shards: tuple[Shard, ...]
     documents: int
@@ -48,9 +48,9 @@ class Split(Artifact):
 
 
 class DatasetManifest(Artifact):
-    """A tokenised data set: written last into its folder, so that its presence means complete.
+    """A tokenised dataset. The manifest is written last, so a folder that has one is complete.
 
-    `fingerprint` is the hash of the sources' bytes and of every setting that changes the tokens.
+    `fingerprint` hashes the bytes of the sources and every setting that affects the tokens.
     """
 
     fingerprint: str
@@ -63,28 +63,28 @@ class DatasetManifest(Artifact):
     train: Split
     validation: Split
     skipped: dict[str, int]
-    """Rows left out, by reason: "null", "empty", and those that were asked for: "where", "short",
-    "long", "duplicate", "max_tokens"."""
+    """Rows skipped, by reason: "null", "empty", and by settings "where", "short", "long",
+    "duplicate", "max_tokens"."""
     skipped_files: tuple[SkippedFile, ...] = ()
     settings: dict[str, str | int | float | bool | None] = {}
-    """The values of [data] that decide the tokens, beside those above."""
+    """Other values of [data] that affect the tokens."""
     engine: str = "tiktoken"
-    """Which encoder was used; it does not decide the tokens."""
+    """The encoder used; all encoders give the same tokens."""
     notes: tuple[str, ...] = ()
-    """What a person should know, as why the faster engine was given up."""
+    """Notes for the user, e.g. why the build fell back to the slower encoder."""
     document_lengths: tuple[int, ...] = ()
-    """Documents by length: entry k counts those of 2^(k-1) to 2^k - 1 tokens, without their
-    end-of-text."""
+    """Histogram of document lengths: entry k counts documents of 2^(k-1) to 2^k - 1 tokens,
+    excluding end-of-text."""
 
 
 class CheckpointRef(Artifact):
-    """A complete checkpoint: a folder with weights, optimizer and position."""
+    """A complete checkpoint: a folder with weights, optimizer state and position in the data."""
 
     folder: Path
     step: int
     tokens_seen: int
     finished: bool
-    """Whether this is the last step that the config asked for."""
+    """Whether this is the last step of the config."""
 
 
 class Sample(Artifact):
@@ -93,54 +93,54 @@ class Sample(Artifact):
 
 
 class HellaSwagResult(Artifact):
-    """Which of four endings a model finds likeliest (gpt.evaluation.benchmarks)."""
+    """Accuracy at choosing the right one of four endings (gpt.evaluation.benchmarks)."""
 
     examples: int
     accuracy: float
-    """Share of examples whose right ending has the highest log-likelihood; chance is 0.25."""
+    """Fraction of examples whose right ending has the highest log-likelihood; chance is 0.25."""
     accuracy_error: float | None
     """Standard error of `accuracy`; None for one example."""
     normalized_accuracy: float
-    """The same by log-likelihood a byte of the ending: the figure that is usually quoted."""
+    """The same by log-likelihood per byte of the ending: the number usually reported."""
     normalized_accuracy_error: float | None
     fingerprint: str
-    """Equal for two results on the same examples: 16 hexadecimal digits."""
+    """16 hexadecimal digits; equal for results on the same examples."""
 
 
 class LambadaResult(Artifact):
-    """How well a model predicts the last word of a passage (gpt.evaluation.benchmarks)."""
+    """Accuracy at predicting the last word of a passage (gpt.evaluation.benchmarks)."""
 
     examples: int
     accuracy: float
-    """Share of examples in which every token of the last word is the likeliest one."""
+    """Fraction of examples in which every token of the last word is the most likely one."""
     accuracy_error: float | None
     """Standard error of `accuracy`; None for one example."""
     perplexity: float
-    """exp of the mean negative log-likelihood of a last word (of the word, not of a token)."""
+    """exp of the mean negative log-likelihood per last word (not per token)."""
     fingerprint: str
-    """Equal for two results on the same examples: 16 hexadecimal digits."""
+    """16 hexadecimal digits; equal for results on the same examples."""
 
 
 class EvaluationReport(Artifact):
-    """The morning's numbers for one checkpoint on one fixed slice of validation tokens. What came
-    in later has a default, so that older reports can be read."""
+    """Evaluation of one checkpoint on a fixed slice of the validation tokens. Fields added later
+    have defaults, so older reports can still be read."""
 
     step: int
     tokens: int
     """Predicted tokens in the slice."""
     loss: float
-    """Mean cross-entropy, nats a token."""
+    """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float
     samples: tuple[Sample, ...]
     standard_error: float | None = None
-    """Of `loss`, nats, over the sequences of the slice (gpt.evaluation.heldout)."""
+    """Standard error of `loss` over the sequences of the slice, nats (gpt.evaluation.heldout)."""
     loss_by_position: tuple[float, ...] = ()
-    """Mean loss in equal parts of the context, the beginning first."""
+    """Mean loss in equal parts of the context, from its start."""
     slice_fingerprint: str = ""
-    """Equal for two reports on the same tokens."""
+    """Equal for reports on the same tokens."""
     sequence_losses: tuple[float, ...] = ()
-    """Mean loss of each sequence of the slice, nats, in order: what two models on the same slice
-    are compared by."""
+    """Mean loss of each sequence of the slice, nats, in order; used to compare two models on the
+    same slice."""
     hellaswag: HellaSwagResult | None = None
     lambada: LambadaResult | None = None

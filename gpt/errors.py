@@ -1,8 +1,10 @@
-"""What can go wrong through no fault of the program: one tree of errors, all telling alike.
+"""The errors a user can fix: subclasses of `GPTError`, one per part of the program.
 
-Every error carries `Problem`s: where, what was found there, which rule it breaks, and what to do
-about it. A user sees the message alone (exit code 2, no traceback); a Prefect run is Failed with
-it. Mistakes of the programmer are not here: they assert.
+An error carries one or more `Problem`s, each with four parts: the config key, file or command
+option; the value found there; the rule it breaks; the remedy. The command line prints the message
+alone and exits with code 2; a Prefect run ends as Failed with it and is not retried.
+
+Bugs in the program are not here: those are assertions.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken rule. `key` is a config key, a file or a command; `value` is what stood there."""
+    """One broken rule, shown as three lines: `key = value`, the rule, and `-> ` the remedy."""
 
     key: str
+    """A config key, a file, or a command option."""
     value: str
+    """What was found there; empty if there is nothing to show."""
     rule: str
     remedy: str
 
@@ -25,12 +29,12 @@ class Problem:
 
 
 class GPTError(Exception):
-    """Base of all errors that a user can mend; never raised itself."""
+    """Base of all errors that a user can fix. Only its subclasses are raised."""
 
-    headline = "cannot go on"
+    headline = "overnight cannot continue"
 
     def __init__(self, *problems: Problem) -> None:
-        assert problems, "an error without a problem says nothing"
+        assert problems, "an error needs at least one problem"
         super().__init__(*problems)
         self.problems = problems
 
@@ -40,102 +44,102 @@ class GPTError(Exception):
 
 
 class ConfigError(GPTError):
-    """A configuration that cannot work; holds every problem that was found, not the first."""
+    """The config is invalid. Lists every problem found, not only the first."""
 
-    headline = "the config cannot work"
+    headline = "the config is invalid"
 
 
 class CorpusError(GPTError):
-    """A Parquet source that cannot be read, or holds nothing to train on."""
+    """A Parquet source cannot be read or has nothing to train on."""
 
     headline = "the corpus cannot be used"
 
 
 class DatasetError(GPTError):
-    """Token shards or their manifest that are missing, cut short or altered."""
+    """Token shards or their manifest are missing, truncated or changed."""
 
-    headline = "the tokenised data set cannot be used"
+    headline = "the tokenised dataset cannot be used"
 
 
 class TokenizerError(GPTError):
-    """The tokenizer's data files that are missing or altered."""
+    """The tokenizer's data files are missing or changed."""
 
     headline = "the tokenizer cannot be loaded"
 
 
 class CheckpointError(GPTError):
-    """A checkpoint that is incomplete, damaged, or of another model, data set or optimizer."""
+    """A checkpoint is incomplete, damaged, or does not match the model, dataset or optimizer."""
 
     headline = "the checkpoint cannot be used"
 
 
 class ComparisonError(GPTError):
-    """A comparison in which no config came to an end."""
+    """No config of a comparison finished."""
 
     headline = "there is nothing to compare"
 
 
 class GenerationError(GPTError):
-    """Settings of sampling with which no text can be written."""
+    """The sampling settings are invalid."""
 
     headline = "no text can be generated"
 
 
 class BenchmarkError(GPTError):
-    """A benchmark's file that cannot be read, or that lacks what is scored."""
+    """A benchmark file cannot be read or lacks required columns."""
 
     headline = "the benchmark cannot be run"
 
 
 class ExchangeError(GPTError):
-    """A model that cannot be brought into another format, or from there into ours."""
+    """A model cannot be converted to or from another project's format."""
 
-    headline = "the model cannot be exchanged"
+    headline = "the model cannot be converted"
 
 
 class OutOfMemoryError(GPTError):
-    """The device ran out of memory at the smallest batch that can be tried."""
+    """The device ran out of memory at the smallest batch size."""
 
     headline = "out of memory"
 
 
 class NonFiniteLossError(GPTError):
-    """Losses or gradients that are not finite, again and again from every checkpoint there is."""
+    """Loss or gradients stayed non-finite after every rollback."""
 
-    headline = "the numbers went wrong"
+    headline = "the loss is not finite"
 
 
 class DistributedError(GPTError):
-    """Devices that train together and lost one another too often."""
+    """Ranks of a distributed run lost each other too often."""
 
-    headline = "the devices cannot go on together"
+    headline = "distributed training cannot continue"
 
 
 class RunLockedError(GPTError):
-    """Another process is working in the run's folder."""
+    """Another process is using the run folder."""
 
-    headline = "the run is taken"
+    headline = "the run is locked"
 
 
 class RegistryError(GPTError):
-    """A name of a registered model that stands for none, or for one that cannot be fetched."""
+    """A registered model does not exist or cannot be downloaded."""
 
     headline = "the registered model cannot be used"
 
 
 class WatchError(GPTError):
-    """A folder that cannot be watched, or nobody to tell of it."""
+    """A folder cannot be watched, or there is no server to send events to."""
 
-    headline = "cannot watch"
+    headline = "the folder cannot be watched"
 
 
 class TrackingError(GPTError):
-    """A tracking server that cannot be reached, or has nothing to be told."""
+    """The tracking server cannot be reached, or there is nothing to send."""
 
     headline = "the run cannot be tracked"
 
 
 class ServiceError(GPTError):
-    """Servers, worker or deployments that cannot be started, or are running already."""
+    """Servers, workers or deployments cannot be started or are already running."""
 
     headline = "the service cannot be started"

@@ -1,4 +1,4 @@
-"""Files that are complete or not there at all."""
+"""Atomic writes: a file or folder is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""Ending of what is not complete; nothing reads it."""
+"""Suffix of incomplete files and folders; readers ignore them."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk that takes no more answers."""
+"""Error numbers of a full disk."""
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk; a power cut may take them before.
+    """Flush a file, or the entries of a folder, to disk so that they survive a power failure.
 
-    Windows has no such call for folders and needs none.
+    Windows has no such call for folders and does not need one.
     """
     if os.name == "nt" and path.is_dir():
         return
@@ -31,13 +31,13 @@ def sync(path: Path) -> None:
 
 
 def compute_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces; about 1 GB/s."""
+    """Return the hexadecimal SHA-256 of a file, read in blocks; about 1 GB/s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole of `text` in UTF-8 under `path`, or what was there before."""
+    """Replace `path` with `text` in UTF-8, atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -47,8 +47,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder to fill, which is `path` once the block ends, every file on the disk; after
-    an exception there is nothing. Raises `FileExistsError` where `path` is there and not empty."""
+    """Yield a hidden folder that becomes `path`, flushed to disk, when the block ends.
+
+    If the block raises, nothing is left. Raises `FileExistsError` if `path` exists and is not an
+    empty folder.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

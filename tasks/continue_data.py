@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.continued import DERIVED_DATASETS, continuation
+from gpt.data.continued import DERIVED_DATASETS, build_continued_dataset
 from gpt.data.source_changes import SourceChanges
 from gpt.training.continued_pretraining import build_continuation_overrides
 from tasks.display import log_info
@@ -21,7 +21,7 @@ def continue_data(
     """Return the config with steps and schedule for the new text, and the dataset of that text and
     a share of the known text (gpt.data.continued)."""
     parent = config.run.root / DERIVED_DATASETS
-    continued = continuation(dataset, changes.known, config.tokens_per_step, parent)
+    continued = build_continued_dataset(dataset, changes.known, config.tokens_per_step, parent)
     overrides = build_continuation_overrides(config, continued.train.tokens, max_steps_limit)
     config = override_config(config, overrides)
     text = "new text only" if continued is dataset else continued.notes[-1]

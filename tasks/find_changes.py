@@ -14,7 +14,7 @@ from gpt.artifacts import Artifact
 from gpt.config.loading import build_config, merge_overrides
 from gpt.config.schema import RunConfig, fingerprint
 from gpt.data.filters import RowFilter
-from gpt.data.parquet import inspect
+from gpt.data.parquet import inspect_parquet
 from gpt.data.source_changes import SourceChanges, find_source_changes
 from gpt.data.sources import find_sources
 from gpt.errors import ConfigError, CorpusError, Problem
@@ -152,7 +152,7 @@ def add_source_file(config: RunConfig, path: str) -> RunConfig:
     try:
         files = find_sources((given,))
         for file in files:
-            inspect(file, RowFilter(data.text_column))
+            inspect_parquet(file, RowFilter(data.text_column))
     except CorpusError as error:
         problems = [replace(p, key="path") if p.key == "data.source" else p for p in error.problems]
         raise CorpusError(*problems) from error

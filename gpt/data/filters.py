@@ -1,6 +1,6 @@
-"""Which rows become documents: polars decides data.where, the rest is counting.
+"""Filter rows: `data.where`, length limits and duplicates.
 
-polars is imported only for a condition: it takes half a second.
+polars evaluates `data.where` and is imported only if there is one, which takes half a second.
 """
 
 from __future__ import annotations
@@ -30,95 +30,99 @@ if TYPE_CHECKING:
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _ROW = "overnight row"
-_NOT_BY_ROW = {"Agg", "Len", "Over", "Range", "Rank", "Rolling", "Shift", "SubPlan", "Window"}
-"""polars' names for what looks at more than one row; its own is_row_separable lets AVG pass."""
-_EXAMPLE = "as data.where = \"language_score > 0.9 AND language = 'en'\""
+_MULTI_ROW = {"Agg", "Len", "Over", "Range", "Rank", "Rolling", "Shift", "SubPlan", "Window"}
+"""polars' names of expressions over more than one row. Its own is_row_separable accepts AVG."""
+_EXAMPLE = "write e.g. data.where = \"language_score > 0.9 AND language = 'en'\""
 
 
 @dataclass(frozen=True)
 class RowFilter:
-    """The text column and the conditions on a row."""
+    """The text column and the conditions that a row must meet."""
 
     column: str
     where: str = ""
     min_length: int = 0
     max_length: int | None = None
-    numbered: frozenset[str] = frozenset()
-    """Hive's partition keys whose values are all whole numbers."""
+    integer_partitions: frozenset[str] = frozenset()
+    """Partition keys whose values are all integers."""
 
     @cached_property
     def _condition(self) -> pl.Expr:
-        """Raises `CorpusError` for what is no condition on a row."""
+        """The parsed `data.where`. Raises `CorpusError` if it is not a condition on one row."""
         import polars as pl
 
         try:
             condition = pl.sql_expr(self.where)
         except pl.exceptions.PolarsError as error:
-            raise CorpusError(self._refused(f"polars cannot read it: {error}")) from error
-        if _words_of(condition) & _NOT_BY_ROW:
-            rule = "must be decided for each row by itself, without totals, windows or subqueries"
-            raise CorpusError(self._refused(rule))
+            raise CorpusError(self._invalid(f"polars cannot read it: {error}")) from error
+        if _expression_names(condition) & _MULTI_ROW:
+            rule = "must use one row at a time, without aggregates, window functions or subqueries"
+            raise CorpusError(self._invalid(rule))
         return condition
 
     @cached_property
-    def asked(self) -> tuple[str, ...]:
-        """The columns that the condition names."""
+    def where_columns(self) -> tuple[str, ...]:
+        """The columns that `data.where` uses."""
         return tuple(dict.fromkeys(self._condition.meta.root_names())) if self.where else ()
 
-    def _refused(self, rule: str) -> Problem:
+    def _invalid(self, rule: str) -> Problem:
         return Problem("data.where", self.where, rule, _EXAMPLE)
 
     def check_condition(self) -> None:
-        """Raises `CorpusError` for a data.where that is no condition on a row."""
+        """Raise `CorpusError` if `data.where` is not a condition on one row."""
         if self.where:
             assert self._condition is not None
 
     def columns_in(self, schema: pa.Schema) -> list[str]:
-        """The columns of the file that the condition asks for."""
-        return [name for name in self.asked if name in schema.names]
+        """Return the columns of the file that `data.where` uses."""
+        return [name for name in self.where_columns if name in schema.names]
 
     def check(self, file: CorpusFile, schema: pa.Schema) -> None:
-        """Raises `CorpusError` where the condition cannot be asked of this file."""
+        """Raise `CorpusError` if `data.where` cannot be evaluated on this file."""
         missing = [
-            name for name in self.asked if name not in schema.names and name not in file.partitions
+            name
+            for name in self.where_columns
+            if name not in schema.names and name not in file.partitions
         ]
         if missing:
-            there = ", ".join([*schema.names, *file.partitions])
-            rule = f"has no column {', '.join(missing)}, which data.where asks for; it has {there}"
-            remedy = "mend data.where, or leave the file out of data.source"
+            found = ", ".join([*schema.names, *file.partitions])
+            rule = f"has no column {', '.join(missing)}, which data.where uses; it has {found}"
+            remedy = "fix data.where, or remove the file from data.source"
             raise CorpusError(Problem(file.name, "", rule, remedy))
         if self.where:
-            self._holds(file, schema.empty_table().select(self.columns_in(schema)))
+            self._evaluate_where(file, schema.empty_table().select(self.columns_in(schema)))
 
-    def select(
+    def apply(
         self,
         file: CorpusFile,
         batch: pa.RecordBatch,
         texts: Sequence[memoryview],
         nulls: NDArray[np.bool_],
     ) -> tuple[NDArray[np.bool_], Counter[str]]:
-        """Which rows are kept, and how many are not by which reason."""
+        """Return which rows pass, and how many were skipped by reason."""
         skipped: Counter[str] = Counter()
-        kept = np.ones(len(texts), dtype=bool)
+        passed = np.ones(len(texts), dtype=bool)
 
-        def leave_out(reason: str, rows: NDArray[np.bool_]) -> None:
-            skipped[reason] += int(np.count_nonzero(kept & rows))
-            kept[rows] = False
+        def skip(reason: str, rows: NDArray[np.bool_]) -> None:
+            skipped[reason] += int(np.count_nonzero(passed & rows))
+            passed[rows] = False
 
-        leave_out("null", nulls)
-        leave_out("empty", np.array([not text for text in texts], dtype=bool))
+        skip("null", nulls)
+        skip("empty", np.array([not text for text in texts], dtype=bool))
         if self.where:
             table = pa.table(batch).select(self.columns_in(batch.schema))
-            leave_out("where", ~self._holds(file, table, len(texts)))
+            skip("where", ~self._evaluate_where(file, table, len(texts)))
         if self.min_length > 1 or self.max_length is not None:
             lengths = np.array([len(str(text, "utf-8")) for text in texts])
-            leave_out("short", lengths < self.min_length)
+            skip("short", lengths < self.min_length)
             if self.max_length is not None:
-                leave_out("long", lengths > self.max_length)
-        return kept, skipped
+                skip("long", lengths > self.max_length)
+        return passed, skipped
 
-    def _holds(self, file: CorpusFile, table: pa.Table, rows: int = 0) -> NDArray[np.bool_]:
-        """Row by row; unknown (a null was asked) is no."""
+    def _evaluate_where(
+        self, file: CorpusFile, table: pa.Table, rows: int = 0
+    ) -> NDArray[np.bool_]:
+        """Evaluate `data.where` per row; null counts as false."""
         import polars as pl
 
         try:
@@ -126,44 +130,46 @@ class RowFilter:
             if table.num_columns:
                 frame = frame.hstack(pl.DataFrame(pl.from_arrow(table)))
             values = [
-                self._partition(name, file) for name in self.asked if name not in frame.columns
+                self._partition_literal(name, file)
+                for name in self.where_columns
+                if name not in frame.columns
             ]
-            kept = frame.with_columns(values).with_columns(self._condition.alias(_ROW))[_ROW]
+            passed = frame.with_columns(values).with_columns(self._condition.alias(_ROW))[_ROW]
         except pl.exceptions.PolarsError as error:
-            rule = f"polars cannot ask this of {file.name}: {error}"
-            raise CorpusError(self._refused(rule)) from error
-        if kept.dtype != pl.Boolean:
-            raise CorpusError(self._refused(f"must be true or false, not {kept.dtype}"))
-        return kept.fill_null(False).to_numpy().astype(bool)
+            rule = f"polars cannot evaluate it on {file.name}: {error}"
+            raise CorpusError(self._invalid(rule)) from error
+        if passed.dtype != pl.Boolean:
+            raise CorpusError(self._invalid(f"must be true or false, not {passed.dtype}"))
+        return passed.fill_null(False).to_numpy().astype(bool)
 
-    def _partition(self, name: str, file: CorpusFile) -> pl.Expr:
+    def _partition_literal(self, name: str, file: CorpusFile) -> pl.Expr:
         import polars as pl
 
         value = _partition_value(file.partitions[name])
-        if name in self.numbered:
+        if name in self.integer_partitions:
             return pl.lit(None if value is None else int(value), dtype=pl.Int64).alias(name)
         return pl.lit(value, dtype=pl.String).alias(name)
 
 
-def _words_of(condition: pl.Expr) -> set[str]:
-    """The names of all that polars made of a condition, but for its literals."""
+def _expression_names(condition: pl.Expr) -> set[str]:
+    """Return the names of polars expressions in a condition, without its literals."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the text form may change; a test holds it
+        warnings.simplefilter("ignore")  # the JSON form may change; tests would notice
         tree = json.loads(condition.meta.serialize(format="json"))
 
-    def words(node: Any) -> Iterator[str]:
+    def names(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
             for key, value in node.items():
                 yield key
                 if key not in ("Literal", "Column"):
-                    yield from words(value)
+                    yield from names(value)
         elif isinstance(node, list):
             for value in node:
-                yield from words(value)
+                yield from names(value)
         elif isinstance(node, str):
             yield node
 
-    return set(words(tree))
+    return set(names(tree))
 
 
 def _partition_value(text: str) -> str | None:
@@ -171,7 +177,7 @@ def _partition_value(text: str) -> str | None:
 
 
 def find_integer_partitions(files: Iterable[CorpusFile]) -> frozenset[str]:
-    """The partition keys that hold whole numbers in all of the files."""
+    """Return the partition keys whose values are integers in all files."""
     values: dict[str, bool] = {}
     for file in files:
         for key, text in file.partitions.items():
@@ -181,11 +187,11 @@ def find_integer_partitions(files: Iterable[CorpusFile]) -> frozenset[str]:
     return frozenset(key for key, number in values.items() if number)
 
 
-def collect_partition_values(file: CorpusFile, selection: RowFilter) -> Mapping[str, Any]:
-    """What of a file's path decides which rows are kept."""
+def collect_partition_values(file: CorpusFile, row_filter: RowFilter) -> Mapping[str, Any]:
+    """Return the partition values of a file that `data.where` uses; they affect the tokens."""
     return {
-        name: [file.partitions[name], name in selection.numbered]
-        for name in selection.asked
+        name: [file.partitions[name], name in row_filter.integer_partitions]
+        for name in row_filter.where_columns
         if name in file.partitions
     }
 
@@ -194,12 +200,13 @@ HASH_BYTES = 16
 
 
 def hash_text(text: memoryview) -> bytes:
+    """Return a 128-bit hash of a text."""
     return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
 class SeenTexts:
-    """Which texts have come by already, by 128 bits of a hash, in a file of its own: memory does
-    not grow with the corpus. It lives as long as one tokenising; nothing has to survive."""
+    """The set of texts read so far, as 128-bit hashes in a temporary SQLite file, so that memory
+    does not grow with the corpus."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -211,11 +218,11 @@ class SeenTexts:
         self._database.execute("BEGIN")
 
     def is_new(self, text: memoryview) -> bool:
-        """Whether `text` was never asked about before."""
+        """Add `text`; return whether it was not in the set."""
         return self.is_new_hash(hash_text(text))
 
     def is_new_hash(self, digest: bytes) -> bool:
-        """The same of a text whose `hash_text` this is."""
+        """Like `is_new`, for the `hash_text` of a text."""
         done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return done.rowcount == 1
 

@@ -1,8 +1,8 @@
-"""The token files and their manifest: written, read, verified. numpy and the standard library.
+"""Token shards and their manifest: write, read, verify. Needs numpy only.
 
-A shard is llm.c's format: 256 int32 (magic 20240520, version 1, the number of tokens, zeros),
-then that many uint16 ids, all little-endian. A data set is a folder of shards with a manifest,
-written last: where there is a manifest, there is a whole data set.
+A shard has llm.c's format: 256 int32 (magic 20240520, version 1, the number of tokens, zeros),
+then that many uint16 token ids, all little-endian. A dataset is a folder of shards with a manifest
+that is written last, so a folder that has a manifest is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -31,42 +30,37 @@ HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MANIFEST = "manifest.json"
 CHECKED = "checked.json"
-"""Remembers by size and times which shards have passed their SHA-256."""
-READ_TOKENS = 1 << 20
-
-REMEDY = "delete the folder and run again: the data set is rebuilt from its sources"
+"""Size and times of the shards whose SHA-256 was verified."""
+BLOCK_TOKENS = 1 << 20
+"""Tokens read at once from a stream."""
+REBUILD = "delete the folder and run again: the dataset is rebuilt from its sources"
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """Cuts one stream of ids into files of `tokens_per_shard`: `train-00000.bin`, and so on.
+    """Write a stream of token ids to shards of `tokens_per_shard`: `train-00000.bin`, and so on.
 
-    A file has a temporary name until its bytes are on the disk. Holds no more than what one
-    `write` was given. `close` finishes the last file; as a context manager, an exception leaves
-    the unfinished file behind under its temporary name. With `kept_tokens` it goes on behind the
-    first so many tokens of the stream that lies in the folder, and drops the rest of it.
+    A shard has a temporary name until it is flushed to disk, and keeps it if the `with` block
+    raises. To continue a stream that lies in the folder, pass the number of tokens to keep of it
+    as `resume_at`; the rest is dropped.
     """
 
-    def __init__(
-        self, folder: Path, split: str, tokens_per_shard: int, kept_tokens: int = 0
-    ) -> None:
+    def __init__(self, folder: Path, split: str, tokens_per_shard: int, resume_at: int = 0) -> None:
         assert tokens_per_shard >= 1
         self._folder, self._split, self._capacity = folder, split, tokens_per_shard
-        self._done: list[Shard] = []
+        self._finished: list[Shard] = []
         self._file: IO[bytes] | None = None
         self._hash = hashlib.sha256()
         self._count = 0
-        self._take_up(kept_tokens)
+        self._resume(resume_at)
 
     def write(self, ids: NDArray[Any]) -> None:
-        """Append ids. Raises `ValueError` for one that uint16 cannot hold (it would wrap)."""
+        """Append token ids. Raises `ValueError` if one does not fit in uint16."""
         if not ids.size:
             return
-        if ids.dtype != np.uint16 and (
-            int(ids.min()) < 0 or int(ids.max()) > np.iinfo(np.uint16).max
-        ):
+        if ids.dtype != np.uint16 and (int(ids.min()) < 0 or int(ids.max()) > 0xFFFF):
             raise ValueError(f"ids must be 0 to 65535, not {ids.min()} to {ids.max()}")
         tokens = ids.astype("<u2", copy=False)
         while tokens.size:
@@ -77,45 +71,39 @@ class ShardWriter:
                 self._finish()
 
     def flush(self) -> None:
-        """Hand everything to the operating system: killed after that, nothing is lost."""
+        """Pass everything to the operating system, so that killing the process loses nothing."""
         if self._file:
             self._file.flush()
 
     def close(self) -> tuple[Shard, ...]:
-        """Finish the last file and return all of them, in order."""
+        """Finish the last shard and return all shards in order."""
         if self._file:
             self._finish()
-        return tuple(self._done)
+        return tuple(self._finished)
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         elif self._file:
-            with contextlib.suppress(OSError):  # a full disk refuses the rest once more
+            with contextlib.suppress(OSError):  # a full disk fails here again
                 self._file.close()
 
-    def _take_up(self, tokens: int) -> None:
-        """Hash what is kept, delete what is not, and open the last file at its end."""
-        whole, rest = divmod(tokens, self._capacity)
-        files = stream_files(self._folder, self._split)
-        for path in files[whole + (rest > 0) :]:
+    def _resume(self, tokens: int) -> None:
+        """Hash the shards to keep, delete the others, and open the last one at its end."""
+        full, rest = divmod(tokens, self._capacity)
+        files = _stream_files(self._folder, self._split)
+        for path in files[full + (rest > 0) :]:
             path.unlink()
-        for file in files[:whole]:
+        for file in files[:full]:
             path = file.rename(self._folder / self._name)
-            shard = Shard(name=path.name, tokens=self._capacity, sha256=compute_sha256(path))
-            self._done.append(shard)
+            digest = compute_sha256(path)
+            self._finished.append(Shard(name=path.name, tokens=self._capacity, sha256=digest))
         if not rest:
             return
-        partial = files[whole].rename(self._folder / (self._name + PARTIAL))
-        self._file = partial.open("r+b")
+        self._file = files[full].rename(self._folder / (self._name + PARTIAL)).open("r+b")
         self._file.truncate(HEADER_BYTES + TOKEN_BYTES * rest)
         self._file.write(build_header(self._capacity))
         self._file.seek(0)
@@ -125,7 +113,7 @@ class ShardWriter:
 
     @property
     def _name(self) -> str:
-        return shard_name(self._split, len(self._done))
+        return _shard_name(self._split, len(self._finished))
 
     def _append(self, tokens: NDArray[np.uint16]) -> None:
         if not self._file:
@@ -144,33 +132,33 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._file
         partial = self._folder / (self._name + PARTIAL)
-        if short := self._count < self._capacity:
+        if is_short := self._count < self._capacity:
             self._file.seek(0)
             self._file.write(build_header(self._count))
         self._file.flush()
-        with ThreadPoolExecutor(1) as beside:
-            on_disk = beside.submit(os.fsync, self._file.fileno())
-            # The header stands first and holds the count: only a short file is hashed anew.
-            digest = compute_sha256(partial) if short else self._hash.hexdigest()
-            on_disk.result()
+        with ThreadPoolExecutor(1) as executor:
+            synced = executor.submit(os.fsync, self._file.fileno())
+            # The header, hashed first, holds the token count: a short shard is hashed again.
+            digest = compute_sha256(partial) if is_short else self._hash.hexdigest()
+            synced.result()
         self._file.close()
         partial.replace(self._folder / self._name)
-        self._done.append(Shard(name=self._name, tokens=self._count, sha256=digest))
+        self._finished.append(Shard(name=self._name, tokens=self._count, sha256=digest))
         self._file, self._count = None, 0
 
 
-def shard_name(split: str, index: int) -> str:
+def _shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.bin"
 
 
-def stream_files(folder: Path, split: str) -> list[Path]:
-    """The files of a stream in order, the last perhaps unfinished; up to the first gap."""
+def _stream_files(folder: Path, split: str) -> list[Path]:
+    """List the shards of a stream in order, up to the first gap; the last may be unfinished."""
     files: list[Path] = []
     while True:
-        whole = folder / shard_name(split, len(files))
-        partial = whole.with_name(whole.name + PARTIAL)
-        if whole.is_file():
-            files.append(whole)
+        path = folder / _shard_name(split, len(files))
+        partial = path.with_name(path.name + PARTIAL)
+        if path.is_file():
+            files.append(path)
         elif partial.is_file():
             files.append(partial)
         else:
@@ -178,17 +166,14 @@ def stream_files(folder: Path, split: str) -> list[Path]:
 
 
 def build_header(tokens: int) -> bytes:
-    """The 1,024 bytes before the ids."""
+    """Return the 1,024 bytes before the token ids."""
     values = np.zeros(256, dtype="<i4")
     values[:3] = MAGIC, VERSION, tokens
     return values.tobytes()
 
 
 def write_manifest(manifest: DatasetManifest) -> None:
-    """Write `manifest.json` into the folder that it names; its presence says complete.
-
-    The folder itself is left out of the file, so that a data set can be moved.
-    """
+    """Write `manifest.json` to the manifest's folder, without the folder, so that it can move."""
     text = manifest.model_dump_json(indent=2, exclude={"folder"})
     write_text(manifest.folder / MANIFEST, text)
 
@@ -197,12 +182,17 @@ def write_manifest(manifest: DatasetManifest) -> None:
 
 
 def open_shard(path: Path, shard: Shard) -> np.memmap[Any, np.dtype[np.uint16]]:
-    """The ids of a shard, mapped and read-only. `path` is the file's.
+    """Map the token ids of a shard, read-only.
 
-    Raises `DatasetError` when the file is missing, is no token file, or when header, length and
-    manifest disagree.
+    Raises `DatasetError` if the file is missing or its header or length does not match `shard`.
     """
-    problem = _length_problem(path, shard) or _header_problem(path, shard)
+    problem = _find_length_problem(path, shard)
+    if not problem:
+        with path.open("rb") as file:
+            found = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")[:3].tolist()
+        if found != [MAGIC, VERSION, shard.tokens]:
+            rule = f"a token file starts with {MAGIC}, {VERSION} and its {shard.tokens} tokens"
+            problem = Problem(str(path), ", ".join(map(str, found)), rule, REBUILD)
     if problem:
         raise DatasetError(problem)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(shard.tokens,))
@@ -211,14 +201,14 @@ def open_shard(path: Path, shard: Shard) -> np.memmap[Any, np.dtype[np.uint16]]:
 def read_stream(
     folder: Path, split: str, tokens_per_shard: int, first: int, count: int
 ) -> Iterator[NDArray[np.uint16]]:
-    """Ids `first` to `first + count` of a stream, finished or not, about a million at a time.
+    """Yield ids `first` to `first + count` of a stream, finished or not, in blocks.
 
-    Fewer when the files hold fewer; headers are not asked.
+    Yields fewer if the files hold fewer. Headers are not checked.
     """
     while count > 0:
         index, offset = divmod(first, tokens_per_shard)
-        size = min(count, tokens_per_shard - offset, READ_TOKENS)
-        path = folder / shard_name(split, index)
+        size = min(count, tokens_per_shard - offset, BLOCK_TOKENS)
+        path = folder / _shard_name(split, index)
         if not path.is_file():
             path = path.with_name(path.name + PARTIAL)
         try:
@@ -232,116 +222,101 @@ def read_stream(
 
 
 def read_manifest(folder: Path) -> DatasetManifest:
-    """The manifest of a complete data set, its folder being where it lies now.
+    """Read the manifest of a complete dataset; its folder is where it lies now.
 
-    Raises `DatasetError` when there is none or it cannot be read, and names every shard that is
-    missing or has the wrong length. Contents are not hashed here: see `verify_shards`.
+    Raises `DatasetError` if it is missing or invalid, or for every shard that is missing or has the
+    wrong length. Contents are not hashed; see `verify_shards`.
     """
     path = folder / MANIFEST
     try:
         manifest = parse_manifest(path.read_bytes(), folder)
     except FileNotFoundError:
-        problem = Problem(str(path), "", "is missing: the data set is not complete", REMEDY)
+        problem = Problem(str(path), "", "is missing: the dataset is not complete", REBUILD)
     except OSError as error:
         problem = Problem(str(path), "", f"cannot be read: {error.strerror}", "make it readable")
     except ValidationError as error:
-        rule = f"is no manifest of this version: {error.error_count()} fields are wrong"
-        problem = Problem(str(path), "", rule, REMEDY)
+        problem = Problem(str(path), "", describe_invalid_manifest(error), REBUILD)
     else:
-        problems = [
-            found for s in _shards(manifest) if (found := _length_problem(folder / s.name, s))
-        ]
-        if problems:
+        found = [_find_length_problem(folder / s.name, s) for s in _all_shards(manifest)]
+        if problems := [each for each in found if each]:
             raise DatasetError(*problems)
         return manifest
     raise DatasetError(problem)
 
 
+class _Manifest(DatasetManifest):
+    """The manifest as stored, without its folder."""
+
+    folder: Path = Path()
+
+
+def parse_manifest(text: bytes, folder: Path) -> DatasetManifest:
+    """Parse a stored manifest that lies in `folder`. Raises pydantic's `ValidationError`."""
+    manifest = _Manifest.model_validate_json(text)
+    # Not validated again: there can be hundreds of thousands of shards.
+    values = {name: getattr(manifest, name) for name in DatasetManifest.model_fields}
+    return DatasetManifest.model_construct(**values | {"folder": folder})
+
+
+def describe_invalid_manifest(error: ValidationError) -> str:
+    return f"is not a manifest of this version: {error.error_count()} fields are invalid"
+
+
+# --- verifying -----------------------------------------------------------------------------------
+
+
 def verify_shards(manifest: DatasetManifest) -> None:
-    """Read every shard and compare its SHA-256; `DatasetError` names all that were altered."""
+    """Hash every shard. Raises `DatasetError` for all that differ from the manifest."""
     problems = []
-    for shard in _shards(manifest):
+    for shard in _all_shards(manifest):
         path = manifest.folder / shard.name
-        found = _length_problem(path, shard) or _hash_problem(path, shard)
-        if found:
-            problems.append(found)
+        if problem := _find_length_problem(path, shard):
+            problems.append(problem)
+        elif (found := compute_sha256(path)) != shard.sha256:
+            rule = f"must have the manifest's SHA-256 {shard.sha256}"
+            problems.append(Problem(str(path), found, rule, REBUILD))
     if problems:
         raise DatasetError(*problems)
     record_verified(manifest)
 
 
 def verify_if_changed(manifest: DatasetManifest) -> None:
-    """`verify_shards`, but only where a shard's size or times are not those under which it passed
-    before: milliseconds, unless something was written, moved between disks or copied."""
-    try:
-        known = json.loads((manifest.folder / CHECKED).read_bytes())
-    except (OSError, ValueError):
-        known = None
-    try:
-        if known == _checked(manifest):
+    """Call `verify_shards` unless all sizes and times are those of the last verification.
+
+    Takes milliseconds unless a shard was written, copied or moved to another disk.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((manifest.folder / CHECKED).read_bytes()) == _stamp_shards(manifest):
             return
-    except OSError:
-        pass
     verify_shards(manifest)
 
 
 def record_verified(manifest: DatasetManifest) -> None:
-    """For `verify_if_changed`: all shards have the manifest's SHA-256 now. Not written where
-    nothing can be."""
+    """Record that all shards match the manifest now. Skipped if the folder is read-only."""
     with contextlib.suppress(OSError):
-        write_text(manifest.folder / CHECKED, json.dumps(_checked(manifest), indent=1))
+        write_text(manifest.folder / CHECKED, json.dumps(_stamp_shards(manifest), indent=1))
 
 
-def _checked(manifest: DatasetManifest) -> dict[str, list[Any]]:
+def _stamp_shards(manifest: DatasetManifest) -> dict[str, list[Any]]:
     stamps = {}
-    for shard in _shards(manifest):
+    for shard in _all_shards(manifest):
         status = (manifest.folder / shard.name).stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         stamps[shard.name] = [shard.sha256, *stamp]
     return stamps
 
 
-class _Manifest(DatasetManifest):
-    """The manifest as it stands in the file, where no folder is named."""
-
-    folder: Path = Path()
-
-
-def parse_manifest(text: bytes, folder: Path) -> DatasetManifest:
-    """With the folder where it lies. Raises pydantic's `ValidationError`."""
-    manifest = _Manifest.model_validate_json(text)
-    # Its values have just been checked, and there can be 100,000s of them.
-    values = {name: getattr(manifest, name) for name in DatasetManifest.model_fields}
-    return DatasetManifest.model_construct(**values | {"folder": folder})
-
-
-def _shards(manifest: DatasetManifest) -> tuple[Shard, ...]:
+def _all_shards(manifest: DatasetManifest) -> tuple[Shard, ...]:
     return manifest.train.shards + manifest.validation.shards
 
 
-def _length_problem(path: Path, shard: Shard) -> Problem | None:
+def _find_length_problem(path: Path, shard: Shard) -> Problem | None:
     expected = HEADER_BYTES + TOKEN_BYTES * shard.tokens
     try:
         found = path.stat().st_size
     except OSError as error:
-        return Problem(str(path), "", f"cannot be read: {error.strerror}", REMEDY)
+        return Problem(str(path), "", f"cannot be read: {error.strerror}", REBUILD)
     if found == expected:
         return None
     rule = f"must be {expected} bytes long for the manifest's {shard.tokens} tokens"
-    return Problem(str(path), f"{found} bytes", rule, REMEDY)
-
-
-def _header_problem(path: Path, shard: Shard) -> Problem | None:
-    with path.open("rb") as file:
-        found = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")[:3].tolist()
-    if found == [MAGIC, VERSION, shard.tokens]:
-        return None
-    rule = f"a token file begins with {MAGIC}, {VERSION} and its {shard.tokens} tokens"
-    return Problem(str(path), ", ".join(map(str, found)), rule, REMEDY)
-
-
-def _hash_problem(path: Path, shard: Shard) -> Problem | None:
-    found = compute_sha256(path)
-    if found == shard.sha256:
-        return None
-    return Problem(str(path), found, f"must have the manifest's SHA-256 {shard.sha256}", REMEDY)
+    return Problem(str(path), f"{found} bytes", rule, REBUILD)

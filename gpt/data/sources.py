@@ -1,8 +1,8 @@
-"""Which files: paths, globs, directories and addresses to files, and what names their bytes.
+"""Source files: from `data.source` to a list of files, and a hash that identifies each one.
 
-Local files are told apart by their SHA-256, remembered under size and times so that an unchanged
-one is not read again. A file behind an address (`s3://`, `hf://`, whatever fsspec knows) is told
-apart by what its store says of it: no byte of it is fetched for that.
+Local files are identified by their SHA-256, cached by size and times so that an unchanged file is
+not read again. A file at a URL (`s3://`, `hf://`, or any other that fsspec supports) is identified
+by the metadata of its store, without downloading anything.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from gpt.files import compute_sha256, write_text
 
 HASHES = "source-hashes.json"
 SETTLED_SECONDS = 0.05
-"""A file changed less long ago could change again within one tick of its file system's clock."""
-GET_AGAIN = "copy or download it again, or leave it out of data.source"
+"""A file changed more recently could change again without a new timestamp."""
+GET_AGAIN = "copy or download it again, or remove it from data.source"
 
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """A file that data.source names; local, or behind an address."""
+    """A file of `data.source`, local or at a URL."""
 
     name: str
     filesystem: Any = field(default=None, compare=False)
-    """fsspec's, for an address."""
+    """The fsspec file system of a URL; None for a local file."""
     key: str = ""
-    """Equal for two names of one file."""
+    """Equal if two names refer to the same file."""
     folder: str = field(default="", compare=False)
-    """Where a relative name begins; empty: where this process works."""
+    """Base of a relative name; default: the working directory."""
 
     @property
     def partitions(self) -> dict[str, str]:
-        """Hive's `key=value` folders on the way to the file."""
+        """The `key=value` folders in the path (Hive partitioning)."""
         parts = [part.partition("=") for part in Path(self.name).parts[:-1]]
         return {key: value for key, equals, value in parts if equals and key}
 
     def open(self) -> Any:
-        """What pyarrow opens."""
+        """Return what pyarrow can open: a path or a file object."""
         return self.filesystem.open(self.name, "rb") if self.filesystem else str(self._path)
 
     @property
     def _path(self) -> Path:
         return Path(self.folder, self.name)
 
-    def ends(self) -> tuple[bytes, bytes]:
-        """Its first and last four bytes. Raises `OSError`."""
+    def read_magic(self) -> tuple[bytes, bytes]:
+        """Return the first and last four bytes. Raises `OSError`."""
         with self.filesystem.open(self.name) if self.filesystem else self._path.open("rb") as file:
             head = file.read(4)
             size = file.seek(0, os.SEEK_END)
@@ -67,82 +67,80 @@ class CorpusFile:
         return self._path.stat().st_size
 
     def stamp(self) -> str:
-        """Changes whenever the file does; cheap to ask. Raises `CorpusError`."""
+        """Return a cheap value that changes when the file does. Raises `CorpusError`."""
         try:
             if self.filesystem:
                 return str(self.filesystem.ukey(self.name))
             status = Path(self.name).stat()
         except OSError as error:
-            raise CorpusError(unreadable(self, error)) from error
+            raise CorpusError(describe_unreadable(self, error)) from error
         if not stat.S_ISREG(status.st_mode):
-            raise CorpusError(_no_file(self.name))
+            raise CorpusError(Problem(self.name, "", "is not a regular file", "name Parquet files"))
         return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
-def unreadable(file: CorpusFile, error: OSError) -> Problem:
-    """Why a file cannot be opened, in the system's words."""
+def describe_unreadable(file: CorpusFile, error: OSError) -> Problem:
+    """Explain why a file cannot be opened."""
     path = Path(file.folder, file.name)
     if not file.filesystem and path.is_symlink() and not path.exists():
-        rule = f"is a link to {os.readlink(path)}, where there is nothing"  # noqa: PTH115
-        return Problem(file.name, "", rule, "mend the link, or leave it out of data.source")
+        rule = f"is a link to {os.readlink(path)}, which does not exist"  # noqa: PTH115
+        return Problem(file.name, "", rule, "fix the link, or remove it from data.source")
     rule = f"cannot be read: {error.strerror or error}"
-    return Problem(file.name, "", rule, "make it readable, or leave it out of data.source")
+    return Problem(file.name, "", rule, "make it readable, or remove it from data.source")
 
 
-def _no_file(name: str) -> Problem:
-    return Problem(name, "", "is no regular file", "name Parquet files")
-
-
-# --- from data.source to files -------------------------------------------------------------------
+# --- finding files -------------------------------------------------------------------------------
 
 
 def find_sources(patterns: Sequence[str]) -> tuple[CorpusFile, ...]:
-    """Files, globs (`**` at any depth), directories (every `*.parquet` below) and addresses of the
-    same kinds as files.
+    """List the files of `data.source`: paths, globs (`**` at any depth), directories (all
+    `*.parquet` below), and URLs of these.
 
-    In the order given, sorted within each, a file named twice taken once. Whether they can be
-    opened is asked later: a dangling link is among them. Raises `CorpusError` with every entry
-    that names nothing.
+    Keeps the given order, sorts within each entry, and drops duplicates. Files are not opened, so
+    dangling links are included. Raises `CorpusError` for all entries that match nothing.
     """
     found: dict[str, CorpusFile] = {}
     problems: list[Problem] = []
     for pattern in patterns:
         try:
-            files = _remote(pattern) if "://" in pattern else _local(pattern)
+            files = _find_remote(pattern) if "://" in pattern else _find_local(pattern)
         except CorpusError as error:
             problems += error.problems
             continue
         for file in files:
             found.setdefault(file.key, file)
         if not files:
-            problems.append(_nothing(pattern))
+            problems.append(_describe_no_match(pattern))
     if problems:
         raise CorpusError(*problems)
     return tuple(found.values())
 
 
-def _local(pattern: str) -> list[CorpusFile]:
-    paths = _matches(Path(pattern).expanduser())
+def _find_local(pattern: str) -> list[CorpusFile]:
+    paths = _match(Path(pattern).expanduser())
     return [CorpusFile(str(path), key=os.path.realpath(path)) for path in paths]
 
 
-def _matches(path: Path) -> list[Path]:
+def _match(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(_below(path))
+        return sorted(_list_parquet(path))
     if path.exists() or path.is_symlink():
         return [path]
     # Path.glob takes no absolute pattern.
     matched = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-    return [file for match in matched if match != path for file in _matches(match)]
+    return [file for match in matched if match != path for file in _match(match)]
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Every `*.parquet` that is no folder, links too, at any depth. Raises `CorpusError` for a
-    folder that cannot be listed: leaving its files out unsaid would be another data set."""
+def _list_parquet(folder: Path) -> Iterator[Path]:
+    """Yield every `*.parquet` file at any depth, including links.
+
+    Raises `CorpusError` for a folder that cannot be listed: skipping it silently would change the
+    dataset.
+    """
 
     def refuse(error: OSError) -> None:
         rule = f"cannot be listed: {error.strerror}"
-        remedy = "make it readable, or leave it out of data.source"
+        remedy = "make it readable, or remove it from data.source"
         raise CorpusError(Problem(str(error.filename), "", rule, remedy)) from error
 
     for place, _, names in os.walk(folder, onerror=refuse):
@@ -151,7 +149,7 @@ def _below(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def _remote(pattern: str) -> list[CorpusFile]:
+def _find_remote(pattern: str) -> list[CorpusFile]:
     import fsspec
 
     try:
@@ -163,51 +161,51 @@ def _remote(pattern: str) -> list[CorpusFile]:
         else:
             names = [path] if filesystem.exists(path) else []
     except (ImportError, ValueError) as error:
-        rule = f"fsspec cannot open such an address: {error}"
-        remedy = "install the package that it names, or download the files and name those"
+        rule = f"fsspec cannot open this URL: {error}"
+        remedy = "install the package it names, or download the files and use their paths"
         raise CorpusError(Problem("data.source", pattern, rule, remedy)) from error
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each filesystem raises its own errors
         rule = f"cannot be reached: {type(error).__name__}: {error}"
-        remedy = "check the address, the network and the credentials; or name local files"
+        remedy = "check the URL, the network and the credentials, or use local files"
         raise CorpusError(Problem("data.source", pattern, rule, remedy)) from error
     prefix = pattern.partition("://")[0]
     return [CorpusFile(name, filesystem, f"{prefix}://{name}") for name in sorted(names)]
 
 
-def _nothing(pattern: str) -> Problem:
+def _describe_no_match(pattern: str) -> Problem:
     if "://" in pattern:
-        rule, remedy = "there is nothing at this address", "check its spelling"
+        rule, remedy = "nothing exists at this URL", "check the spelling"
     elif Path(pattern).expanduser().is_dir():
-        rule, remedy = "holds no *.parquet file", "name a directory with Parquet files below it"
+        rule, remedy = "has no *.parquet files", "use a directory with Parquet files below it"
     elif glob.has_magic(pattern):
-        rule, remedy = "matches no file", f"patterns start from {Path.cwd()}; mend this one"
+        rule, remedy = "matches no files", f"fix the pattern; it is relative to {Path.cwd()}"
     else:
-        rule, remedy = "there is no such file", f"paths start from {Path.cwd()}; mend this one"
+        rule, remedy = "no such file", f"fix the path; it is relative to {Path.cwd()}"
     return Problem("data.source", pattern, rule, remedy)
 
 
-# --- what names their bytes ----------------------------------------------------------------------
+# --- identifying files ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """A file's stamp and the hash of its bytes at that time."""
+    """A file's stamp and the SHA-256 of its bytes at that time."""
 
     stamp: str
     sha256: str
 
 
 class FileIdentities:
-    """The identity of each file that can be read, and what is wrong with the others.
+    """The identity of every readable file, and the problems of the others.
 
-    A hash is taken from `memory` where the stamp is the one it was made under.
+    Hashes are taken from the `cache` file if the stamp is unchanged.
     """
 
-    def __init__(self, files: Iterable[CorpusFile], memory: Path) -> None:
+    def __init__(self, files: Iterable[CorpusFile], cache: Path) -> None:
         self.by_file: dict[CorpusFile, FileIdentity] = {}
         self.problems: list[Problem] = []
-        self._memory, self._known = memory, _read_hashes(memory)
-        self._fresh: dict[str, dict[str, str]] = {}
+        self._cache, self._known = cache, _read_hashes(cache)
+        self._added: dict[str, dict[str, str]] = {}
         for file in files:
             try:
                 self.by_file[file] = self._identify(file)
@@ -220,15 +218,15 @@ class FileIdentities:
         if entry.get("stamp") != stamp:
             entry = {"stamp": stamp, "sha256": _sha256(file)}
             if _is_settled(file, began):
-                self._fresh[file.key] = entry
+                self._added[file.key] = entry
         return FileIdentity(stamp, entry["sha256"])
 
     def save(self) -> None:
-        """Remember the new ones for the next start."""
-        if self._fresh:
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            hashes = self._known | self._fresh
-            write_text(self._memory, json.dumps(hashes, indent=1, sort_keys=True))
+        """Add new hashes to the cache."""
+        if self._added:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            hashes = self._known | self._added
+            write_text(self._cache, json.dumps(hashes, indent=1, sort_keys=True))
 
 
 def _sha256(file: CorpusFile) -> str:
@@ -237,7 +235,7 @@ def _sha256(file: CorpusFile) -> str:
     try:
         return compute_sha256(Path(file.name))
     except OSError as error:
-        raise CorpusError(unreadable(file, error)) from error
+        raise CorpusError(describe_unreadable(file, error)) from error
 
 
 def _is_settled(file: CorpusFile, now: float) -> bool:
@@ -248,7 +246,7 @@ def _is_settled(file: CorpusFile, now: float) -> bool:
 
 
 def _read_hashes(cache: Path) -> dict[str, Any]:
-    """Only a memory: one that cannot be read is as good as none."""
+    """Read the cache; a damaged one counts as empty."""
     try:
         known = json.loads(cache.read_bytes())
         return {key: entry for key, entry in known.items() if {"stamp", "sha256"} <= entry.keys()}

@@ -1,9 +1,7 @@
-"""Where finished data sets are kept for other machines: a folder that they share, or an object
-store behind an address that fsspec knows.
+"""Share finished datasets between machines through a folder or an fsspec URL (`data.store`).
 
-A data set lies there as it lies below `run.root`, under the same name: shards and journal first,
-the manifest last, so that where there is a manifest, there is a whole data set. What is fetched
-counts only with the manifest's SHA-256; training reads it from the disk.
+A stored dataset has the name and files it has below `run.root`. Its manifest is uploaded last, so a
+folder that has one is complete. Downloaded shards must have the SHA-256 of the manifest.
 """
 
 from __future__ import annotations
@@ -15,55 +13,50 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gpt.artifacts import DatasetManifest, Shard
+from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.shards import CHECKED, MANIFEST, parse_manifest
+from gpt.data.shards import CHECKED, MANIFEST, describe_invalid_manifest, parse_manifest
 from gpt.data.tokenize.build import dataset_lock, explain_full_disk, publish_dataset
 from gpt.data.tokenize.plan import DatasetPlan, make_plan
 from gpt.errors import DatasetError, Problem
 from gpt.files import FULL_DISK, PARTIAL, compute_sha256, sync
 
-FETCHED = f".fetched{PARTIAL}"
-"""Ending of the folder that is being filled; what is whole in it is kept for the next start."""
+DOWNLOADING = f".fetched{PARTIAL}"
+"""Suffix of the folder of a download; its complete files are used again after an interruption."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TransferProgress:
-    """How much of a data set has been brought there or here."""
+    """Progress of an upload or download."""
 
     bytes_done: int
     bytes_total: int
 
 
 class DatasetStore:
-    """The folder or address of `data.store`. Raises `DatasetError` where fsspec cannot open it."""
+    """The folder or URL of `data.store`. Raises `DatasetError` if fsspec cannot open it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, url: str) -> None:
         import fsspec
 
-        self.address = address.rstrip("/")
+        self.url = url.rstrip("/")
         try:
-            self._filesystem, self._path = fsspec.core.url_to_fs(self.address)
-        except Exception as error:  # a package that is missing, credentials that are wrong
+            self._filesystem, self._path = fsspec.core.url_to_fs(self.url)
+        except Exception as error:  # a missing package, wrong credentials
             rule = f"cannot be opened: {type(error).__name__}: {error}"
-            remedy = "check the address and the credentials, and install the package that it needs"
-            raise DatasetError(Problem("data.store", address, rule, remedy)) from error
+            remedy = "check the URL and the credentials, and install the package that it needs"
+            raise DatasetError(Problem("data.store", url, rule, remedy)) from error
 
-    def make(self, name: str) -> None:
-        """The folder of a data set, where a store has folders."""
-        self._filesystem.makedirs(self._at(name), exist_ok=True)
+    def create_folder(self, name: str) -> None:
+        self._filesystem.makedirs(self._join(name), exist_ok=True)
 
-    def place(self, name: str) -> str:
-        """As a person writes it."""
-        return f"{self.address}/{name}"
-
-    def sizes(self, name: str) -> dict[str, int]:
-        """Bytes of each file of a data set that lies there, by name; nothing where none does."""
+    def list_sizes(self, name: str) -> dict[str, int]:
+        """Return the size in bytes of each file of a dataset; empty if it is not stored."""
         self._filesystem.invalidate_cache()
         try:
-            files = self._filesystem.ls(self._at(name), detail=True)
+            files = self._filesystem.ls(self._join(name), detail=True)
         except FileNotFoundError:
             return {}
         return {
@@ -73,36 +66,32 @@ class DatasetStore:
         }
 
     def read(self, name: str, file: str) -> bytes:
-        return bytes(self._filesystem.cat_file(self._at(name, file)))
+        return bytes(self._filesystem.cat_file(self._join(name, file)))
 
-    def get(self, name: str, file: str, path: Path) -> None:
-        self._filesystem.get_file(self._at(name, file), str(path))
+    def download(self, name: str, file: str, path: Path) -> None:
+        self._filesystem.get_file(self._join(name, file), str(path))
         sync(path)
 
-    def put(self, path: Path, name: str, file: str) -> None:
-        """A reader sees the whole of a file or, while it is written, a length that is not its."""
-        self._filesystem.put_file(str(path), self._at(name, file))
+    def upload(self, path: Path, name: str, file: str) -> None:
+        """Upload a file. Until it is complete, readers may see it with a smaller size."""
+        self._filesystem.put_file(str(path), self._join(name, file))
 
-    def put_whole(self, path: Path, name: str, file: str) -> None:
-        """A reader sees the whole of it, or nothing."""
-        self.put(path, name, file + PARTIAL)
-        self._filesystem.mv(self._at(name, file + PARTIAL), self._at(name, file))
+    def upload_atomic(self, path: Path, name: str, file: str) -> None:
+        self.upload(path, name, file + PARTIAL)
+        self._filesystem.mv(self._join(name, file + PARTIAL), self._join(name, file))
 
-    def _at(self, *names: str) -> str:
+    def _join(self, *names: str) -> str:
         return "/".join([self._path.rstrip("/"), *names])
-
-
-# --- fetched -------------------------------------------------------------------------------------
 
 
 def download_dataset(
     config: RunConfig,
 ) -> Generator[TransferProgress, None, DatasetManifest | None]:
-    """The data set of `config` from `data.store`, below `run.root` then; None where it is not in
-    the store, or where that cannot be reached, which is logged.
+    """Download the dataset of `config` from `data.store` to `run.root`.
 
-    Killed, it goes on with the file that it was at. Raises `DatasetError` for a copy in the store
-    that is damaged, for a full disk, and where fsspec cannot open such a store.
+    Returns None if it is not stored or the store cannot be reached; the latter is logged. After an
+    interruption, complete files are not downloaded again. Raises `DatasetError` for a damaged copy,
+    a full disk, and a store that fsspec cannot open.
     """
     store, plan = DatasetStore(config.data.store), make_plan(config)
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,47 +99,53 @@ def download_dataset(
         if found := plan.find_existing():
             return found
         try:
-            manifest = _manifest_there(store, plan)
-            return (yield from _fetched(store, plan, manifest)) if manifest else None
+            manifest = _read_manifest(store, plan)
+            return (yield from _download(store, plan, manifest)) if manifest else None
         except DatasetError:
             raise
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each filesystem raises its own errors
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 raise
-            told = f"{type(error).__name__}: {error}"
-            logger.warning("%s cannot be read: %s", store.place(plan.folder.name), told)
+            url, reason = f"{store.url}/{plan.folder.name}", f"{type(error).__name__}: {error}"
+            logger.warning("%s cannot be read: %s; building the dataset locally", url, reason)
             return None
 
 
-def _manifest_there(store: DatasetStore, plan: DatasetPlan) -> DatasetManifest | None:
+def _read_manifest(store: DatasetStore, plan: DatasetPlan) -> DatasetManifest | None:
     name = plan.folder.name
-    if MANIFEST not in store.sizes(name):
+    if MANIFEST not in store.list_sizes(name):
         return None
     try:
         manifest = parse_manifest(store.read(name, MANIFEST), plan.folder)
     except ValidationError as error:
-        rule = f"is no manifest of this version: {error.error_count()} fields are wrong"
-        raise DatasetError(_damaged(store, name, MANIFEST, rule)) from error
+        rule = describe_invalid_manifest(error)
+        raise DatasetError(_damaged_copy(store, name, MANIFEST, rule)) from error
     if manifest.fingerprint != plan.fingerprint:
-        rule = f"must be of the data set {plan.fingerprint}, not {manifest.fingerprint}"
-        raise DatasetError(_damaged(store, name, MANIFEST, rule))
+        rule = f"has fingerprint {manifest.fingerprint} instead of {plan.fingerprint}"
+        raise DatasetError(_damaged_copy(store, name, MANIFEST, rule))
     return None if manifest.skipped_files and plan.data.on_bad_file == "fail" else manifest
 
 
-def _fetched(
+def _download(
     store: DatasetStore, plan: DatasetPlan, manifest: DatasetManifest
 ) -> Generator[TransferProgress, None, DatasetManifest]:
     name = plan.folder.name
-    folder = plan.folder.with_name(name + FETCHED)
+    folder = plan.folder.with_name(name + DOWNLOADING)
     folder.mkdir(exist_ok=True)
-    shards = {s.name: s for s in (*manifest.train.shards, *manifest.validation.shards)}
-    sizes = {file: size for file, size in store.sizes(name).items() if file != MANIFEST}
-    if lost := sorted(shards.keys() - sizes.keys()):
-        raise DatasetError(*(_damaged(store, name, file, "is missing") for file in lost))
+    checksums = {s.name: s.sha256 for s in (*manifest.train.shards, *manifest.validation.shards)}
+    sizes = {file: size for file, size in store.list_sizes(name).items() if file != MANIFEST}
+    if missing := sorted(checksums.keys() - sizes.keys()):
+        raise DatasetError(*(_damaged_copy(store, name, file, "is missing") for file in missing))
     done, total = 0, sum(sizes.values())
     for file, size in sizes.items():
-        if not file.endswith(PARTIAL):
-            _fetch(store, name, file, shards.get(file), folder / file)
+        path, sha256 = folder / file, checksums.get(file)
+        is_done = bool(sha256) and path.exists() and compute_sha256(path) == sha256
+        if not file.endswith(PARTIAL) and not is_done:
+            store.download(name, file, path)
+            if sha256 and (found := compute_sha256(path)) != sha256:
+                path.unlink()
+                rule = f"has SHA-256 {found} instead of the manifest's {sha256}"
+                raise DatasetError(_damaged_copy(store, name, file, rule))
         done += size
         yield TransferProgress(done, total)
     published = publish_dataset(folder, plan.folder, manifest)
@@ -158,54 +153,38 @@ def _fetched(
     return published
 
 
-def _fetch(store: DatasetStore, name: str, file: str, shard: Shard | None, path: Path) -> None:
-    if shard and path.exists() and compute_sha256(path) == shard.sha256:
-        return
-    store.get(name, file, path)
-    if shard and (found := compute_sha256(path)) != shard.sha256:
-        path.unlink()
-        rule = f"must have the manifest's SHA-256 {shard.sha256}, not {found}"
-        raise DatasetError(_damaged(store, name, file, rule))
+def _damaged_copy(store: DatasetStore, name: str, file: str, rule: str) -> Problem:
+    remedy = f"delete {store.url}/{name}; the next run builds the dataset and uploads it"
+    return Problem(f"{store.url}/{name}/{file}", "", rule, remedy)
 
 
-def _damaged(store: DatasetStore, name: str, file: str, rule: str) -> Problem:
-    remedy = f"delete {store.place(name)}: the data set is made anew and put there"
-    return Problem(store.place(f"{name}/{file}"), "", rule, remedy)
+def upload_dataset(manifest: DatasetManifest, url: str) -> Generator[TransferProgress, None, bool]:
+    """Upload a dataset to the store; return whether anything was uploaded.
 
-
-# --- put there -----------------------------------------------------------------------------------
-
-
-def upload_dataset(
-    manifest: DatasetManifest, address: str
-) -> Generator[TransferProgress, None, bool]:
-    """Bring a data set into the store; True where something of it was not there yet.
-
-    Files that lie there whole are not sent again. A store that cannot be reached is logged: the
-    data set is complete here, and the next run tries again. Raises `DatasetError` where fsspec
-    cannot open such a store.
+    Complete files are not uploaded again. If the store cannot be reached, this is logged, and the
+    next run tries again. Raises `DatasetError` for a store that fsspec cannot open.
     """
-    store, name = DatasetStore(address), manifest.folder.name
+    store, name = DatasetStore(url), manifest.folder.name
     try:
-        there = store.sizes(name)
-        if MANIFEST in there:
+        stored = store.list_sizes(name)
+        if MANIFEST in stored:
             return False
         sizes = {
             path: path.stat().st_size
             for path in sorted(manifest.folder.iterdir())
             if path.is_file() and path.name not in (MANIFEST, CHECKED) and path.name[0] != "."
         }
-        store.make(name)
+        store.create_folder(name)
         done, total = 0, sum(sizes.values())
         for path, size in sizes.items():
-            if there.get(path.name) != size:
-                store.put(path, name, path.name)
+            if stored.get(path.name) != size:
+                store.upload(path, name, path.name)
             done += size
             yield TransferProgress(done, total)
-        store.put_whole(manifest.folder / MANIFEST, name, MANIFEST)
-    except Exception as error:  # every store has errors of its own
-        told = f"{type(error).__name__}: {error}"
-        logger.warning("%s could not be written: %s", store.place(name), told)
-        logger.warning("the data set is complete in %s; the next run tries again", manifest.folder)
+        store.upload_atomic(manifest.folder / MANIFEST, name, MANIFEST)
+    except Exception as error:  # each filesystem raises its own errors
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s/%s cannot be written: %s", store.url, name, reason)
+        logger.warning("the dataset is complete in %s; the next run uploads it", manifest.folder)
         return False
     return True

@@ -27,7 +27,7 @@ from planner_data import manifest, plan, sources, write_ids, write_sparse_shards
 
 from gpt.data.filters import RowFilter
 from gpt.data.loader import SequenceDataset, TrainingLoader
-from gpt.data.parquet import inspect
+from gpt.data.parquet import inspect_parquet
 from gpt.data.shards import read_manifest, record_verified, write_manifest
 from gpt.data.shuffle import MAX_FULL_SHUFFLE, shuffle_epoch
 from gpt.data.sources import find_sources
@@ -153,7 +153,7 @@ def positions(meter, asked, made):
         """Where the sequence at that position of the epoch lies, found anew from nothing."""
         epoch, place = divmod(position, len(sequences))
         index = batches.shuffle_epoch(epoch)(np.array([place]))
-        return sequences.homes(index)[0]
+        return sequences.locate(index)[0]
 
     home = meter.measured(f"position: token {asked.position:,}, first", found)
     shard, first_token = home
@@ -165,7 +165,7 @@ def positions(meter, asked, made):
     order = batches.shuffle_epoch(0)
     meter.measured(
         f"position: {LOOK_UPS:,} others, one by one",
-        lambda: [sequences.homes(order(places[n : n + 1])) for n in range(LOOK_UPS)],
+        lambda: [sequences.locate(order(places[n : n + 1])) for n in range(LOOK_UPS)],
     )
     print(f"  {len(sequences):,} sequences; the position lies in shard {shard}")
     meter.figures["sequences"] = len(sequences)
@@ -182,10 +182,10 @@ def footers(meter, asked, folder):
     for number in range(asked.footers):
         pq.write_table(rows, folder / f"{number}.parquet", row_group_size=1)
     files, selection = find_sources([str(folder)]), RowFilter("text")
-    inspect(files[0], selection)
+    inspect_parquet(files[0], selection)
     meter.measured(
         f"footers: {asked.footers} real ones read",
-        lambda: [inspect(file, selection) for file in files],
+        lambda: [inspect_parquet(file, selection) for file in files],
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import DataSection, RunConfig, fingerprint
 from gpt.data.filters import RowFilter, collect_partition_values, find_integer_partitions
-from gpt.data.parquet import ParquetSource, check_all_rows, inspect
+from gpt.data.parquet import ParquetSource, check_all_rows, inspect_parquet
 from gpt.data.shards import MANIFEST, read_manifest, verify_if_changed
 from gpt.data.sources import HASHES, CorpusFile, FileIdentities, find_sources
 from gpt.data.tokenize import tokenizer
@@ -114,7 +114,7 @@ def inspect_sources(
     plan.row_filter.check_condition()
     for file in plan.identities.by_file:
         try:
-            source = inspect(file, plan.row_filter)
+            source = inspect_parquet(file, plan.row_filter)
             if skips_bad_files:
                 check_all_rows(source, plan.row_filter)
                 yield time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Input that cannot be used: each kind one clear message, naming file, place and remedy."""
+"""Unusable input: each kind gives one clear message with the file, the place and the remedy."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.errors import CorpusError
 
 
-def refused(made, *words):
+def assert_refused(made, *words):
     with pytest.raises(CorpusError) as caught:
         tokenize_with_progress(made)
     for word in words:
@@ -38,20 +38,20 @@ def refused(made, *words):
     ("source", "rule"),
     [
         ("no/such.parquet", "no such file"),
-        ("no/such/*.parquet", "matches no file"),
-        ("memory://no/such.parquet", "nothing at this address"),
+        ("no/such/*.parquet", "matches no files"),
+        ("memory://no/such.parquet", "nothing exists at this URL"),
         ("nosuchscheme://x/y.parquet", "fsspec cannot open"),
     ],
 )
-def test_sources_that_name_nothing(tmp_path, source, rule):
-    refused(make_config(tmp_path, source), source, rule)
+def test_sources_that_match_nothing_are_refused(tmp_path, source, rule):
+    assert_refused(make_config(tmp_path, source), source, rule)
 
 
-def test_a_directory_without_parquet(tmp_path):
-    refused(make_config(tmp_path / "runs", str(tmp_path)), tmp_path, "holds no *.parquet")
+def test_a_directory_without_parquet_is_refused(tmp_path):
+    assert_refused(make_config(tmp_path / "runs", str(tmp_path)), tmp_path, "has no *.parquet")
 
 
-def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
+def test_all_broken_sources_are_reported_at_once_before_any_work(tmp_path):
     good = write_parquet(tmp_path / "good.parquet", compression="none")
     data = (tmp_path / "good.parquet").read_bytes()
     (tmp_path / "csv.parquet").write_text("text\nhello\n")
@@ -60,17 +60,17 @@ def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
     (tmp_path / "footer.parquet").write_bytes(data[:-40] + b"\xff" * 32 + data[-8:])
     write_parquet(tmp_path / "other.parquet", column="content")
     pq.write_table(pa.table({"text": [1, 2], "body": ["x", "y"]}), tmp_path / "ints.parquet")
-    error = refused(make_config(tmp_path / "runs", str(tmp_path)))
-    told = {p.key.rpartition("/")[2]: str(p) for p in error.problems}
-    assert set(told) == {path.name for path in tmp_path.glob("*.parquet")} - {"good.parquet"}
-    assert "not Parquet" in told["csv.parquet"]
-    assert "is empty" in told["empty.parquet"]
-    assert "cut short" in told["cut.parquet"]
-    assert "damaged" in told["footer.parquet"]
-    assert "no such column" in told["other.parquet"]
-    assert "content (string)" in told["other.parquet"]
-    assert "text (int64)" in told["ints.parquet"]
-    assert "body" in told["ints.parquet"]
+    error = assert_refused(make_config(tmp_path / "runs", str(tmp_path)))
+    messages = {p.key.rpartition("/")[2]: str(p) for p in error.problems}
+    assert set(messages) == {path.name for path in tmp_path.glob("*.parquet")} - {"good.parquet"}
+    assert "not Parquet" in messages["csv.parquet"]
+    assert "is empty" in messages["empty.parquet"]
+    assert "truncated" in messages["cut.parquet"]
+    assert "damaged" in messages["footer.parquet"]
+    assert "no such column" in messages["other.parquet"]
+    assert "content (string)" in messages["other.parquet"]
+    assert "text (int64)" in messages["ints.parquet"]
+    assert "body" in messages["ints.parquet"]
     assert not (tmp_path / "runs").exists()
     tokenize_with_progress(make_config(tmp_path / "runs", good))
 
@@ -87,10 +87,10 @@ def test_all_broken_sources_are_told_at_once_before_any_work(tmp_path):
     ],
     ids=lambda values: str(values.type),
 )
-def test_only_strings_are_text(tmp_path, values):
+def test_a_text_column_must_hold_strings(tmp_path, values):
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     made = make_config(tmp_path / "runs", str(tmp_path / "a.parquet"))
-    refused(made, "a.parquet", "text (", "must hold strings", "no column is text")
+    assert_refused(made, "a.parquet", "text (", "must hold strings", "no column holds text")
 
 
 def test_a_damaged_page_is_found_while_reading(tmp_path):
@@ -99,80 +99,86 @@ def test_a_damaged_page_is_found_while_reading(tmp_path):
     middle = len(data) * 2 // 3
     data[middle : middle + 16] = bytes(16)
     (tmp_path / "a.parquet").write_bytes(data)
-    refused(make_config(tmp_path / "runs", source), "a.parquet", "row group 0", "damaged")
+    assert_refused(make_config(tmp_path / "runs", source), "a.parquet", "row group 0", "damaged")
 
 
 @pytest.mark.parametrize("texts", [[None, None], ["", None, ""]])
-def test_a_file_without_text_is_told_beside_good_ones(tmp_path, texts):
+def test_a_file_without_text_is_refused_beside_good_ones(tmp_path, texts):
     good = write_parquet(tmp_path / "good.parquet")
     source = write_parquet(tmp_path / "a.parquet", texts, pa.string())
     nulls = texts.count(None)
     made = make_config(tmp_path / "runs", [good, source])
-    refused(made, "a.parquet", "no row has text", f"{nulls} null")
+    assert_refused(made, "a.parquet", "no row has text", f"{nulls} null")
     write_parquet(tmp_path / "a.parquet", [], pa.string())
-    refused(made, "a.parquet", "has no rows")
+    assert_refused(made, "a.parquet", "has no rows")
 
 
-def test_a_selection_that_leaves_nothing(tmp_path):
+def test_a_filter_that_leaves_no_rows_is_refused(tmp_path):
     source = write_parquet(tmp_path / "a.parquet")
-    refused(make_config(tmp_path / "runs", source, where="id < 0"), "no row is left", "300 where")
-    refused(make_config(tmp_path / "runs", source, max_tokens=1), "no row is left", "max_tokens")
+    assert_refused(
+        make_config(tmp_path / "runs", source, where="id < 0"), "no row is left", "300 where"
+    )
+    assert_refused(
+        make_config(tmp_path / "runs", source, max_tokens=1), "no row is left", "max_tokens"
+    )
 
 
 @pytest.mark.parametrize(
     ("where", "rule"),
     [
         ("id >", "polars cannot read it"),
-        ("id > AVG(id)", "for each row by itself"),
-        ("COUNT(*) > 3 AND id > 1", "for each row by itself"),
-        ("ROW_NUMBER() OVER (ORDER BY id) > 3", "for each row by itself"),
-        ("id > (SELECT 1)", "for each row by itself"),
+        ("id > AVG(id)", "one row at a time"),
+        ("COUNT(*) > 3 AND id > 1", "one row at a time"),
+        ("ROW_NUMBER() OVER (ORDER BY id) > 3", "one row at a time"),
+        ("id > (SELECT 1)", "one row at a time"),
         ("id + 1", "must be true or false"),
-        ("text > 3", "polars cannot ask this"),
+        ("text > 3", "polars cannot evaluate it"),
         ("language = 'en'", "has no column language"),
     ],
 )
-def test_conditions_that_cannot_be_asked(tmp_path, where, rule):
-    refused(
+def test_invalid_conditions_are_refused(tmp_path, where, rule):
+    assert_refused(
         make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"), where=where), rule
     )
 
 
-def test_dangling_links_pipes_and_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+def test_dangling_links_and_pipes_are_refused(tmp_path, monkeypatch):
     inside = tmp_path / "in"
     write_parquet(inside / "good.parquet")
     (inside / "link.parquet").symlink_to("gone.parquet")
     os.mkfifo(inside / "pipe.parquet")
-    error = refused(
+    error = assert_refused(
         make_config(tmp_path / "runs", str(inside)), "link.parquet", "link to gone.parquet"
     )
-    assert "no regular file" in str(error)
-    refused(make_config(tmp_path / "runs", str(inside / "link.parquet")), "link to gone.parquet")
+    assert "not a regular file" in str(error)
+    assert_refused(
+        make_config(tmp_path / "runs", str(inside / "link.parquet")), "link to gone.parquet"
+    )
 
 
 def test_an_empty_split_names_the_setting(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", TEXTS[:20])
-    refused(
+    assert_refused(
         make_config(tmp_path / "1", source, validation_fraction=1e-9),
         "raise data.validation_fraction",
     )
-    refused(
+    assert_refused(
         make_config(tmp_path / "2", source, validation_fraction=1 - 1e-9),
         "lower data.validation_fraction",
     )
 
 
 @pytest.mark.parametrize("batch_rows", [1, 100])
-def test_text_that_is_not_utf8_is_told_by_its_row(tmp_path, monkeypatch, batch_rows):
+def test_text_that_is_not_utf8_is_reported_with_its_row(tmp_path, monkeypatch, batch_rows):
     monkeypatch.setattr(parquet_files, "BATCH_ROWS", batch_rows)
     raw = pa.array([b"fine", b"caf\xe9 au lait"], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
     made = make_config(tmp_path / "runs", str(tmp_path / "a.parquet"))
-    refused(made, "a.parquet = row 1", "not UTF-8 at its byte 3")
+    assert_refused(made, "a.parquet = row 1", "not UTF-8 at byte 3")
 
 
-def test_a_source_changed_meanwhile_is_refused(tmp_path, monkeypatch):
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 1_000)
     made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     generator = tokenize_corpus(made)
@@ -186,7 +192,7 @@ def test_a_source_changed_meanwhile_is_refused(tmp_path, monkeypatch):
 
 
 def bad_files(folder):
-    """One of each kind; the names say what is wrong."""
+    """Write one bad file of each kind, named after its fault."""
     plain = Path(
         write_parquet(folder / "tmp", compression="none", write_page_checksum=True)
     ).read_bytes()
@@ -206,7 +212,7 @@ def bad_files(folder):
     (folder / "dangling.parquet").symlink_to("gone")
 
 
-def test_bad_files_are_left_out_counted_and_named(tmp_path):
+def test_bad_files_are_skipped_counted_and_named(tmp_path):
     inside = tmp_path / "in"
     write_parquet(inside / "good.parquet")
     bad_files(inside)
@@ -216,26 +222,26 @@ def test_bad_files_are_left_out_counted_and_named(tmp_path):
     assert {Path(file.path).name for file in made.skipped_files} == bad
     assert all(file.reason for file in made.skipped_files)
     assert build_dataset(tmp_path / "runs", str(inside), on_bad_file="skip") == made
-    with pytest.raises(CorpusError) as told:
+    with pytest.raises(CorpusError) as caught:
         tokenize_with_progress(make_config(tmp_path / "runs", str(inside)))
-    assert {Path(p.key).name for p in told.value.problems} == bad - {
+    assert {Path(p.key).name for p in caught.value.problems} == bad - {
         "pages.parquet",
         "utf8.parquet",
         "nulls.parquet",
     }
 
 
-def test_only_bad_files_are_an_error_also_when_skipping(tmp_path):
+def test_skipping_every_file_is_an_error(tmp_path):
     bad_files(tmp_path)
-    refused(
+    assert_refused(
         make_config(tmp_path / "runs", str(tmp_path), on_bad_file="skip"), "utf8.parquet = row 1"
     )
 
 
-# --- text is never changed -----------------------------------------------------------------------
+# --- text is stored unchanged ---------------------------------------------------------------------
 
 
-def test_text_is_never_changed(tmp_path):
+def test_text_is_stored_unchanged(tmp_path):
     texts = ["a\r\nb\rc", "\0nul\0", "\ufeffmark", "e\u0301 é", "  spaces  ", "\n\n", "\x85\u2028"]
     texts += [
         "ﬁ Å Å",

@@ -1,4 +1,4 @@
-"""Data sets kept for other machines: in a folder, in fsspec's memory, in an S3 bucket."""
+"""Datasets shared through a store: a folder, fsspec's memory, an S3 bucket."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from gpt.errors import ConfigError, DatasetError
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def ended(carrying):
-    """What was told on the way, and what came of it."""
-    told = []
+def run_transfer(transfer):
+    """Exhaust a transfer; return its progress records and its result."""
+    progress = []
     while True:
         try:
-            told.append(next(carrying))
+            progress.append(next(transfer))
         except StopIteration as end:
-            return told, end.value
+            return progress, end.value
 
 
 @pytest.fixture(scope="module")
 def bucket():
-    """As the environment names it to whoever uses S3."""
+    """A bucket, with its endpoint and keys in the environment."""
     with object_store() as url, pytest.MonkeyPatch.context() as patch:
         for name, value in (KEYS | {"AWS_ENDPOINT_URL": url}).items():
             patch.setenv(name, value)
@@ -52,41 +52,43 @@ def source(tmp_path):
     return write_parquet(tmp_path / "a.parquet", row_group_size=20)
 
 
-def asked(root, source, address, **data):
+def store_config(root, source, address, **data):
     return make_config(root, source, tokens_per_shard=1_000, store=address, **data)
 
 
-def test_what_one_machine_made_another_fetches(tmp_path, source, address):
-    here, there = (asked(tmp_path / name, source, address) for name in ("here", "there"))
+def test_a_dataset_uploaded_by_one_machine_is_downloaded_by_another(tmp_path, source, address):
+    here, there = (store_config(tmp_path / name, source, address) for name in ("here", "there"))
     made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
     assert find_dataset(here) == made
-    assert ended(download_dataset(there)) == ([], None), "it is in no store yet"
-    told, put = ended(upload_dataset(made, address))
-    assert put
+    assert run_transfer(download_dataset(there)) == ([], None), "it is not in the store yet"
+    progress, uploaded = run_transfer(upload_dataset(made, address))
+    assert uploaded
     assert (
-        told[-1].bytes_done
-        == told[-1].bytes_total
+        progress[-1].bytes_done
+        == progress[-1].bytes_total
         > 2 * (made.train.tokens + made.validation.tokens)
     )
-    assert ended(upload_dataset(made, address)) == ([], False), "all of it is there"
+    assert run_transfer(upload_dataset(made, address)) == ([], False), "all of it is stored"
 
-    told, fetched = ended(download_dataset(there))
-    assert len(told) >= len(made.train.shards)
-    assert fetched.folder == tmp_path / "there" / "datasets" / made.folder.name
-    assert fetched.model_copy(update={"folder": made.folder}) == made
-    assert stored_ids(fetched) == stored_ids(made)
-    verify_shards(fetched)
-    assert find_dataset(there) == fetched
+    progress, downloaded = run_transfer(download_dataset(there))
+    assert len(progress) >= len(made.train.shards)
+    assert downloaded.folder == tmp_path / "there" / "datasets" / made.folder.name
+    assert downloaded.model_copy(update={"folder": made.folder}) == made
+    assert stored_ids(downloaded) == stored_ids(made)
+    verify_shards(downloaded)
+    assert find_dataset(there) == downloaded
     names = {path.name for path in made.folder.iterdir()}
-    assert {path.name for path in fetched.folder.iterdir()} == names
-    assert [path.name for path in fetched.folder.parent.glob("*.partial")] == []
+    assert {path.name for path in downloaded.folder.iterdir()} == names
+    assert [path.name for path in downloaded.folder.parent.glob("*.partial")] == []
 
 
-def test_its_units_are_known_as_well(tmp_path, source, monkeypatch):
+def test_units_of_a_downloaded_dataset_are_reused(tmp_path, source, monkeypatch):
     address = str(tmp_path / "shared")
-    ended(upload_dataset(build_dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    run_transfer(
+        upload_dataset(build_dataset(tmp_path / "here", source, tokens_per_shard=1_000), address)
+    )
     more = write_parquet(tmp_path / "b.parquet", TEXTS[:40])
-    ended(download_dataset(asked(tmp_path / "there", source, address)))
+    run_transfer(download_dataset(store_config(tmp_path / "there", source, address)))
     both = [source, more]
     expected = build_dataset(tmp_path / "other", both, tokens_per_shard=1_000)
     from gpt.data.tokenize import pipeline
@@ -102,46 +104,52 @@ def test_its_units_are_known_as_well(tmp_path, source, monkeypatch):
     assert {each.file.name for each in encoded} == {more}
 
 
-def test_put_half_it_is_not_there_and_is_put_whole(tmp_path, source, address, monkeypatch):
+def test_an_interrupted_upload_is_not_visible_and_is_completed(
+    tmp_path, source, address, monkeypatch
+):
     made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
-    putting = upload_dataset(made, address)
-    next(putting)
-    next(putting)
-    putting.close()
-    # As a copy that was broken off leaves it.
+    upload = upload_dataset(made, address)
+    next(upload)
+    next(upload)
+    upload.close()
+    # What an interrupted copy leaves.
     first = sorted(path for path in made.folder.iterdir() if path.suffix == ".bin")[0]
     (tmp_path / "short").write_bytes(first.read_bytes()[:100])
-    DatasetStore(address).put(tmp_path / "short", made.folder.name, first.name)
-    there = asked(tmp_path / "there", source, address)
-    assert ended(download_dataset(there)) == ([], None)
+    DatasetStore(address).upload(tmp_path / "short", made.folder.name, first.name)
+    there = store_config(tmp_path / "there", source, address)
+    assert run_transfer(download_dataset(there)) == ([], None)
 
     sent = []
-    real = DatasetStore.put
+    real = DatasetStore.upload
     monkeypatch.setattr(
-        DatasetStore, "put", lambda *words: sent.append(words[-1]) or real(*words), raising=True
+        DatasetStore, "upload", lambda *words: sent.append(words[-1]) or real(*words), raising=True
     )
-    assert ended(upload_dataset(made, address))[1]
+    assert run_transfer(upload_dataset(made, address))[1]
     files = [path.name for path in made.folder.iterdir() if path.name not in (MANIFEST, CHECKED)]
     assert first.name in sent
     assert sent[-1].startswith(MANIFEST)
     assert len(sent) == len(files)  # all but one of the files, and the manifest
-    assert stored_ids(ended(download_dataset(there))[1]) == stored_ids(made)
+    assert stored_ids(run_transfer(download_dataset(there))[1]) == stored_ids(made)
 
 
-def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address, monkeypatch):
+def test_an_interrupted_download_continues_with_the_missing_files(
+    tmp_path, source, address, monkeypatch
+):
     made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
-    ended(upload_dataset(made, address))
-    there = asked(tmp_path / "there", source, address)
-    fetching = download_dataset(there)
+    run_transfer(upload_dataset(made, address))
+    there = store_config(tmp_path / "there", source, address)
+    download = download_dataset(there)
     for _ in range(3):
-        next(fetching)
-    fetching.close()
+        next(download)
+    download.close()
     assert find_dataset(there) is None
     got = []
-    real = DatasetStore.get
-    monkeypatch.setattr(DatasetStore, "get", lambda *words: got.append(words[-2]) or real(*words))
-    _, fetched = ended(download_dataset(there))
-    assert stored_ids(fetched) == stored_ids(made)
+    real = DatasetStore.download
+    monkeypatch.setattr(
+        DatasetStore, "download", lambda *words: got.append(words[-2]) or real(*words)
+    )
+    _, downloaded = run_transfer(download_dataset(there))
+    assert stored_ids(downloaded) == stored_ids(made)
     shards = {shard.name for shard in (*made.train.shards, *made.validation.shards)}
     assert len(shards - set(got)) in (2, 3)
 
@@ -150,7 +158,7 @@ def test_broken_off_it_goes_on_with_the_file_it_was_at(tmp_path, source, address
 def test_a_damaged_copy_is_refused(tmp_path, source, fault):
     address = str(tmp_path / "shared")
     made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
-    ended(upload_dataset(made, address))
+    run_transfer(upload_dataset(made, address))
     copy = tmp_path / "shared" / made.folder.name
     shard = copy / made.train.shards[1].name
     if fault == "altered":
@@ -164,52 +172,57 @@ def test_a_damaged_copy_is_refused(tmp_path, source, fault):
         (copy / MANIFEST).write_text(text)
     else:
         (copy / MANIFEST).write_text("{}")
-    there = asked(tmp_path / "there", source, address)
+    there = store_config(tmp_path / "there", source, address)
     wrong = shard if fault in ("altered", "missing") else copy / MANIFEST
-    with pytest.raises(DatasetError, match=f"delete {copy}: ") as refused:
-        ended(download_dataset(there))
+    with pytest.raises(DatasetError, match=f"delete {copy}; ") as refused:
+        run_transfer(download_dataset(there))
     assert [problem.key for problem in refused.value.problems] == [str(wrong)]
     assert find_dataset(there) is None
 
 
-def test_a_store_that_is_away_stops_nothing(tmp_path, source, caplog, monkeypatch):
+def test_an_unreachable_store_is_logged_and_ignored(tmp_path, source, caplog, monkeypatch):
     address = str(tmp_path / "shared")
     made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
 
-    def away(*_):
-        raise ConnectionError("nobody answers")
+    def unreachable(*_):
+        raise ConnectionError("no answer")
 
-    monkeypatch.setattr(DatasetStore, "sizes", away)
-    assert ended(upload_dataset(made, address)) == ([], False)
-    assert "could not be written: ConnectionError: nobody answers" in caplog.text
-    assert "the next run tries again" in caplog.text
-    assert ended(download_dataset(asked(tmp_path / "there", source, address))) == ([], None)
-    assert "cannot be read: ConnectionError: nobody answers" in caplog.text
+    monkeypatch.setattr(DatasetStore, "list_sizes", unreachable)
+    assert run_transfer(upload_dataset(made, address)) == ([], False)
+    assert "cannot be written: ConnectionError: no answer" in caplog.text
+    assert "the next run uploads it" in caplog.text
+    assert run_transfer(download_dataset(store_config(tmp_path / "there", source, address))) == (
+        [],
+        None,
+    )
+    assert "cannot be read: ConnectionError: no answer" in caplog.text
 
 
-def test_a_full_disk_is_told(tmp_path, source, monkeypatch):
+def test_a_full_disk_is_an_error(tmp_path, source, monkeypatch):
     address = str(tmp_path / "shared")
-    ended(upload_dataset(build_dataset(tmp_path / "here", source, tokens_per_shard=1_000), address))
+    run_transfer(
+        upload_dataset(build_dataset(tmp_path / "here", source, tokens_per_shard=1_000), address)
+    )
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stores, "sync", full)
     with pytest.raises(DatasetError, match="the disk is full"):
-        ended(download_dataset(asked(tmp_path / "there", source, address)))
+        run_transfer(download_dataset(store_config(tmp_path / "there", source, address)))
 
 
 @pytest.mark.parametrize(
     ("store", "rule"),
     [("nosuch://bucket", "fsspec knows no nosuch://"), ("dropbox://x", "needs a package")],
 )
-def test_what_fsspec_cannot_open_is_refused_by_the_config(tmp_path, store, rule):
+def test_the_config_refuses_what_fsspec_cannot_open(tmp_path, store, rule):
     with pytest.raises(ConfigError, match=rule) as refused:
-        asked(tmp_path, "a.parquet", store)
+        store_config(tmp_path, "a.parquet", store)
     assert [problem.key for problem in refused.value.problems] == ["data.store"]
 
 
-def test_sources_in_a_bucket_as_on_a_disk(tmp_path, source, bucket):
+def test_sources_in_a_bucket_give_the_same_dataset(tmp_path, source, bucket):
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(f"{bucket}/sources")
@@ -219,10 +232,10 @@ def test_sources_in_a_bucket_as_on_a_disk(tmp_path, source, bucket):
         assert stored_ids(build_dataset(tmp_path / "there", name)) == stored_ids(here)
 
 
-def test_on_the_command_line(tmp_path, tiny_config, bucket):
+def test_the_tokenize_command_uploads_and_downloads(tmp_path, tiny_config, bucket):
     def tokenized(name):
-        laid_over = [f"run.root={tmp_path / name}", f"data.store={bucket}"]
-        words = [word for setting in laid_over for word in ("--set", setting)]
+        overrides = [f"run.root={tmp_path / name}", f"data.store={bucket}"]
+        words = [word for setting in overrides for word in ("--set", setting)]
         return subprocess.run(
             [sys.executable, "-m", "flows.cli.main", "tokenize", str(tiny_config), *words],
             **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},

@@ -124,7 +124,7 @@ def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_files, "BATCH_ROWS", 7)
     selection = RowFilter("text")
     source = write_parquet(tmp_path / "a.parquet", row_group_size=90)
-    (found,) = [parquet_files.inspect(f, selection) for f in find_sources([source])]
+    (found,) = [parquet_files.inspect_parquet(f, selection) for f in find_sources([source])]
     assert len(found.units) > 10
 
     def texts(wanted):
@@ -296,7 +296,7 @@ def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
     assert find_dataset(made) is None
     _, manifest = tokenize_with_progress(made)
     monkeypatch.setattr(sources, "compute_sha256", None)
-    monkeypatch.setattr(parquet_files, "inspect", None)
+    monkeypatch.setattr(parquet_files, "inspect_parquet", None)
     monkeypatch.setattr(pool, "load_encoder", None)
     assert find_dataset(made) == manifest
     assert tokenize_with_progress(made) == ([], manifest)

@@ -100,8 +100,8 @@ def test_a_position_is_found_and_read(large, monkeypatch, largest):
     assert len(sequences) == 1_500 * (9_999 // 64) + 4_320 // 64
     position = len(sequences) + 100_000  # in the second epoch
     places = np.arange(100_000, 100_004)
-    homes = sequences.homes(shuffle_epoch(len(sequences), 5, 1)(places))
-    for number, (shard, first_token) in enumerate(homes):
+    locations = sequences.locate(shuffle_epoch(len(sequences), 5, 1)(places))
+    for number, (shard, first_token) in enumerate(locations):
         planner_data.write_ids(large, shard, first_token, np.arange(65) + 100 * number)
     # What is written is younger than what was remembered.
     record_verified(large)
@@ -110,7 +110,7 @@ def test_a_position_is_found_and_read(large, monkeypatch, largest):
     assert targets[:, -1].tolist() == [64, 164, 264, 364]
 
 
-def test_homes_are_those_of_counting_through(tmp_path):
+def test_locations_match_a_count_of_the_shards(tmp_path):
     made = make_token_dataset(tmp_path, train_tokens=1_000, tokens_per_shard=130)
     counted = [
         (number, 10 * n)
@@ -119,7 +119,7 @@ def test_homes_are_those_of_counting_through(tmp_path):
     ]
     sequences = SequenceDataset(made, made.train, 10)
     assert len(sequences) == len(counted)
-    assert sequences.homes(np.arange(len(counted))) == counted
+    assert sequences.locate(np.arange(len(counted))) == counted
 
 
 # --- the order -----------------------------------------------------------------------------------
