@@ -50,7 +50,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 EMBEDDED_PREFECT = (
-    *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_a_bad_run"),
+    *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_invalid_run"),
     *("test_servers_away.py::test_prefect_s_api", "test_clusters.py::test_units_are_task_runs"),
     *("test_deployments.py", "test_doctor.py"),
 )

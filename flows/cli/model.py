@@ -7,33 +7,32 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import Overrides
+from flows.cli.options import Json, Overrides, Root
 from gpt.config.loading import merge_overrides
 
 app = typer.Typer(rich_markup_mode=None)
 
-MODELS = (
-    "A registered model, as models:/gpt@champion or models:/gpt/3, a run's name or folder, a "
-    "checkpoint, or a folder that import-hf made."
+MODEL = (
+    "Registered model, e.g. models:/gpt@champion or models:/gpt/3, a run's name or folder, a "
+    "checkpoint, or a folder from import-hf."
 )
-Root = Annotated[Path, typer.Option("--root", help="Where runs lie (run.root).")]
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="How the text begins.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")] = "",
     model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help=MODELS)
+        str, typer.Option("--model", metavar="MODEL", help=MODEL)
     ] = "models:/gpt@champion",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from so much of the probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 1337,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the top k tokens; 0: from all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Sample from this much of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 1337,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     root: Root = Path("runs"),
 ) -> None:
-    """Let a model go on from a prompt; the text appears as it is written."""
+    """Generate text from a prompt."""
     from flows.cli.model_choice import find_model
     from gpt.hardware.device import pick_device
     from gpt.model.generate import SamplingParams, stream_text
@@ -49,17 +48,18 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     config: Annotated[
-        str | None, typer.Option("--config", help="Whose data and [evaluation]; else the run's.")
+        str | None,
+        typer.Option("--config", help="Config for data and evaluation (default: the run's)."),
     ] = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
     root: Root = Path("runs"),
 ) -> None:
-    """Say how good a model is: validation loss, benchmarks whose files are named, samples.
+    """Evaluate a model: validation loss, benchmarks, samples.
 
-    As --set evaluation.hellaswag=FILE.parquet --set evaluation.lambada=FILE.parquet.
+    Benchmarks need their files: --set evaluation.hellaswag=FILE.parquet, evaluation.lambada.
     """
     from flows.runtime import environment
 
@@ -73,12 +73,12 @@ def evaluate(
 
     folder = find_model(model, root)
     facts = read_model_facts(folder)
-    asked = evaluation_config(folder, facts, config, merge_overrides({}, overrides or []))
-    check_benchmarks(asked)
+    target = evaluation_config(folder, facts, config, merge_overrides({}, overrides or []))
+    check_benchmarks(target)
     with print_to_stderr(as_json):
-        same_data = facts.config and facts.config.data == asked.data
-        dataset = (facts.dataset if same_data else None) or find_or_tokenize(asked)
-        report = evaluate_saved_model(folder, asked, dataset, facts.step or 0)
+        same_data = facts.config and facts.config.data == target.data
+        dataset = (facts.dataset if same_data else None) or find_or_tokenize(target)
+        report = evaluate_saved_model(folder, target, dataset, facts.step or 0)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -87,27 +87,25 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="New directory to write.")],
     root: Root = Path("runs"),
 ) -> None:
-    """Write a model as a directory that Hugging Face's transformers loads, with a model card."""
+    """Export a model to the Hugging Face format."""
     from flows.cli.model_choice import find_model, read_model_facts
     from gpt.exchange.huggingface import export_huggingface
 
     folder = find_model(model, root)
     export_huggingface(folder, directory, read_model_facts(folder))
-    print(f"{directory}: written; the licence in its README.md is yours to fill in")
+    print(f"{directory}: written; fill in the licence in its README.md")
 
 
 @app.command()
 def import_hf(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A GPT-2 that transformers saved.")
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for it.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="GPT-2 saved by transformers.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder to write.")],
 ) -> None:
-    """Bring in a GPT-2 from Hugging Face's format."""
+    """Import a GPT-2 from the Hugging Face format."""
     from gpt.exchange.huggingface import import_huggingface
 
     model = import_huggingface(directory, folder)

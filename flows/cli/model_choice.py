@@ -1,4 +1,4 @@
-"""Which model a person means, and what is known of it."""
+"""Find the model that a command names, and what is known about it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ from gpt.training.run_dir import find_run_dir_by_name
 
 
 def find_model(name: str, root: Path) -> Path:
-    """The folder of a model: for `models:/...` what MLflow's registry has under that name, else
-    `name` itself where a `model.safetensors` lies in it, else the newest checkpoint of the run that
-    `name` is the folder or, below `root`, the name of. Raises `RegistryError`, `ConfigError` where
-    there is no such run, `CheckpointError` where it has no checkpoint yet."""
+    """Return the folder of a model.
+
+    `name` is a registered model (`models:/...`), a folder with a `model.safetensors`, or the folder
+    or name (below `root`) of a run, whose latest checkpoint is meant.
+
+    Raises `RegistryError`, `ConfigError` if there is no such run, `CheckpointError` if the run has
+    no checkpoint yet.
+    """
     if name.startswith("models:"):
         use_running_service(root)
         from tasks.tracking.metadata import default_tracking_uri
@@ -45,13 +49,13 @@ def find_model(name: str, root: Path) -> Path:
 
 
 def read_model_facts(model: Path) -> ModelCardData:
-    """What lies beside a model: config and progress of a checkpoint, and its report, which a
-    registered model has too, and data set, where they are still there."""
+    """Read what a checkpoint's or registered model's folder says about it: config, progress,
+    report, and its dataset if that still exists."""
     try:
         config = RunConfig.model_validate_json((model / CONFIG_FILE).read_bytes())
         progress = read_progress(model)
     except (OSError, ValidationError, CheckpointError):
-        return ModelCardData(name=model.resolve().name)  # a model without a run, as an imported one
+        return ModelCardData(name=model.resolve().name)  # imported: without a run
     run = model.resolve().parent.parent
     return ModelCardData(
         name=config.run.name,
@@ -66,16 +70,18 @@ def read_model_facts(model: Path) -> ModelCardData:
 def evaluation_config(
     model: Path, facts: ModelCardData, config: str | None, overrides: Mapping[str, Any]
 ) -> RunConfig:
-    """How a model is to be evaluated: as `config` says, else as its own run was to be, with the
-    overrides laid over it; the network is the model's own. Raises `ConfigError` for a model
-    without a run where no config is given."""
+    """Return the config to evaluate a model with: `config` if given, else its own run's, with the
+    overrides and the model's own [model] section.
+
+    Raises `ConfigError` for a model without a run if no config is given.
+    """
     if config is not None:
         raw = read_toml(Path(config))
     elif facts.config:
         raw = facts.config.model_dump(mode="json")
     else:
-        rule = "has no run beside it that would say on which data to evaluate it"
-        remedy = "give --config CONFIG, whose [data] and [evaluation] are then used"
+        rule = "has no run, so the data to evaluate it on is unknown"
+        remedy = "pass --config CONFIG; its [data] and [evaluation] are used"
         raise ConfigError(Problem("MODEL", str(model), rule, remedy))
     section = {"model": load_model_section(model).model_dump(mode="json")}
     return build_config(merge_overrides(merge_overrides(raw, overrides), section))

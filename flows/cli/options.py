@@ -1,42 +1,49 @@
-"""What several commands take."""
+"""Arguments, options and exit codes that several commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from gpt.config.loading import merge_overrides
+USER_ERROR = 2
+"""Exit code for what the user can fix, e.g. an invalid config."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 plus the number of SIGINT."""
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML config.")]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="TOML config.")]
+ConfigPaths = Annotated[list[str], typer.Argument(metavar="CONFIG...", help="TOML configs.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Lay a value over the config, as model.n_embd=576."
+        "--set", metavar="KEY=VALUE", help="Override a config value, e.g. model.n_embd=576."
     ),
 ]
 Gpu = Annotated[
-    str, typer.Option("--gpu", metavar="NAME", help="A card, as rtx-4070; auto: this machine's.")
+    str,
+    typer.Option(
+        "--gpu", metavar="NAME", help="GPU to plan for, e.g. rtx-4070; auto: this machine's."
+    ),
 ]
-Devices = Annotated[
-    int | None, typer.Option(help="Answer for so many devices a machine, not hardware.devices.")
-]
-Nodes = Annotated[int | None, typer.Option(help="Answer for so many machines, not hardware.nodes.")]
-Network = Annotated[
-    float, typer.Option(help="What a machine's network carries one way, Gbit/s; of several.")
-]
-SOMEWHERE = "asked-about:29400"
-"""Stands for the rendezvous of machines that are only asked about."""
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+Root = Annotated[Path, typer.Option("--root", help="Folder of all runs (run.root).")]
 
 
-def hardware_overrides(
-    laid_over: Mapping[str, Any], devices: int | None, nodes: int | None
-) -> dict[str, Any]:
-    """Overrides with the devices and machines that are asked about; None: as the config says."""
-    hardware: dict[str, Any] = {}
-    if devices is not None:
-        hardware["devices"] = devices
-    if nodes is not None:
-        hardware |= {"nodes": nodes, "rendezvous": SOMEWHERE}
-    return merge_overrides(laid_over, {"hardware": hardware} if hardware else {})
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Report Ctrl-C that arrives outside the flow, which handles it itself."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; re-run the same command to resume", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def display_path(path: Path) -> str:
+    """Return the path relative to the current folder if it lies below it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

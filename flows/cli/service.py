@@ -1,4 +1,4 @@
-"""The commands about the service on this machine: up, doctor."""
+"""The commands about servers: up, doctor, sync."""
 
 from __future__ import annotations
 
@@ -9,30 +9,37 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.options import Json, Root, display_path
+
 app = typer.Typer(rich_markup_mode=None)
 
-Root = Annotated[
-    Path, typer.Option("--root", envvar="OVERNIGHT_ROOT", help="Where runs lie (run.root).")
+ServiceRoot = Annotated[
+    Path, typer.Option("--root", envvar="OVERNIGHT_ROOT", help="Folder of all runs (run.root).")
 ]
 
 
 @app.command()
 def up(
-    root: Root = Path("runs"),
+    root: ServiceRoot = Path("runs"),
     host: Annotated[
-        str, typer.Option(envvar="OVERNIGHT_HOST", help="Which address to listen on.")
+        str, typer.Option(envvar="OVERNIGHT_HOST", help="Address to listen on.")
     ] = "127.0.0.1",
-    prefect_port: Annotated[int, typer.Option(envvar="OVERNIGHT_PREFECT_PORT")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(envvar="OVERNIGHT_MLFLOW_PORT")] = 5000,
+    prefect_port: Annotated[
+        int, typer.Option(envvar="OVERNIGHT_PREFECT_PORT", help="Port of Prefect's server.")
+    ] = 4200,
+    mlflow_port: Annotated[
+        int, typer.Option(envvar="OVERNIGHT_MLFLOW_PORT", help="Port of MLflow's server.")
+    ] = 5000,
 ) -> None:
-    """Start Prefect, MLflow and a worker on this machine, and deploy; Ctrl-C stops them all.
+    """Start Prefect, MLflow and a worker, and deploy all flows.
 
-    A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is used, and none started for it.
+    Ctrl-C stops everything. If PREFECT_API_URL or MLFLOW_TRACKING_URI names a server, that one is
+    used.
     """
     from flows.service.supervisor import ServiceSettings, check_project
 
     check_project()
-    settings = ServiceSettings(root, host, prefect_port, mlflow_port, *_named_servers())
+    settings = ServiceSettings(root, host, prefect_port, mlflow_port, *_external_servers())
     os.environ |= settings.environment  # before Prefect reads it
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from flows.service.up import up as start
@@ -41,21 +48,21 @@ def up(
 
 
 @app.command()
-def doctor(
-    root: Root = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-) -> None:
-    """Say what a night needs of this machine and does not find; exit code 1 where it does not."""
+def doctor(root: ServiceRoot = Path("runs"), as_json: Json = False) -> None:
+    """Check that this machine is ready to train overnight.
+
+    Exits with code 1 if it is not.
+    """
     from flows.runtime import environment
 
     environment.prepare(root)
-    serves = "PREFECT_API_URL" in os.environ
+    has_server = "PREFECT_API_URL" in os.environ
     from flows.service.doctor import FAULT, check_machine
     from flows.service.supervisor import ServiceSettings
 
-    settings = ServiceSettings(root, "127.0.0.1", 4200, 5000, *_named_servers())
+    settings = ServiceSettings(root, "127.0.0.1", 4200, 5000, *_external_servers())
     findings = []
-    for finding in check_machine(settings, serves):
+    for finding in check_machine(settings, has_server):
         findings.append(finding)
         if not as_json:
             print(f"{finding.level:5}  {finding.what}: {finding.found}", flush=True)
@@ -67,6 +74,28 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _named_servers() -> tuple[str, str]:
-    """Those of the environment."""
+def _external_servers() -> tuple[str, str]:
     return os.environ.get("PREFECT_API_URL", ""), os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
+@app.command()
+def sync(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
+    root: Root = Path("runs"),
+    uri: Annotated[str, typer.Option("--uri", help="MLflow server (default: the run's own).")] = "",
+) -> None:
+    """Upload a run's metrics, files and status to MLflow.
+
+    Uploads only what MLflow does not have yet.
+    """
+    from flows.runtime import environment
+    from gpt.training.run_dir import find_run_dir_by_name
+
+    folder = find_run_dir_by_name(run, root)
+    environment.prepare(root)
+    from gpt.training.run_lock import run_lock
+    from tasks.tracking.runs import sync_run
+
+    with run_lock(folder):
+        uploaded = sync_run(folder, uri)
+    print(f"{display_path(folder.resolve())}: {uploaded}")

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: a process, what it prints, how it exits."""
+"""The command line as a user sees it: what it prints, and its exit codes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ from overnight_command import ROOT, overnight
 GOOD = ROOT / "configs" / "gpt-576.toml"
 
 
-"""The environment without the settings of these tests."""
-
-
-def test_a_good_config_is_summed_up() -> None:
+def test_validate_summarizes_valid_config() -> None:
     done = overnight("validate", GOOD)
     assert (done.returncode, done.stderr) == (0, "")
     assert "12 layers, 12 heads, width 576" in done.stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
-def test_shipped_configs_are_good(path: Path) -> None:
+def test_shipped_configs_are_valid(path: Path) -> None:
     assert overnight("validate", path).returncode == 0
 
 
-def test_heads_that_do_not_divide_the_width() -> None:
+def test_validate_refuses_indivisible_heads() -> None:
     done = overnight("validate", GOOD, "--set", "model.n_embd=512")
     assert (done.returncode, done.stdout) == (2, "")
     for part in ("512", "12", "42.67", "480/12", "576/12", "512/8", "512/16"):
@@ -33,7 +30,7 @@ def test_heads_that_do_not_divide_the_width() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_three_wrong_values_are_reported_together() -> None:
+def test_validate_reports_all_problems_at_once() -> None:
     wrong = ("model.n_embd=512", "training.batch_size=0", "optimizer.learning_rate=-1.0")
     done = overnight("validate", GOOD, *(word for value in wrong for word in ("--set", value)))
     assert done.returncode == 2
@@ -50,7 +47,7 @@ def test_three_wrong_values_are_reported_together() -> None:
         (("validate", GOOD, "--set", "model.n_embed=576"), "did you mean n_embd?"),
     ],
 )
-def test_mistakes_get_a_message_and_no_traceback(
+def test_user_error_prints_message_without_traceback(
     arguments: tuple[str | Path, ...], message: str
 ) -> None:
     done = overnight(*arguments)
@@ -59,7 +56,7 @@ def test_mistakes_get_a_message_and_no_traceback(
     assert "Traceback" not in done.stderr
 
 
-def test_one_bad_config_among_good_ones_fails_and_is_named(tmp_path: Path) -> None:
+def test_validate_names_the_invalid_config_among_several(tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text(GOOD.read_text().replace("n_embd = 576", "n_embd = 577"))
     done = overnight("validate", GOOD, bad)
@@ -72,9 +69,18 @@ def test_version() -> None:
     assert overnight("--version").stdout.startswith("overnight ")
 
 
+def test_help_shows_every_summary_uncut_and_ends_with_three_commands() -> None:
+    lines = overnight("--help", COLUMNS="80").stdout.splitlines()
+    assert "  --version  Show the version and exit." in lines
+    commands = lines[lines.index("Commands:") + 1 : lines.index("", lines.index("Commands:"))]
+    assert len(commands) == 16
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+    assert [line.split()[0] for line in lines[-3:]] == ["overnight"] * 3
+
+
 @pytest.fixture(scope="module")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for the module: making its database takes most of a short run's time."""
+    """Shared by the module: creating the database takes most of a short run."""
     return tmp_path_factory.mktemp("prefect")
 
 
@@ -84,7 +90,7 @@ def flow_run_states(prefect_home: Path, name: str) -> list[str]:
         return [state for (state,) in rows]
 
 
-def test_a_bad_run_says_so_once_and_is_recorded_as_failed(
+def test_invalid_run_is_reported_once_and_recorded_as_failed(
     tmp_path: Path, prefect_home: Path
 ) -> None:
     wrong = ("--set", "model.n_embd=512")

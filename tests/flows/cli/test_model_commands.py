@@ -1,4 +1,4 @@
-"""`overnight generate`, `export` and `import-hf`, on a run that was really trained."""
+"""`overnight generate`, `export` and `import-hf`, on a run that was trained here."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 def overnight(*arguments: object) -> str:
-    """What is printed; raises what the command raises."""
+    """Return what the command prints; raise what it raises."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception:
         raise result.exception
     return result.output
 
 
-def test_a_run_by_name_by_folder_and_a_checkpoint_are_one_model(run_folder):
+def test_generate_finds_model_by_run_name_folder_and_checkpoint(run_folder):
     root = run_folder.parent.parent
     settings = ("The", "--max-tokens", 9, "--seed", 3)
     done = in_a_process("generate", "--model", "t", *map(str, settings), "--root", root)
@@ -62,7 +62,7 @@ def test_a_run_by_name_by_folder_and_a_checkpoint_are_one_model(run_folder):
     assert overnight("generate", "--model", run_folder, *settings[:-1], 4) != done.stdout
 
 
-def test_exported_imported_and_exported_again(run_folder, tmp_path):
+def test_export_import_export_round_trip(run_folder, tmp_path):
     assert "licence" in overnight("export", run_folder, tmp_path / "hf")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config
     assert (config.n_embd, config.n_layer, config.n_positions) == (16, 2, 8)
@@ -78,7 +78,7 @@ def test_exported_imported_and_exported_again(run_folder, tmp_path):
     assert first.read_bytes() == again.read_bytes()
 
 
-def test_a_run_and_an_imported_model_are_evaluated_as_asked(run_folder, tmp_path):
+def test_evaluate_run_and_imported_model(run_folder, tmp_path):
     root = run_folder.parent.parent
     benchmark = str(tmp_path / "lambada.parquet")
     polars.DataFrame({"text": ["the dog ran home", "a man saw a man"]}).write_parquet(benchmark)
@@ -114,7 +114,7 @@ def test_a_run_and_an_imported_model_are_evaluated_as_asked(run_folder, tmp_path
     )
 
 
-def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
+def test_training_starts_from_a_model_s_weights(run_folder, tmp_path):
     dataset = make_token_dataset(tmp_path / "datasets" / "0123")
     source = latest_checkpoint(run_folder).folder
     config = small_config(tmp_path, training__init_from=str(source))
@@ -131,7 +131,7 @@ def test_training_begins_with_a_model_s_weights(run_folder, tmp_path):
     assert "no model.safetensors" in check_init_from(missing).rule
 
 
-def test_mistakes_are_told(run_folder, tmp_path):
+def test_model_commands_report_user_errors(run_folder, tmp_path):
     with pytest.raises(ConfigError, match="neither a run's folder nor the name of a run"):
         overnight("generate", "--model", "no-such-run", "The", "--root", tmp_path)
     with pytest.raises(GenerationError, match="2 problems"):

@@ -372,7 +372,7 @@ for _ in range(2):
 """)
             wait_for("the second flow run", lambda: len(started()) == 2)
             watching.send_signal(signal.SIGINT)
-            assert "no longer watching" in watching.stdout.read()
+            assert "stopped watching" in watching.stdout.read()
             assert watching.wait(10) == 0
         finally:
             watching.kill()

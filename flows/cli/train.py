@@ -1,0 +1,267 @@
+"""The commands that plan and train: run, validate, compare, import-nanogpt."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.options import (
+    USER_ERROR,
+    ConfigPath,
+    ConfigPaths,
+    Gpu,
+    Json,
+    Overrides,
+    display_path,
+    resumable,
+)
+from gpt.config.loading import load_config, merge_overrides, read_toml
+from gpt.errors import ConfigError
+from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
+
+if TYPE_CHECKING:
+    from flows.runtime.outcome import Outcome
+    from flows.runtime.variants import Variant
+    from gpt.preflight.report import Report
+
+app = typer.Typer(rich_markup_mode=None)
+
+INCOMPLETE = 1
+"""Exit code if part of a comparison has no result."""
+PLACEHOLDER_RENDEZVOUS = "placeholder:29400"
+"""Rendezvous of machines that are only planned for."""
+PAGE_WIDTH = 160
+"""Columns of a report that is not printed to a terminal: no line of a table wraps."""
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start a new run instead of resuming.")
+    ] = False,
+) -> None:
+    """Validate, tokenize, train, evaluate and register a model.
+
+    Re-run the same command to resume.
+    """
+    values = merge_overrides({}, overrides or [])
+    with resumable():
+        if not _join_as_worker(config, values):
+            _print_outcome(_pretrain(config, values, fresh))
+
+
+def _join_as_worker(config: str, overrides: Mapping[str, Any]) -> bool:
+    """Train as a worker if another machine is the main one of this run. Return whether it was.
+
+    Only the main machine has Prefect and MLflow.
+    """
+    from gpt.training.distributed.rendezvous import is_main_machine
+
+    try:
+        checked = load_config(config, overrides)
+    except ConfigError:  # reported where the run starts
+        return False
+    if is_main_machine(checked.hardware.rendezvous):
+        return False
+    from flows.runtime import environment
+
+    environment.prepare(checked.run.root)
+    from gpt.training.distributed.launch import join_training
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    print(f"joining the run of {checked.hardware.rendezvous} as a worker", flush=True)
+    join_training(checked)
+    print("the run has ended")
+    return True
+
+
+def _pretrain(config: str, overrides: Mapping[str, Any], fresh: bool) -> Outcome:
+    """Run the flow unless the run is finished. An invalid config is reported at once and then
+    recorded as a Failed flow run."""
+    from flows.runtime.outcome import find_finished_outcome
+    from gpt.preflight.report import run_preflight
+
+    problems = run_preflight(config, overrides, starting=True).problems
+    if problems:  # before Prefect, which takes seconds to start
+        print(ConfigError(*problems), file=sys.stderr, flush=True)
+    elif not fresh and (finished := find_finished_outcome(config, overrides)):
+        print(
+            f"already finished at step {finished.report.step} in {display_path(finished.folder)}; "
+            "use --fresh or another run.name to train again"
+        )
+        return finished
+    from flows.runtime import environment
+
+    environment.prepare(_root(config, overrides))
+    from flows.runtime.local_run import run_pretrain
+
+    try:
+        return run_pretrain(config, dict(overrides), fresh)
+    except ConfigError:
+        if not problems:
+            raise
+        sys.exit(USER_ERROR)  # already reported
+
+
+def _root(config: str, overrides: Mapping[str, Any]) -> Path:
+    """Return `run.root`, or its default if the config cannot be read."""
+    try:
+        return Path(merge_overrides(read_toml(Path(config)), overrides)["run"]["root"])
+    except (ConfigError, KeyError, TypeError):
+        return Path("runs")
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    version = outcome.registered
+    registered = (
+        f", registered as {version.name} version {version.version}, {version.alias}"
+        if version
+        else ""
+    )
+    print(
+        f"""
+{outcome.name}: {outcome}
+  run    {display_path(outcome.folder)}
+  model  {display_path(outcome.model)}{registered}
+open in Prefect and MLflow:
+  {outcome.prefect_ui}
+  {outcome.mlflow_ui}"""
+    )
+
+
+@app.command()
+def validate(
+    configs: ConfigPaths,
+    overrides: Overrides = None,
+    gpu: Gpu = "auto",
+    devices: Annotated[
+        int | None, typer.Option(help="Plan for this many devices per machine.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Plan for this many machines.")] = None,
+    network_gbit: Annotated[
+        float, typer.Option(help="Network bandwidth per machine and direction, Gbit/s.")
+    ] = DEFAULT_NETWORK_GBIT,
+    as_json: Json = False,
+) -> None:
+    """Check configs and estimate memory, time and disk space.
+
+    Reads no data and starts nothing.
+    """
+    from gpt.preflight.report import run_preflight
+
+    hardware: dict[str, Any] = {} if devices is None else {"devices": devices}
+    if nodes is not None:
+        hardware |= {"nodes": nodes, "rendezvous": PLACEHOLDER_RENDEZVOUS}
+    values = merge_overrides({}, overrides or [])
+    if hardware:
+        values = merge_overrides(values, {"hardware": hardware})
+    reports = [run_preflight(path, values, gpu, network_gbit=network_gbit) for path in configs]
+    if as_json:
+        written = [report.as_json() for report in reports]
+        print(json.dumps(written[0] if len(written) == 1 else written, indent=2))
+    else:
+        _print_reports(reports)
+    if any(report.blocked for report in reports):
+        raise typer.Exit(USER_ERROR)
+
+
+def _print_reports(reports: Sequence[Report]) -> None:
+    """Print one report in full, several side by side. A single invalid one goes to stderr."""
+    from rich.console import Console
+
+    from gpt.preflight.render import print_report, print_reports
+
+    width = None if sys.stdout.isatty() else PAGE_WIDTH
+    if len(reports) > 1:
+        print_reports(reports, Console(highlight=False, width=width))
+    else:
+        print_report(reports[0], Console(stderr=reports[0].blocked, highlight=False, width=width))
+
+
+@app.command()
+def compare(
+    configs: ConfigPaths,
+    overrides: Overrides = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Training tokens per config (default: its max_steps).")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs per config, each with another seed.")] = 1,
+    name: Annotated[
+        str, typer.Option(help="Name of the comparison (default: the configs' names).")
+    ] = "",
+) -> None:
+    """Train several configs on the same data and compare them.
+
+    If interrupted, re-run it; finished configs are skipped.
+    """
+    from flows.runtime.variants import expand_variants
+
+    values = merge_overrides({}, overrides or [])
+    variants = expand_variants(configs, values, tokens, seeds)
+    if _all_invalid(variants):
+        raise typer.Exit(USER_ERROR)
+    from flows.runtime import environment
+
+    environment.prepare(next(variant.config.run.root for variant in variants if variant.config))
+    from flows.runtime.local_run import run_compare
+
+    with resumable():
+        result = run_compare(configs, dict(values), tokens, seeds, name)
+    print(
+        f"""
+{result.markdown}
+page   {display_path(result.page)}
+open in Prefect and MLflow, where + expands the comparison's runs:
+  {result.prefect_ui}
+  {result.mlflow_ui}"""
+    )
+    if result.failed:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _all_invalid(variants: Sequence[Variant]) -> bool:
+    """Print the preflight's problems of each variant. Return whether no variant is valid."""
+    from gpt.preflight.report import run_preflight
+
+    invalid = 0
+    for variant in variants:
+        problems = run_preflight(variant.path, variant.overrides, starting=True).problems
+        if problems:
+            print(f"{variant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
+            invalid += 1
+    return invalid == len(variants)
+
+
+@app.command()
+def import_nanogpt(
+    path: Annotated[Path, typer.Argument(metavar="FILE.py", help="nanoGPT config file.")],
+    data: Annotated[
+        str, typer.Option("--data", metavar="PATH", help="Parquet to train on.")
+    ] = "data/fineweb.parquet",
+    gpu: Gpu = "auto",
+) -> None:
+    """Convert a nanoGPT config file to TOML.
+
+    The file is parsed, never executed. The preflight report goes to standard error.
+    """
+    from rich.console import Console
+
+    from gpt.exchange.nanogpt import convert_nanogpt
+    from gpt.hardware.target_gpu import find_target_gpu
+    from gpt.preflight.render import print_report
+    from gpt.preflight.report import run_preflight_on_values
+
+    imported = convert_nanogpt(path, data)
+    print(imported.toml(), end="", flush=True)
+    report = run_preflight_on_values(str(path), imported.values, find_target_gpu(gpu))
+    print_report(report, Console(stderr=True, highlight=False))
+    if report.blocked:
+        raise typer.Exit(USER_ERROR)
