@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from gpt.artifacts import DatasetManifest
 from gpt.config.loading import build_config
 from gpt.config.schema import ModelSection, RunConfig
-from gpt.data.tokenize.pipeline import tokenize_corpus
-from gpt.evaluation.progress import run_to_completion
+from gpt.data.tokenize.pipeline import find_dataset, tokenize_corpus
 from gpt.model.architectures import ARCHITECTURES
 from gpt.model.gpt2 import GPT2, GPT2Block
 from gpt.model.kv_cache import LayerKVCache
@@ -52,7 +51,10 @@ def main(source: str, root: Path = Path("runs"), steps: int = 100) -> dict[str, 
             "evaluation": {"interval": steps, "tokens": 4_096},
         }
     )
-    dataset = run_to_completion(tokenize_corpus(config))
+    for _ in tokenize_corpus(config):  # yields progress several times per second
+        pass
+    dataset = find_dataset(config)
+    assert dataset
     losses = {name: train_one(config, name, dataset) for name in ("gpt2", "parallel-gpt2")}
     for name, loss in losses.items():
         print(f"{name}: validation loss {loss:.4f}")
@@ -72,4 +74,4 @@ def train_one(config: RunConfig, architecture: str, dataset: DatasetManifest) ->
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["data/sample.parquet"])
+    main(sys.argv[1] if len(sys.argv) > 1 else "data/sample.parquet")

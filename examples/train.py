@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from gpt.config.loading import build_config
-from gpt.data.tokenize.pipeline import tokenize_corpus
+from gpt.data.tokenize.pipeline import find_dataset, tokenize_corpus
 from gpt.evaluation.heldout import heldout_loss
-from gpt.evaluation.progress import run_to_completion
 from gpt.model.generate import SamplingParams, generate
 from gpt.model.io import load_model
 from gpt.training.checkpoint.retention import latest_checkpoint
@@ -34,7 +33,10 @@ def main(source: str, root: Path = Path("runs"), steps: int = 100) -> float:
             "evaluation": {"interval": 20, "tokens": 4_096},
         }
     )
-    dataset = run_to_completion(tokenize_corpus(config))
+    for _ in tokenize_corpus(config):  # yields progress several times per second
+        pass
+    dataset = find_dataset(config)
+    assert dataset
     print(f"{dataset.train.tokens:,} training tokens in {dataset.folder}")
 
     folder = root / "train" / "example"
@@ -52,4 +54,4 @@ def main(source: str, root: Path = Path("runs"), steps: int = 100) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["data/sample.parquet"])
+    main(sys.argv[1] if len(sys.argv) > 1 else "data/sample.parquet")
