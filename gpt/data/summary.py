@@ -1,4 +1,4 @@
-"""A data set for people: what is in it, in numbers, in a picture, and in its own words."""
+"""Describe a dataset: its totals, the lengths of its documents, and sample texts."""
 
 from __future__ import annotations
 
@@ -14,96 +14,107 @@ from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.files import PARTIAL, write_text
 
 PAGE = "summary.md"
-PICTURE = "document-lengths.png"
+PLOT = "document-lengths.png"
 SAMPLE_TOKENS = 120
 
 
-def figures(manifest: DatasetManifest) -> dict[str, str]:
-    """The totals, each as text."""
+def list_totals(manifest: DatasetManifest) -> dict[str, str]:
+    """Return the rows of the summary, by name."""
     train, validation = manifest.train, manifest.validation
     text_bytes = train.text_bytes + validation.text_bytes
-    documents = train.documents + validation.documents
-    text_tokens = train.tokens + validation.tokens - documents
+    text_tokens = train.tokens + validation.tokens - train.documents - validation.documents
     shards = len(train.shards) + len(validation.shards)
+    settings = [f"{key} = {value}" for key, value in manifest.settings.items() if value]
     rows = {
-        "data set": manifest.fingerprint[:16],
+        "dataset": manifest.fingerprint[:16],
         "folder": str(manifest.folder),
-        "training": _side(train),
-        "validation": _side(validation),
+        "training": _format_split(train),
+        "validation": _format_split(validation),
         "bytes per token": f"{text_bytes / max(1, text_tokens):.3f}",
         "shards": f"{shards}, SHA-256 in the manifest",
         "sources": f"{len(manifest.sources)} files, {sum(s.rows for s in manifest.sources):,} rows",
-        "left out": ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items()),
+        "skipped rows": ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items()),
         "tokenizer": f"{manifest.tokenizer}, by {manifest.engine}",
+        "settings": ", ".join(settings),
     }
-    asked = {key: value for key, value in manifest.settings.items() if value}
-    if asked:
-        rows["settings"] = ", ".join(f"{key} = {value}" for key, value in asked.items())
     for number, file in enumerate(manifest.skipped_files, 1):
-        rows[f"file left out {number}"] = f"{file.path}: {file.reason}"
+        rows[f"skipped file {number}"] = f"{file.path}: {file.reason}"
     for number, note in enumerate(manifest.notes, 1):
         rows[f"note {number}"] = note
-    return rows
+    return {name: value for name, value in rows.items() if value}
 
 
-def _side(split: Split) -> str:
+def _format_split(split: Split) -> str:
     text = f"{split.text_bytes:,} bytes of text"
     return f"{split.tokens:,} tokens, {split.documents:,} documents, {text}"
 
 
-def lengths(manifest: DatasetManifest) -> list[tuple[str, int]]:
-    """Documents by their length in tokens, in powers of two, from the shortest on."""
+def bin_document_lengths(manifest: DatasetManifest) -> list[tuple[str, int]]:
+    """Return the number of documents per range of token counts, shortest first.
+
+    Each range is twice as wide as the one before.
+    """
     bins: list[tuple[str, int]] = []
     for bits, count in enumerate(manifest.document_lengths):
-        if not count and not bins:
-            continue
-        first, last = (1 << bits) // 2, (1 << bits) - 1
-        bins.append((f"{first:,} to {last:,}" if last > first else f"{first}", count))
+        if count or bins:
+            first, last = (1 << bits) // 2, (1 << bits) - 1
+            bins.append((f"{first:,} to {last:,}" if last > first else f"{first}", count))
     return bins
 
 
 def render_summary(manifest: DatasetManifest) -> str:
-    """All of it as Markdown."""
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in figures(manifest).items())
-    rows = "\n".join(f"| {tokens} | {count:,} |" for tokens, count in lengths(manifest))
-    parts = [f"# Data set {manifest.fingerprint[:16]}", f"| | |\n|---|---|\n{table}"]
-    if rows:
+    """Render the summary as Markdown."""
+    totals = list_totals(manifest).items()
+    table = "\n".join(f"| {name} | {_escape_cell(value)} |" for name, value in totals)
+    parts = [f"# Dataset {manifest.fingerprint[:16]}", f"| | |\n|---|---|\n{table}"]
+    if bins := bin_document_lengths(manifest):
+        rows = "\n".join(f"| {tokens} | {count:,} |" for tokens, count in bins)
         parts.append(f"## Document lengths\n\n| tokens | documents |\n|---|---:|\n{rows}")
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def write_summary(manifest: DatasetManifest) -> dict[str, Path]:
-    """The page and the picture beside the shards, if they are not there; where they lie, by name.
+def format_summary(manifest: DatasetManifest) -> str:
+    """Format the summary for a terminal."""
+    lines = [f"{name:<16} {value}" for name, value in list_totals(manifest).items()]
+    if bins := bin_document_lengths(manifest):
+        most = max(count for _, count in bins) or 1
+        lines.append("document lengths, tokens")
+        lines += [f"{name:>24} {count:>10,} {'#' * (count * 40 // most)}" for name, count in bins]
+    return "\n".join(lines)
 
-    Nothing where the folder cannot be written.
+
+def write_summary(manifest: DatasetManifest) -> dict[str, Path]:
+    """Write the page and the plot to the dataset's folder unless they exist; return their paths.
+
+    Returns nothing if the folder is read-only.
     """
-    files = {name: manifest.folder / name for name in (PAGE, PICTURE)}
+    files = {name: manifest.folder / name for name in (PAGE, PLOT)}
     try:
         if not files[PAGE].exists():
             write_text(files[PAGE], render_summary(manifest))
-        if not files[PICTURE].exists():
-            _draw(manifest, files[PICTURE])
+        if not files[PLOT].exists():
+            _plot_document_lengths(manifest, files[PLOT])
     except OSError:
         return {}
     return files
 
 
-def _draw(manifest: DatasetManifest, path: Path) -> None:
-    # The figure's own canvas: pyplot would choose a window system and keep the figure.
+def _plot_document_lengths(manifest: DatasetManifest, path: Path) -> None:
+    # Without pyplot, which would choose a window system and keep the figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bins = lengths(manifest)
+    bins = bin_document_lengths(manifest)
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.bar(range(len(bins)), [count for _, count in bins], width=0.9)
     axes.set_xticks(range(len(bins)), [name for name, _ in bins], rotation=45, ha="right")
-    axes.set_xlabel("tokens in a document")
+    axes.set_xlabel("tokens per document")
     axes.set_ylabel("documents")
     total = manifest.train.documents + manifest.validation.documents
     axes.set_title(f"{total:,} documents")
@@ -112,23 +123,13 @@ def _draw(manifest: DatasetManifest, path: Path) -> None:
     partial.replace(path)
 
 
-def format_summary(manifest: DatasetManifest) -> str:
-    """The figures and the document lengths as lines."""
-    lines = [f"{name:<16} {value}" for name, value in figures(manifest).items()]
-    bins = lengths(manifest)
-    if bins:
-        most = max(count for _, count in bins) or 1
-        lines.append("document lengths, tokens")
-        lines += [f"{name:>24} {count:>10,} {'#' * (count * 40 // most)}" for name, count in bins]
-    return "\n".join(lines)
-
-
 def read_samples(manifest: DatasetManifest, split: Split, count: int) -> Iterator[str]:
-    """How the first documents of a split begin, decoded from the first shard."""
+    """Decode the beginnings of the first `count` documents of a split's first shard."""
+    if not split.shards:
+        return
     shard = split.shards[0]
     ids = open_shard(manifest.folder / shard.name, shard)
-    starts = np.flatnonzero(ids == END_OF_TEXT)[:count]
-    for start in starts.tolist():
+    for start in np.flatnonzero(ids == END_OF_TEXT)[:count].tolist():
         beginning = ids[start + 1 : start + 1 + SAMPLE_TOKENS]
         ends = np.flatnonzero(beginning == END_OF_TEXT)
         document = beginning[: ends[0]] if ends.size else beginning

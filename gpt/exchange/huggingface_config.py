@@ -1,9 +1,10 @@
-"""Whether a GPT-2 of Hugging Face's is one that our network can be: its settings and tokenizer."""
+"""transformers' `config.json` and `generation_config.json`, written and read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,12 @@ from pydantic import ValidationError
 
 from gpt.config.rules import check_head_split
 from gpt.config.schema import ModelSection
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, VOCAB_SIZE
 from gpt.errors import ExchangeError, Problem
-from gpt.exchange.tokenizer_files import vocabulary
+from gpt.exchange.huggingface_tokenizer import find_tokenizer_problem
+from gpt.model.nanochat import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 
-DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "resid_pdrop": 0.1,
-}
-"""What transformers' GPT2Config takes where config.json is silent."""
-SIZES = {
+GPT2_NAMES = {
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
@@ -31,9 +25,17 @@ SIZES = {
     "vocab_size": "vocab_size",
     "resid_pdrop": "dropout",
 }
-"""Their names and ours."""
-POSSIBLE: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
+"""transformers' name -> ours."""
+GPT2_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "resid_pdrop": 0.1,
+}
+"""GPT2Config's defaults for keys missing from config.json."""
+GPT2_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -41,94 +43,130 @@ POSSIBLE: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-"""What a setting may be; the first is what it is where config.json is silent, but for model_type,
-which must be said."""
-RETRAIN = "choose a GPT-2 that has it so: a model trained with another value computes otherwise"
+"""Supported values. The first is exported, and is GPT2Config's default."""
+UNSUPPORTED_REMEDY = "choose another GPT-2: a model trained with this value computes differently"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_configs(folder: Path, section: ModelSection) -> None:
+    """Write `config.json` and `generation_config.json` for a model."""
+    tokens = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+    architecture = _gpt2_config if section.architecture == "gpt2" else _nanochat_config
+    config = architecture(section) | tokens | {"dtype": "float32"}
+    generation: dict[str, Any] = tokens | {"pad_token_id": END_OF_TEXT}
+    if padding := list(range(VOCAB_SIZE, section.vocab_size)):
+        generation["suppress_tokens"] = padding  # rows beyond the vocabulary are not tokens
+    for name, values in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _gpt2_config(section: ModelSection) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(section, ours) for theirs, ours in GPT2_NAMES.items()},
+        "n_inner": None,
+        "embd_pdrop": section.dropout,
+        "attn_pdrop": section.dropout,
+        **{name: supported[0] for name, supported in GPT2_SUPPORTED.items()},
+    }
+
+
+def _nanochat_config(section: ModelSection) -> dict[str, Any]:
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "vocab_size": section.vocab_size,
+        "hidden_size": section.n_embd,
+        "intermediate_size": 4 * section.n_embd,
+        "num_hidden_layers": section.n_layer,
+        "num_attention_heads": section.n_head,
+        "num_key_value_heads": section.n_head,
+        "max_position_embeddings": section.block_size,
+        "hidden_act": "relu2",
+        "attention_bias": False,
+        "attention_dropout": section.dropout,
+        "rms_norm_eps": NORM_EPSILON,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "final_logit_softcapping": LOGIT_SOFTCAP,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,  # the default is 1, an ordinary token here
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 def read_gpt2_config(directory: Path) -> ModelSection:
-    """Raises `ExchangeError` with every setting that our network does not have."""
+    """Read the `config.json` of a GPT-2, and check the tokenizer beside it.
+
+    Raises `ExchangeError` for every setting that this GPT-2 does not support.
+    """
     path = directory / "config.json"
     try:
         raw: Any = json.loads(path.read_bytes())
     except OSError as error:
-        remedy = "give a directory of transformers' save_pretrained"
         rule = f"cannot be read: {error.strerror}"
+        remedy = "use a directory written by save_pretrained"
         raise ExchangeError(Problem(str(path), "", rule, remedy)) from error
     except ValueError as error:
-        raise ExchangeError(Problem(str(path), "", f"is no JSON: {error}", "mend it")) from error
+        rule = f"is not JSON: {error}"
+        raise ExchangeError(Problem(str(path), "", rule, "fix the file")) from error
     if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
         found = raw.get("model_type") if isinstance(raw, dict) else None
-        rule = "only GPT-2 can be brought in: model_type must be gpt2"
-        remedy = "give the directory of a GPT2LMHeadModel"
+        rule, remedy = "only gpt2 can be imported", "use the directory of a GPT2LMHeadModel"
         raise ExchangeError(Problem(f"{path}: model_type", str(found), rule, remedy))
-    values = DEFAULTS | raw
-    section, problems = _section(values)
-    problems += _setting_problems(values) + _tokenizer_problems(directory)
+    values = GPT2_DEFAULTS | raw
+    section, problems = _parse_section(values)
+    problems += _find_unsupported(values)
+    if tokenizer_problem := find_tokenizer_problem(directory):
+        problems.append(tokenizer_problem)
     if problems or section is None:
-        raise ExchangeError(*(_in_file(path, problem) for problem in problems))
+        keys = [f"{path}: {problem.key.removeprefix('model.')}" for problem in problems]
+        raise ExchangeError(
+            *(replace(each, key=key) for each, key in zip(problems, keys, strict=True))
+        )
     return section
 
 
-def _section(values: Mapping[str, Any]) -> tuple[ModelSection | None, list[Problem]]:
-    ours: dict[str, Any] = {"architecture": "gpt2", "bias": True}
-    ours |= {our_name: values[name] for name, our_name in SIZES.items()}
-    names = {our_name: name for name, our_name in SIZES.items()}
+def _parse_section(values: Mapping[str, Any]) -> tuple[ModelSection | None, list[Problem]]:
+    ours = {our_name: values[name] for name, our_name in GPT2_NAMES.items()}
+    names = {our_name: name for name, our_name in GPT2_NAMES.items()}
     try:
-        section = ModelSection.model_validate_json(json.dumps(ours))
+        section = ModelSection.model_validate_json(
+            json.dumps({"architecture": "gpt2", "bias": True, **ours})
+        )
     except ValidationError as error:
         return None, [
             Problem(
                 names[str(detail["loc"][0])],
                 json.dumps(detail["input"]),
                 detail["msg"][0].lower() + detail["msg"][1:],
-                RETRAIN,
+                UNSUPPORTED_REMEDY,
             )
             for detail in error.errors(include_url=False, include_context=False)
         ]
-    known = {f"model.{key}": value for key, value in section.model_dump().items()}
-    problem = check_head_split(known)
+    problem = check_head_split({f"model.{key}": value for key, value in section})
     return section, [problem] if problem else []
 
 
-def _setting_problems(values: Mapping[str, Any]) -> list[Problem]:
+def _find_unsupported(values: Mapping[str, Any]) -> list[Problem]:
+    def problem(name: str, rule: str, remedy: str = UNSUPPORTED_REMEDY) -> Problem:
+        return Problem(name, json.dumps(values[name]), rule, remedy)
+
     problems = [
-        Problem(name, json.dumps(values[name]), f"must be {_choices(possible)}", RETRAIN)
-        for name, possible in POSSIBLE.items()
-        if name in values and values[name] not in possible
+        problem(name, f"must be {' or '.join(map(json.dumps, supported))}")
+        for name, supported in GPT2_SUPPORTED.items()
+        if name in values and values[name] not in supported
     ]
-    n_inner, n_embd = values.get("n_inner"), values["n_embd"]
-    if n_inner is not None and n_inner != 4 * n_embd:
-        rule = f"must be null or 4 * n_embd = {4 * n_embd}"
-        problems.append(Problem("n_inner", json.dumps(n_inner), rule, RETRAIN))
+    if values.get("n_inner") not in (None, 4 * values["n_embd"]):
+        problems.append(problem("n_inner", f"must be null or 4 * n_embd = {4 * values['n_embd']}"))
+    values = {"embd_pdrop": 0.1, "attn_pdrop": 0.1} | dict(values)
     for name in ("embd_pdrop", "attn_pdrop"):
-        if values.get(name, DEFAULTS["resid_pdrop"]) != values["resid_pdrop"]:
-            rule = f"must be resid_pdrop = {values['resid_pdrop']}: there is one dropout here"
-            remedy = "make the three equal in config.json; they matter in training alone"
-            problems.append(Problem(name, json.dumps(values.get(name, 0.1)), rule, remedy))
+        if values[name] != values["resid_pdrop"]:
+            rule = f"must equal resid_pdrop = {values['resid_pdrop']}: there is one dropout rate"
+            remedy = "set all three to the same value in config.json; only training uses them"
+            problems.append(problem(name, rule, remedy))
     return problems
-
-
-def _choices(possible: tuple[Any, ...]) -> str:
-    return " or ".join(json.dumps(value) for value in possible)
-
-
-def _tokenizer_problems(directory: Path) -> list[Problem]:
-    """Where a vocabulary lies beside the weights, it must be GPT-2's own: ids have no other
-    meaning here."""
-    path = directory / "vocab.json"
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        found = None
-    if found == vocabulary():
-        return []
-    rule = "must be GPT-2's own vocabulary, the only one here"
-    return [Problem("vocab.json", "", rule, "choose a model with GPT-2's tokenizer")]
-
-
-def _in_file(path: Path, problem: Problem) -> Problem:
-    key = problem.key.removeprefix("model.")
-    return Problem(f"{path}: {key}", problem.value, problem.rule, problem.remedy)

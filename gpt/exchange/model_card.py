@@ -1,4 +1,4 @@
-"""The page that goes with a published model, from what is known of it; nothing is made up."""
+"""The model card (README.md) of an exported model, from recorded values only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCES_SHOWN = 20
 
 @dataclass(frozen=True)
 class ModelCardData:
-    """What is known of a model beside its weights; each may be missing."""
+    """What is known about a model beside its weights; None if unknown."""
 
     name: str = "gpt"
     config: RunConfig | None = None
@@ -25,19 +25,21 @@ class ModelCardData:
     report: EvaluationReport | None = None
 
 
-def model_card(section: ModelSection, facts: ModelCardData) -> str:
-    """Markdown with the front matter that the Hugging Face Hub reads; the licence is left to the
-    user, because only they know what the data allow."""
+def build_model_card(section: ModelSection, data: ModelCardData) -> str:
+    """Return Markdown with the front matter of the Hugging Face Hub.
+
+    The license is left empty, because it depends on the training data.
+    """
     parts = [
         _FRONT_MATTER,
-        f"# {facts.name}",
-        _model(section),
+        f"# {data.name}",
+        _render_model(section),
         _USE,
-        _training(facts),
-        _data(facts.dataset),
-        render_evaluation(facts.report) if facts.report else "",
-        _samples(facts.report),
-        _LICENCE,
+        _render_training(data),
+        _render_data(data.dataset),
+        render_evaluation(data.report) if data.report else "",
+        _render_samples(data.report),
+        _LICENSE,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -46,7 +48,7 @@ _FRONT_MATTER = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-# Fill in an identifier as apache-2.0 or cc-by-4.0; see "Licence" below.
+# Fill in an identifier, e.g. apache-2.0 or cc-by-4.0; see "License" below.
 license:
 ---"""
 
@@ -58,19 +60,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-# In training an end-of-text stands before every document.
+# In training, every document starts with end-of-text.
 inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```"""
 
-_LICENCE = """\
-## Licence
+_LICENSE = """\
+## License
 
-To be filled in, here and as `license` at the top of this file: the terms under which the weights
-may be used, which the licences of the data have a say in."""
+Fill in here, and as `license` at the top of this file, the terms under which the weights may be
+used. The licenses of the training data may restrict them."""
 
 
-def _model(section: ModelSection) -> str:
+def _render_model(section: ModelSection) -> str:
     network = {"gpt2": "GPT-2", "nanochat": "nanochat"}[section.architecture]
     parameters = sum(shape.numel() for shape in tensor_shapes(section).values())
     rows = {
@@ -80,7 +82,7 @@ def _model(section: ModelSection) -> str:
         "heads": section.n_head,
         "width": section.n_embd,
         "context, tokens": f"{section.block_size:,}",
-        "vocabulary": f"{section.vocab_size:,} rows; GPT-2's 50,257 tokens",
+        "vocabulary": f"{section.vocab_size:,} rows for GPT-2's 50,257 tokens",
     }
     return f"A language model pretrained with overnight. It completes text.\n\n{_table(rows)}"
 
@@ -88,22 +90,22 @@ def _model(section: ModelSection) -> str:
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
 
 
-def _training(facts: ModelCardData) -> str:
+def _render_training(data: ModelCardData) -> str:
     rows: dict[str, object] = {}
-    if facts.tokens_seen is not None:
-        rows["tokens seen"] = f"{facts.tokens_seen:,}"
-    if facts.step is not None:
-        rows["steps"] = f"{facts.step:,}"
-    if facts.config:
-        rows["tokens a step"] = f"{facts.config.tokens_per_step:,}"
+    if data.tokens_seen is not None:
+        rows["tokens seen"] = f"{data.tokens_seen:,}"
+    if data.step is not None:
+        rows["steps"] = f"{data.step:,}"
+    if data.config:
+        rows["tokens per step"] = f"{data.config.tokens_per_step:,}"
         shown = ("optimizer.", "schedule.", "training.dtype", "training.seed", "model.dropout")
-        for key, value in facts.config.flatten().items():
+        for key, value in data.config.flatten().items():
             if key.startswith(shown) and value is not None:
                 rows[f"`{key}`"] = value
     return f"## Training\n\n{_table(rows)}" if rows else ""
 
 
-def _data(dataset: DatasetManifest | None) -> str:
+def _render_data(dataset: DatasetManifest | None) -> str:
     if dataset is None:
         return ""
     training = dataset.train
@@ -113,23 +115,23 @@ def _data(dataset: DatasetManifest | None) -> str:
         for source in sources
     ]
     if hidden := len(dataset.sources) - len(sources):
-        lines.append(f"- and {hidden:,} files more")
+        lines.append(f"- and {hidden:,} more files")
     rows = {
         "training documents": f"{training.documents:,}",
         "training tokens": f"{training.tokens:,}",
         "training text, bytes": f"{training.text_bytes:,}",
         "held-out documents": f"{dataset.validation.documents:,}",
-        "data set": f"`{dataset.fingerprint}`",
+        "dataset": f"`{dataset.fingerprint}`",
     }
-    return f"## Data\n\n{_table(rows)}\n\nFrom these files:\n\n" + "\n".join(lines)
+    return f"## Data\n\n{_table(rows)}\n\nSource files:\n\n" + "\n".join(lines)
 
 
 def render_evaluation(report: EvaluationReport) -> str:
-    """Every number of a report, as Markdown."""
+    """Render every number of a report as Markdown."""
     rows: dict[str, object] = {
-        "validation loss, nats a token": _with_error(report.loss, report.standard_error),
+        "validation loss, nats per token": _with_error(report.loss, report.standard_error),
         "validation perplexity": f"{report.perplexity:.2f}",
-        "bits a byte": f"{report.bits_per_byte:.4f}",
+        "bits per byte": f"{report.bits_per_byte:.4f}",
         "validation tokens": f"{report.tokens:,}",
     }
     if by_position := report.loss_by_position:
@@ -151,14 +153,14 @@ def render_evaluation(report: EvaluationReport) -> str:
     )
 
 
-def _samples(report: EvaluationReport | None) -> str:
+def _render_samples(report: EvaluationReport | None) -> str:
     if report is None or not report.samples:
         return ""
     samples = []
     for sample in report.samples:
         lines = f"**{sample.prompt}**{sample.text}".splitlines()
         samples.append("\n".join(f"> {line}" for line in lines))
-    return "## What it writes\n\n" + "\n\n".join(samples)
+    return "## Samples\n\n" + "\n\n".join(samples)
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -1,9 +1,9 @@
-"""nanoGPT's config files read as ours, without executing them.
+"""Convert a nanoGPT config file to TOML without executing it.
 
-Such a file is Python that `train.py` runs over its own defaults. Here its syntax tree is read, and
-assignments of literals and of arithmetic between literals (`5 * 8`) are taken; what else stands
-there is named. What the file leaves out has nanoGPT's default (train.py of commit 3adf61e), so that
-the config means what it meant there.
+A nanoGPT config is Python that overrides the defaults of `train.py`. Only its assignments of
+literals, or of arithmetic between literals (`5 * 8`), are read; everything else is reported.
+Missing settings get nanoGPT's defaults (train.py of commit 3adf61e), so that the config keeps its
+meaning.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "compile": True,
 }
 
-DIRECT = {
+RENAMED = {
     "out_dir": "run.root",
     "n_layer": "model.n_layer",
     "n_head": "model.n_head",
@@ -71,110 +71,108 @@ DIRECT = {
     "eval_interval": "evaluation.interval",
     "wandb_project": "tracking.experiment",
 }
-"""Keys that mean the same there and here."""
+"""nanoGPT's key -> our key with the same meaning."""
 
 NO_COUNTERPART = {
-    "dataset": "a folder of tokens that nanoGPT prepared; ours are made from Parquet, data.source",
-    "init_from": "starting is resuming: the same command goes on where it stopped",
-    "eval_only": "every run is evaluated at its end",
+    "dataset": "nanoGPT's folder of prepared tokens; set data.source to Parquet files instead",
+    "init_from": "re-run the same command to resume",
+    "eval_only": "every run ends with an evaluation",
     "always_save_checkpoint": "a checkpoint is written every training.checkpoint_interval steps",
     "wandb_log": "every run is tracked in MLflow",
-    "backend": "one device needs none",
-    "lr_decay_iters": "the learning rate falls until training.max_steps",
+    "backend": "chosen by the device",
+    "lr_decay_iters": "the learning rate decays until training.max_steps",
 }
 
 SECTIONS = (
     *("run", "model", "data", "optimizer", "schedule"),
     *("training", "evaluation", "tracking", "hardware"),
 )
-"""In the order in which our configs have them."""
-NUMBERS = ("learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2")
-"""Where our type is a float, and Python writes 1 as well."""
+"""In the order of the shipped configs."""
+FLOATS = ("learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2")
+"""Keys whose type is float here, and which may be an int in Python."""
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A nanoGPT config in our terms."""
+class ConvertedConfig:
+    """A nanoGPT config converted to our keys."""
 
     source: str
     values: dict[str, dict[str, Any]]
-    """Section -> key -> value, as TOML would give it."""
-    given: tuple[str, ...]
-    """nanoGPT's keys that stand in the file and were taken."""
-    left_out: Mapping[str, str]
-    """What stands in the file and was not taken -> why."""
+    """Section -> key -> value, as parsed from TOML."""
+    unsupported: Mapping[str, str]
+    """What was not converted -> why."""
 
-    def toml(self) -> str:
-        """Our config, with what has no counterpart named in its head."""
-        lines = [f"# From nanoGPT's {self.source}; what that leaves out is nanoGPT's default."]
-        lines += [f"# no counterpart: {key}: {why}" for key, why in self.left_out.items()]
+    def to_toml(self) -> str:
+        """Render the config as TOML, with a comment for everything that was not converted."""
+        lines = [
+            f"# Converted from nanoGPT's {self.source}; missing settings have nanoGPT's defaults."
+        ]
+        lines += [f"# not converted: {key}: {why}" for key, why in self.unsupported.items()]
         for section, entries in self.values.items():
             lines += ["", f"[{section}]"]
-            lines += [f"{key} = {_toml(value)}" for key, value in entries.items()]
+            lines += [f"{key} = {_format_toml(value)}" for key, value in entries.items()]
         return "\n".join(lines) + "\n"
 
 
-def convert_nanogpt(path: Path, data_source: str) -> Imported:
-    """Raises `ConfigError` for a file that is missing, unreadable or not Python.
+def convert_nanogpt(path: Path, data_source: str) -> ConvertedConfig:
+    """Read a nanoGPT config and convert it; `data_source` replaces nanoGPT's dataset.
 
-    `data_source` stands for nanoGPT's data set, which has no counterpart.
+    Raises `ConfigError` for a file that is missing, unreadable or not Python.
     """
-    assigned, strange = _assignments(_syntax_tree(path))
-    known = DEFAULTS.keys() | DIRECT.keys() | {"wandb_run_name"}
-    left_out = dict(strange)
+    assigned, unsupported = _read_assignments(_parse_python(path))
+    known = DEFAULTS.keys() | RENAMED.keys() | {"wandb_run_name"}
     for key in assigned:
         if key not in known:
-            left_out[key] = NO_COUNTERPART.get(key, "nanoGPT has no such setting")
+            unsupported[key] = NO_COUNTERPART.get(key, "nanoGPT has no such setting")
     if assigned.get("init_from", "scratch") == "scratch":
-        left_out.pop("init_from", None)
+        unsupported.pop("init_from", None)
     settings = DEFAULTS | assigned
     if settings.get("lr_decay_iters") == settings["max_iters"]:
-        left_out.pop("lr_decay_iters", None)
-    return Imported(
+        unsupported.pop("lr_decay_iters", None)
+    return ConvertedConfig(
         source=path.name,
-        values=_ours(settings, path.stem, data_source, left_out),
-        given=tuple(key for key in assigned if key not in left_out),
-        left_out=left_out,
+        values=_convert_settings(settings, path.stem, data_source, unsupported),
+        unsupported=unsupported,
     )
 
 
-# --- their file ----------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
-def _syntax_tree(path: Path) -> ast.Module:
+def _parse_python(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_bytes())
     except FileNotFoundError:
-        rule, remedy = "there is no such file", "give the path of a nanoGPT config"
+        rule, remedy = "no such file", "give the path of a nanoGPT config"
     except OSError as error:
-        rule, remedy = f"the file cannot be read: {error.strerror}", "give a readable file"
+        rule, remedy = f"cannot be read: {error.strerror}", "make it readable"
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        rule, remedy = f"is not Python: {error}", "give a nanoGPT config, as config/train_gpt2.py"
+        rule, remedy = f"is not Python: {error}", "give a nanoGPT config, e.g. config/train_gpt2.py"
     raise ConfigError(Problem(str(path), "", rule, remedy))
 
 
-def _assignments(tree: ast.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """Literal values by name, the last one counting, and what is no such assignment."""
+def _read_assignments(tree: ast.Module) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the literal assigned last to each name, and the reasons for everything else."""
     values: dict[str, Any] = {}
-    strange: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        names = _targets(node)
+        names = _target_names(node)
         if not names or not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-            strange[f"line {node.lineno}"] = "is no assignment of a literal"
+            skipped[f"line {node.lineno}"] = "is not an assignment of a literal"
             continue
         for name in names:
             try:
-                values[name] = _literal(node.value)
-                strange.pop(name, None)
+                values[name] = _evaluate_literal(node.value)
+                skipped.pop(name, None)
             except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
                 values.pop(name, None)
-                strange[name] = f"line {node.lineno} computes it, and nothing is executed here"
-    return values, strange
+                skipped[name] = f"line {node.lineno} computes it, and the file is not executed"
+    return values, skipped
 
 
-def _targets(node: ast.stmt) -> list[str]:
+def _target_names(node: ast.stmt) -> list[str]:
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
@@ -188,43 +186,43 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 
 
-def _literal(node: ast.expr) -> bool | int | float | str:
-    """The value of a literal, or of arithmetic between numbers; ValueError for anything else."""
+def _evaluate_literal(node: ast.expr) -> bool | int | float | str:
+    """Evaluate a literal or arithmetic between numbers. Raises `ValueError` for anything else."""
     if not isinstance(node, ast.BinOp):
         value = ast.literal_eval(node)
         if not isinstance(value, bool | int | float | str):
-            raise ValueError("no setting has such a value")
+            raise ValueError("not a bool, number or string")
         if isinstance(value, str):
-            value.encode()  # half a surrogate pair is no text; that error is a ValueError
+            value.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
         return value
-    left, right = _literal(node.left), _literal(node.right)
+    left, right = _evaluate_literal(node.left), _evaluate_literal(node.right)
     combine = _OPERATORS.get(type(node.op))
     if combine is None or not all(type(side) in (int, float) for side in (left, right)):
-        raise ValueError("no arithmetic between numbers")
+        raise ValueError("not arithmetic between numbers")
     result: int | float = combine(left, right)
     return result
 
 
-# --- our config ----------------------------------------------------------------------------------
+# --- converting ----------------------------------------------------------------------------------
 
 
-def _ours(
-    settings: Mapping[str, Any], stem: str, data_source: str, left_out: dict[str, str]
+def _convert_settings(
+    settings: Mapping[str, Any], stem: str, data_source: str, unsupported: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
     name = settings.get("wandb_run_name", stem)
-    flat: dict[str, Any] = {"run.name": _run_name(name) or _run_name(stem) or "nanogpt"}
-    for theirs, ours in DIRECT.items():
+    flat: dict[str, Any] = {"run.name": _clean_run_name(name) or _clean_run_name(stem) or "nanogpt"}
+    for theirs, ours in RENAMED.items():
         if theirs in settings:
             value = settings[theirs]
-            flat[ours] = float(value) if theirs in NUMBERS and type(value) is int else value
+            flat[ours] = float(value) if theirs in FLOATS and type(value) is int else value
     flat["model.architecture"] = "gpt2"
     flat["data.source"] = data_source
     flat["schedule.name"] = "cosine"
-    flat["schedule.min_learning_rate_ratio"] = _lowest_share(settings)
+    flat["schedule.min_learning_rate_ratio"] = _min_learning_rate_ratio(settings)
     flat["training.checkpoint_interval"] = settings["eval_interval"]
     flat["evaluation.batch_size"] = settings["batch_size"]
     flat["evaluation.tokens"] = _product(settings, "eval_iters", "batch_size", "block_size")
-    flat["hardware.device"] = _device(settings["device"], left_out)
+    flat["hardware.device"] = _convert_device(settings["device"], unsupported)
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in flat.items():
         section, _, entry = key.partition(".")
@@ -232,13 +230,13 @@ def _ours(
     return sections
 
 
-def _run_name(value: Any) -> str:
-    """What our names may hold: letters, digits, dots, dashes and underscores."""
+def _clean_run_name(value: Any) -> str:
+    """Keep what a run name may contain: letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("._-")[:100]
 
 
-def _lowest_share(settings: Mapping[str, Any]) -> Any:
-    """min_lr / learning_rate; 1 where nanoGPT does not let it fall."""
+def _min_learning_rate_ratio(settings: Mapping[str, Any]) -> Any:
+    """Return min_lr / learning_rate, or 1 without decay."""
     if not settings["decay_lr"]:
         return 1.0
     lowest, highest = settings["min_lr"], settings["learning_rate"]
@@ -249,24 +247,24 @@ def _lowest_share(settings: Mapping[str, Any]) -> Any:
 
 
 def _product(settings: Mapping[str, Any], *keys: str) -> Any:
-    """Of whole numbers; whatever else one of them is, for the rules to tell of it."""
+    """Multiply integers. Returns a value that is not one as it is, for the config to refuse it."""
     values = [settings[key] for key in keys]
     return next((v for v in values if type(v) is not int), None) or math.prod(values)
 
 
-def _device(value: Any, left_out: dict[str, str]) -> Any:
+def _convert_device(value: Any, unsupported: dict[str, str]) -> Any:
     if value == "cuda":
         return "auto"
     if isinstance(value, str) and value.startswith("mps"):
-        left_out["device"] = "there are GPUs by CUDA, and the CPU"
+        unsupported["device"] = "only CUDA GPUs and the CPU are supported"
         return "cpu"
     return value
 
 
-def _toml(value: Any) -> str:
+def _format_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    # JSON's strings are TOML's, but for the one control character that JSON lets stand.
+    # JSON strings are valid TOML, except for the one control character that JSON does not escape.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

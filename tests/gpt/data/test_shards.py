@@ -1,4 +1,4 @@
-"""Token files and manifests: what is written is read, what is damaged is refused."""
+"""Shards and manifests: what is written can be read, and damage is detected."""
 
 import hashlib
 import subprocess
@@ -42,7 +42,7 @@ def manifest(tmp_path):
 
 @pytest.mark.parametrize("pieces", [1, 3, 700])
 @pytest.mark.parametrize("capacity", [1, 7, 999, 1_000, 5_000])
-def test_ids_come_back_whatever_the_cut(tmp_path, pieces, capacity):
+def test_ids_are_read_back_for_every_shard_size(tmp_path, pieces, capacity):
     ids = np.random.default_rng(0).integers(0, 65_536, 1_000, dtype=np.uint32)[: capacity * 20]
     shards = write(tmp_path, ids, capacity, pieces=pieces)
     read = [open_shard(tmp_path / shard.name, shard) for shard in shards]
@@ -54,7 +54,7 @@ def test_ids_come_back_whatever_the_cut(tmp_path, pieces, capacity):
         assert hashlib.sha256((tmp_path / shard.name).read_bytes()).hexdigest() == shard.sha256
 
 
-def test_the_bytes_are_llm_c_s_format(tmp_path):
+def test_shards_have_the_format_of_llm_c(tmp_path):
     (shard,) = write(tmp_path, np.array([1, 258, 50256]), 10)
     data = (tmp_path / "train-00000.bin").read_bytes()
     assert shard.name == "train-00000.bin"
@@ -81,11 +81,11 @@ def test_an_interrupted_writer_leaves_no_shard(tmp_path):
     assert len(list(tmp_path.glob("*.partial"))) == 1
 
 
-def test_nothing_written_is_no_shard(tmp_path):
+def test_no_ids_give_no_shard(tmp_path):
     assert write(tmp_path, np.array([], dtype=np.uint32), 10) == ()
 
 
-def test_reading_holds_nothing_in_memory_and_changes_nothing(tmp_path):
+def test_open_shard_is_memory_mapped_and_read_only(tmp_path):
     (shard,) = write(tmp_path, np.arange(10), 10)
     ids = open_shard(tmp_path / shard.name, shard)
     assert isinstance(ids, np.memmap)
@@ -114,7 +114,7 @@ def damage(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["missing", "short", "long", "empty", "magic", "count"])
-def test_open_shard_refuses_what_is_not_the_manifest_s_file(manifest, kind):
+def test_open_shard_refuses_a_file_that_differs_from_the_manifest(manifest, kind):
     shard = manifest.train.shards[1]
     path = manifest.folder / shard.name
     open_shard(path, shard)
@@ -123,14 +123,14 @@ def test_open_shard_refuses_what_is_not_the_manifest_s_file(manifest, kind):
         open_shard(path, shard)
 
 
-def test_open_shard_holds_the_count_against_the_manifest(manifest):
+def test_open_shard_compares_the_token_count_with_the_manifest(manifest):
     shard = manifest.train.shards[0]
     other = Shard(name=shard.name, tokens=shard.tokens - 1, sha256=shard.sha256)
     with pytest.raises(DatasetError, match="999 tokens"):
         open_shard(manifest.folder / shard.name, other)
 
 
-def test_manifest_reads_back_also_after_a_move(manifest, tmp_path):
+def test_a_moved_dataset_can_be_read(manifest, tmp_path):
     assert read_manifest(manifest.folder) == manifest
     elsewhere = tmp_path.with_name(tmp_path.name + "-moved")
     tmp_path.rename(elsewhere)
@@ -147,7 +147,7 @@ def test_a_manifest_that_is_missing_or_damaged_is_refused(manifest, text):
         read_manifest(manifest.folder)
 
 
-def test_all_broken_shards_are_named_at_once(manifest):
+def test_all_broken_shards_are_reported_at_once(manifest):
     damage(manifest.folder / "train-00001.bin", "missing")
     damage(manifest.folder / "validation-00000.bin", "short")
     for check in (lambda: read_manifest(manifest.folder), lambda: verify_shards(manifest)):
@@ -159,7 +159,7 @@ def test_all_broken_shards_are_named_at_once(manifest):
         ]
 
 
-def test_verify_finds_one_flipped_bit(manifest):
+def test_verify_shards_finds_one_flipped_bit(manifest):
     verify_shards(manifest)
     path = manifest.folder / "train-00002.bin"
     data = bytearray(path.read_bytes())
@@ -170,7 +170,7 @@ def test_verify_finds_one_flipped_bit(manifest):
         verify_shards(manifest)
 
 
-def test_a_training_host_needs_neither_polars_nor_pyarrow():
+def test_reading_shards_needs_neither_polars_nor_pyarrow():
     program = (
         "import sys, gpt.data.shards\n"
         "assert not {'polars', 'pyarrow', 'torch', 'tiktoken'} & set(sys.modules)"

@@ -214,7 +214,7 @@ def test_a_full_disk_is_an_error(tmp_path, source, monkeypatch):
 
 @pytest.mark.parametrize(
     ("store", "rule"),
-    [("nosuch://bucket", "fsspec knows no nosuch://"), ("dropbox://x", "needs a package")],
+    [("nosuch://bucket", "fsspec does not support, nosuch://"), ("dropbox://x", "needs a package")],
 )
 def test_the_config_refuses_what_fsspec_cannot_open(tmp_path, store, rule):
     with pytest.raises(ConfigError, match=rule) as refused:

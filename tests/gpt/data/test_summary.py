@@ -1,4 +1,4 @@
-"""A data set for people: page, picture, samples; and `overnight inspect`, which checks it first."""
+"""The summary page, plot and samples of a dataset, and `overnight inspect`, which verifies it."""
 
 import os
 import subprocess
@@ -9,7 +9,13 @@ from corpus_data import TEXTS, build_dataset, decode_splits, write_parquet
 
 from gpt.data.loader import SequenceDataset
 from gpt.data.shards import read_manifest
-from gpt.data.summary import format_summary, lengths, read_samples, render_summary, write_summary
+from gpt.data.summary import (
+    bin_document_lengths,
+    format_summary,
+    read_samples,
+    render_summary,
+    write_summary,
+)
 from gpt.errors import DatasetError
 
 
@@ -29,7 +35,7 @@ def inspect(folder):
     )
 
 
-def test_the_figures_are_the_manifest_s(made):
+def test_the_summary_has_the_totals_of_the_manifest(made):
     text = format_summary(made)
     text_bytes = sum(len(t.encode()) for t in TEXTS)
     tokens = made.train.tokens + made.validation.tokens - len(TEXTS)
@@ -37,23 +43,23 @@ def test_the_figures_are_the_manifest_s(made):
     assert f"{made.train.documents:,} documents" in text
     assert "1 null, 1 empty" in text
     assert "min_length = 3" in text
-    assert sum(count for _, count in lengths(made)) == len(TEXTS)
+    assert sum(count for _, count in bin_document_lengths(made)) == len(TEXTS)
     assert "## Document lengths" in render_summary(made)
 
 
-def test_the_page_and_the_picture_lie_beside_the_shards(made):
+def test_page_and_plot_are_written_beside_the_shards(made):
     files = write_summary(made)
     assert files["document-lengths.png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert files["summary.md"].read_text() == render_summary(made)
     assert read_manifest(made.folder) == made
 
 
-def test_samples_are_how_documents_begin(made):
+def test_samples_are_the_beginnings_of_documents(made):
     train, _ = decode_splits(made)
     assert list(read_samples(made, made.train, 3)) == train[:3]
 
 
-def test_inspect_and_training_refuse_an_altered_shard(made):
+def test_inspect_and_training_refuse_a_changed_shard(made):
     shown = inspect(made.folder)
     assert shown.returncode == 0, shown.stderr
     assert decode_splits(made)[0][0] in shown.stdout

@@ -1,4 +1,4 @@
-"""What stock transformers makes of our exports, and what we make of its GPT-2."""
+"""Exports loaded by transformers, and transformers' GPT-2 imported."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ BLOCK = 24
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder that is gone after the test: its models are large."""
+    """A folder that is deleted after the test, because its models are large."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
 
-def exported(model, place):
-    """The directory of a model, by way of a folder of ours."""
+def export_model(model, place):
+    """Save and export a model; return the exported directory."""
     (place / "ours").mkdir()
     save_model(place / "ours", model.config, model.state_dict())
     export_huggingface(place / "ours", place / "theirs", ModelCardData())
     return place / "theirs"
 
 
-def drawn(config):
-    """A network whose weights are a stream of random numbers that repeats after a million: drawing
-    each anew would take most of these tests' time. As their number is prime, no rows are equal."""
+def build_random_model(config):
+    """Build a model from a random stream that repeats after about a million numbers, which is much
+    faster than drawing each. Their number is prime, so no two rows are equal."""
     with torch.device("meta"):
         model = ARCHITECTURES[config.architecture](config)
     model.to_empty(device="cpu")
@@ -59,15 +59,15 @@ def drawn(config):
     return model
 
 
-def logits_of(model, ids):
+def all_logits(model, ids):
     with torch.no_grad():
         hidden = model.eval()(ids)
         logits, _ = compute_logits(hidden.flatten(0, 1), model.head, model.logit_softcap)
     return logits.view(*ids.shape, -1)
 
 
-def continued(theirs, directory, prompt, count):
-    """Greedy text of stock transformers."""
+def generate_with_transformers(theirs, directory, prompt, count):
+    """Greedy text of transformers."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     inputs = tokenizer(f"<|endoftext|>{prompt}", return_tensors="pt")
     ids = theirs.generate(**inputs, max_new_tokens=count, do_sample=False)[0]
@@ -76,45 +76,45 @@ def continued(theirs, directory, prompt, count):
 
 @pytest.mark.parametrize("n_embd", [480, 576, 720, 768])
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
-def test_logits_and_greedy_text_at_the_shipped_widths(architecture, n_embd, place):
+def test_logits_and_greedy_text_match_transformers(architecture, n_embd, place):
     sizes = {"n_layer": 2, "n_head": 12, "n_embd": n_embd, "block_size": BLOCK}
-    model = drawn(model_section(architecture, **sizes))
-    directory = exported(model, place)
+    model = build_random_model(model_section(architecture, **sizes))
+    directory = export_model(model, place)
     theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
     expected = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
     assert type(theirs).__name__ == expected[architecture]
     ids = torch.randint(VOCAB_SIZE, (2, BLOCK), generator=torch.Generator().manual_seed(1))
-    ours = logits_of(model, ids)
+    ours = all_logits(model, ids)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours, rtol=0, atol=1e-4)
     assert ours.std() > 0.1
     text = generate(model, "The quick brown fox", SamplingParams(max_tokens=8, temperature=0))
-    assert text == continued(theirs, directory, "The quick brown fox", 8)
+    assert text == generate_with_transformers(theirs, directory, "The quick brown fox", 8)
     assert len(text) > 8
 
 
 @pytest.mark.parametrize(("architecture", "bias"), [("gpt2", True), ("nanochat", False)])
-def test_padding_of_the_vocabulary_is_never_written(architecture, bias, place):
-    """Though a padding row has the highest logit."""
+def test_padding_of_the_vocabulary_is_never_generated(architecture, bias, place):
+    """Even if a padding row has the highest logit."""
     model = randomize_weights(build_model(model_section(architecture, block_size=BLOCK, bias=bias)))
     prompt = torch.tensor([[END_OF_TEXT, *encode("The").tolist()]])
     with torch.no_grad():
         model.head[50_300] = model.eval()(prompt)[0, -1] * 10
-    assert int(logits_of(model, prompt)[0, -1].argmax()) == 50_300
-    directory = exported(model, place)
+    assert int(all_logits(model, prompt)[0, -1].argmax()) == 50_300
+    directory = export_model(model, place)
     theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
     with torch.no_grad():
         torch.testing.assert_close(
-            theirs(prompt).logits, logits_of(model, prompt), rtol=1e-4, atol=1e-4
+            theirs(prompt).logits, all_logits(model, prompt), rtol=1e-4, atol=1e-4
         )
     text = generate(model, "The", SamplingParams(max_tokens=8, temperature=0))
-    assert continued(theirs, directory, "The", 8) == text
+    assert generate_with_transformers(theirs, directory, "The", 8) == text
 
 
 @pytest.mark.parametrize("alone", [{"tokenizer.json"}, {"vocab.json", "merges.txt"}])
-def test_the_tokenizer_gives_tiktoken_s_ids(alone, place):
-    """From each of its two forms by itself."""
-    directory = exported(build_model(model_section("gpt2", n_embd=2, n_layer=1)), place)
+def test_the_tokenizer_gives_the_ids_of_tiktoken(alone, place):
+    """From each of its two forms."""
+    directory = export_model(build_model(model_section("gpt2", n_embd=2, n_layer=1)), place)
     for name in {"tokenizer.json", "vocab.json", "merges.txt"} - alone:
         (directory / name).unlink()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -139,7 +139,7 @@ def test_the_tokenizer_gives_tiktoken_s_ids(alone, place):
 class TestImport:
     @pytest.fixture
     def theirs(self, place):
-        """A random GPT-2 as transformers saves it; every weight drawn, biases too."""
+        """A GPT-2 saved by transformers with random weights and biases."""
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=BLOCK))
         randomize_weights(model).save_pretrained(place / "published")
@@ -155,13 +155,15 @@ class TestImport:
         assert not (place / "ours").exists()
         return str(caught.value)
 
-    def test_imported_and_exported_again_it_is_unchanged(self, theirs, place):
+    def test_import_and_export_change_nothing(self, theirs, place):
         imported = import_huggingface(place / "published", place / "ours")
         assert (imported.n_embd, imported.vocab_size, imported.bias) == (32, VOCAB_SIZE, True)
         model = load_model(place / "ours", CPU)
         ids = torch.randint(VOCAB_SIZE, (2, BLOCK), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            torch.testing.assert_close(theirs(ids).logits, logits_of(model, ids), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                theirs(ids).logits, all_logits(model, ids), rtol=0, atol=1e-4
+            )
         export_huggingface(place / "ours", place / "again", ModelCardData())
         before = load_file(place / "published" / "model.safetensors")
         after = load_file(place / "again" / "model.safetensors")
@@ -173,12 +175,12 @@ class TestImport:
             again.pop(key, None), published.pop(key, None)
         assert again == published
 
-    def test_several_files_and_old_names_are_the_same_model(self, theirs, place):
+    def test_sharded_weights_and_old_names_give_the_same_model(self, theirs, place):
         import_huggingface(place / "published", place / "ours")
         theirs.save_pretrained(place / "parts", max_shard_size="3MB")
         assert len(list((place / "parts").glob("model-*.safetensors"))) > 1
         import_huggingface(place / "parts", place / "from_parts")
-        # As the file on the Hub: no prefix, the mask among the weights.
+        # As the original file on the Hub: no prefix, and the causal mask among the weights.
         weights = load_file(place / "published" / "model.safetensors")
         old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         old |= {"h.0.attn.bias": torch.ones(1, 1, BLOCK, BLOCK)}
@@ -207,7 +209,7 @@ class TestImport:
             ("attn_pdrop", 0.3),
         ],
     )
-    def test_what_our_network_has_not_is_refused(self, theirs, place, key, value):
+    def test_unsupported_settings_are_refused(self, theirs, place, key, value):
         self.changed(place, **{key: value})
         message = self.error(place)
         shown = value if isinstance(value, str) and key == "model_type" else json.dumps(value)
@@ -216,7 +218,7 @@ class TestImport:
         assert "1 problem" in message
         assert "-> " in message
 
-    def test_all_of_it_is_told_together(self, theirs, place):
+    def test_all_problems_are_reported_at_once(self, theirs, place):
         self.changed(place, activation_function="relu", n_inner=100, vocab_size=70_000)
         assert "3 problems" in self.error(place)
 
@@ -224,7 +226,7 @@ class TestImport:
         (place / "published" / "vocab.json").write_text('{"a": 0}')
         assert "vocab.json" in self.error(place)
 
-    def test_weights_that_are_not_there_or_not_those(self, theirs, place):
+    def test_missing_or_wrong_weights_are_refused(self, theirs, place):
         path = place / "published" / "model.safetensors"
         weights = load_file(path)
         del weights["transformer.ln_f.bias"]
@@ -233,9 +235,9 @@ class TestImport:
         path.write_bytes(path.read_bytes()[:1000])
         assert "cannot be read" in self.error(place)
         path.rename(path.with_name("pytorch_model.bin"))
-        assert "nothing pickled" in self.error(place)
+        assert "pickled weights" in self.error(place)
 
-    def test_a_directory_without_a_model(self, place):
+    def test_a_directory_without_a_model_is_refused(self, place):
         assert "cannot be read: No such file" in self.error(place)
 
 
@@ -247,10 +249,10 @@ class TestFolders:
         save_model(tmp_path / "ours", model.config, model.state_dict())
         return tmp_path / "ours"
 
-    def test_what_is_there_stays(self, ours, tmp_path):
+    def test_an_existing_directory_is_not_overwritten(self, ours, tmp_path):
         (tmp_path / "out").mkdir()
         export_huggingface(ours, tmp_path / "out", ModelCardData())  # empty: nothing is lost
-        with pytest.raises(ExchangeError, match="is there already"):
+        with pytest.raises(ExchangeError, match="already exists"):
             export_huggingface(ours, tmp_path / "out", ModelCardData())
 
     def test_a_failure_leaves_nothing_behind(self, ours, tmp_path, monkeypatch):
@@ -272,14 +274,14 @@ class TestFolders:
             ("model.safetensors", b"12345678", "cannot be read"),
         ],
     )
-    def test_what_is_no_model_of_ours(self, ours, tmp_path, name, content, words):
+    def test_invalid_model_folders_are_refused(self, ours, tmp_path, name, content, words):
         (ours / name).unlink()
         if content is not None:
             (ours / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{name}\n.*{words}"):
             export_huggingface(ours, tmp_path / "out", ModelCardData())
 
-    def test_weights_of_another_config(self, ours):
+    def test_weights_of_another_config_are_refused(self, ours):
         values = json.loads((ours / "config.json").read_text())
         values["model"]["n_layer"] = 2
         (ours / "config.json").write_text(json.dumps(values))
@@ -299,7 +301,7 @@ class TestModelCard:
         save_model(place / "ours", config, build_model(config).state_dict())
         return place / "ours"
 
-    def test_it_says_what_is_known(self, ours, place):
+    def test_the_card_lists_what_is_known(self, ours, place):
         report = EvaluationReport(
             step=20,
             tokens=640,
@@ -328,16 +330,16 @@ class TestModelCard:
             "| tokens seen | 5,120 |",
             "| `optimizer.learning_rate` | 0.01 |",
             "- `up.parquet`: 1 rows",
-            "| validation loss, nats a token | 3.2800 ± 0.0120 |",
+            "| validation loss, nats per token | 3.2800 ± 0.0120 |",
             "| LAMBADA (OpenAI), accuracy | 0.3000 ± 0.0100 |",
             "> **The** end\n> of it",
             "| training tokens | 20,000 |",
         ):
             assert part in card
         assert "HellaSwag" not in card
-        assert "made/up" not in card  # where the user keeps files is nobody's business
+        assert "made/up" not in card  # local paths are private
 
-    def test_what_is_not_known_is_not_said(self, ours, place):
+    def test_unknown_sections_are_left_out(self, ours, place):
         card = self.card(ours, place, ModelCardData())
         assert "## Training" not in card
         assert "## Data" not in card

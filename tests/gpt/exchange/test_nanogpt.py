@@ -1,4 +1,4 @@
-"""nanoGPT's config files in our terms, without executing them."""
+"""nanoGPT config files are converted without being executed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 from gpt.config.loading import build_config
 from gpt.errors import ConfigError
-from gpt.exchange.nanogpt import DEFAULTS, DIRECT, convert_nanogpt
+from gpt.exchange.nanogpt import DEFAULTS, RENAMED, convert_nanogpt
 
 ROOT = Path(__file__).resolve().parents[3]
 
 OURS = """
-# our user's own file
+# a user's own file
 out_dir = 'out-fineweb'
 wandb_log = True
 wandb_project = 'fineweb'
@@ -41,13 +41,13 @@ def read(tmp_path: Path, text: str) -> tuple[dict, dict[str, str]]:
     path = tmp_path / "train_user.py"
     path.write_text(text)
     imported = convert_nanogpt(path, "data/fineweb.parquet")
-    values = tomllib.loads(imported.toml())
+    values = tomllib.loads(imported.to_toml())
     assert values == imported.values
-    return values, dict(imported.left_out)
+    return values, dict(imported.unsupported)
 
 
-def test_every_key_is_mapped_or_named(tmp_path: Path) -> None:
-    values, left_out = read(tmp_path, OURS)
+def test_every_key_is_converted_or_reported(tmp_path: Path) -> None:
+    values, unsupported = read(tmp_path, OURS)
     assert values["run"] == {"name": "gpt2-124M", "root": "out-fineweb"}
     model = {"n_layer": 12, "n_head": 12, "n_embd": 512, "block_size": 1024, "dropout": 0.0}
     assert values["model"] == model | {"bias": False, "architecture": "gpt2"}
@@ -60,27 +60,27 @@ def test_every_key_is_mapped_or_named(tmp_path: Path) -> None:
     }
     assert values["evaluation"]["tokens"] == 10 * 16 * 1024
     assert values["tracking"]["experiment"] == "fineweb"
-    assert left_out.keys() == {"wandb_log", "dataset"}
+    assert unsupported.keys() == {"wandb_log", "dataset"}
 
 
-def test_it_is_checked_by_our_rules(tmp_path: Path) -> None:
+def test_the_result_is_checked_by_the_config_rules(tmp_path: Path) -> None:
     values, _ = read(tmp_path, OURS)
     with pytest.raises(ConfigError, match=r"42\.67"):
         build_config(values)
     build_config(read(tmp_path, OURS.replace("512", "576"))[0])
 
 
-def test_what_is_left_out_is_nanogpts_default(tmp_path: Path) -> None:
+def test_missing_settings_get_the_defaults_of_nanogpt(tmp_path: Path) -> None:
     config = build_config(read(tmp_path, "")[0])
     assert config.tokens_per_step == 12 * 40 * 1024
     assert config.training.max_steps == 600_000
     assert config.schedule.min_learning_rate_ratio == 0.1
-    assert set(DIRECT) <= set(DEFAULTS) | {"out_dir", "seed"}
+    assert set(RENAMED) <= set(DEFAULTS) | {"out_dir", "seed"}
 
 
 def test_nothing_is_executed(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
-    values, left_out = read(
+    values, unsupported = read(
         tmp_path,
         f"import time\nopen({str(trap)!r}, 'w')\nn_layer = int('6')\nn_head = 6\n"
         "wandb_run_name = 'ft-' + str(time.time())\nif True:\n    n_embd = 6\nn_head += 1\n",
@@ -88,18 +88,18 @@ def test_nothing_is_executed(tmp_path: Path) -> None:
     assert not trap.exists()
     assert values["model"]["n_layer"] == DEFAULTS["n_layer"]
     assert values["model"]["n_head"] == 6
-    assert left_out.keys() == {
+    assert unsupported.keys() == {
         *("line 1", "line 2", "line 6", "line 8"),
         *("n_layer", "wandb_run_name"),
     }
 
 
-def test_no_decay_is_a_constant_rate_and_other_ends_are_named(tmp_path: Path) -> None:
+def test_no_decay_gives_a_constant_rate(tmp_path: Path) -> None:
     assert read(tmp_path, "decay_lr = False")[0]["schedule"]["min_learning_rate_ratio"] == 1.0
     assert "lr_decay_iters" in read(tmp_path, "max_iters = 100\nlr_decay_iters = 90")[1]
 
 
-def test_a_lowest_rate_over_the_highest_is_a_problem(tmp_path: Path) -> None:
+def test_a_minimum_rate_above_the_maximum_is_refused(tmp_path: Path) -> None:
     values, _ = read(tmp_path, "learning_rate = 1e-5\nmin_lr = 1e-4")
     with pytest.raises(ConfigError, match="min_learning_rate_ratio"):
         build_config(values)
@@ -122,14 +122,14 @@ def test_a_lowest_rate_over_the_highest_is_a_problem(tmp_path: Path) -> None:
         f"x = {'(' * 80}1{')' * 80}",
     ],
 )
-def test_strange_values_end_in_a_config_or_a_config_error(tmp_path: Path, text: str) -> None:
+def test_unusual_values_give_a_config_or_a_config_error(tmp_path: Path, text: str) -> None:
     values, _ = read(tmp_path, text)
     with contextlib.suppress(ConfigError):
         build_config(values)
 
 
 @pytest.mark.parametrize("text", ["n_layer = ", "\0", "def", "x = (" * 500, "n = " + "9" * 5000])
-def test_what_is_not_python_is_said(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_python_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match="not Python"):
@@ -149,7 +149,7 @@ def test_the_command_prints_toml_and_validates_it(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert tomllib.loads(done.stdout)["model"]["n_embd"] == 512
-    assert "# no counterpart: dataset" in done.stdout
+    assert "# not converted: dataset" in done.stdout
     for part in ("42.67", "n_embd=512 model.n_head=8", "yes"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr

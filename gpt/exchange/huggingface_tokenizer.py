@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer as the files that stock transformers reads, so that it gives tiktoken's ids."""
+"""GPT-2's tokenizer in the files that transformers loads; its ids equal tiktoken's."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 from tiktoken_ext.openai_public import ENDOFTEXT  # type: ignore[import-untyped]
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, ranks_folder, read_verified_files
+from gpt.errors import Problem
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
 def write_tokenizer(folder: Path, block_size: int) -> None:
-    """`vocab.json` and `merges.txt` are OpenAI's own files, byte for byte; `tokenizer.json` holds
-    both in the format of the tokenizers library. Raises `TokenizerError`.
+    """Write `vocab.json`, `merges.txt`, `tokenizer.json` and `tokenizer_config.json`.
 
-    A literal `<|endoftext|>` in a text is one token there and seven plain ones in training here.
+    The first two are OpenAI's files, byte for byte. A literal `<|endoftext|>` in a text is one
+    token in transformers, and seven ordinary tokens in training here. Raises `TokenizerError`.
     """
     files = read_verified_files(ranks_folder())
     (folder / "vocab.json").write_bytes(files["encoder.json"])
     (folder / "merges.txt").write_bytes(files["vocab.bpe"])
-    whole = _tokenizer(vocabulary(), files["vocab.bpe"].decode("utf-8"))
-    text = json.dumps(whole, ensure_ascii=False)
+    tokenizer = _build_tokenizer(files["encoder.json"], files["vocab.bpe"].decode("utf-8"))
+    text = json.dumps(tokenizer, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -37,20 +38,28 @@ def write_tokenizer(folder: Path, block_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def vocabulary() -> dict[str, int]:
-    """Ids by token, bytes written as GPT-2's printable characters."""
-    ids: dict[str, int] = json.loads(read_verified_files(ranks_folder())["encoder.json"])
-    return ids
+def find_tokenizer_problem(directory: Path) -> Problem | None:
+    """Compare `vocab.json`, if there is one, with GPT-2's vocabulary, the only one supported."""
+    path = directory / "vocab.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        found = None
+    if found == json.loads(read_verified_files(ranks_folder())["encoder.json"]):
+        return None
+    rule = "is not GPT-2's vocabulary, the only one supported"
+    return Problem("vocab.json", "", rule, "choose a model with GPT-2's tokenizer")
 
 
-def _tokenizer(ids: dict[str, int], merges: str) -> dict[str, Any]:
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    lines = merges.splitlines()[1:]  # the first names the version
+def _build_tokenizer(vocabulary: bytes, merges: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": END_OF_TEXT, "content": ENDOFTEXT, **special, "special": True}],
+        "added_tokens": [{"id": END_OF_TEXT, "content": ENDOFTEXT, **flags, "special": True}],
         "normalizer": None,
         "pre_tokenizer": BYTE_LEVEL | {"use_regex": True},
         "post_processor": BYTE_LEVEL | {"use_regex": True, "trim_offsets": False},
@@ -64,7 +73,7 @@ def _tokenizer(ids: dict[str, int], merges: str) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": ids,
-            "merges": [line.split(" ") for line in lines],
+            "vocab": json.loads(vocabulary),
+            "merges": [line.split(" ") for line in merges.splitlines()[1:]],  # after the version
         },
     }
