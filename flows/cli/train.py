@@ -260,7 +260,7 @@ def import_nanogpt(
     from gpt.preflight.report import run_preflight_on_values
 
     imported = convert_nanogpt(path, data)
-    print(imported.toml(), end="", flush=True)
+    print(imported.to_toml(), end="", flush=True)
     report = run_preflight_on_values(str(path), imported.values, find_target_gpu(gpu))
     print_report(report, Console(stderr=True, highlight=False))
     if report.blocked:
