@@ -51,14 +51,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 EMBEDDED_PREFECT = (
     *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_invalid_run"),
-    *("test_servers_away.py::test_prefect_s_api", "test_clusters.py::test_units_are_task_runs"),
+    *("test_unreachable_servers.py::test_run_survives", "test_clusters.py::test_units_are_task_runs"),
     *("test_deployments.py", "test_doctor.py"),
 )
 """What starts Prefect's embedded API, never two at once: it picks its port at random among a
 thousand some seconds before it listens, so that two may come to share a server. And what wants the
 suite's own server, which is started once then."""
 SLOW_FIRST = (
-    *("prefect", "test_service", "test_mlflow_page", "test_servers_away", "test_kills"),
+    *("prefect", "test_service", "test_mlflow_page", "test_unreachable_servers", "test_kills"),
     *("test_other_stores", "test_retrain", "test_two_hosts", "test_distributed", "test_clusters"),
     *("test_checkpoint", "test_huggingface", "test_loop", "test_divergence"),
 )

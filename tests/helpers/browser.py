@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, cut off from every machine but this one."""
+"""A headless Chromium for tests of pages, without access to other machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WINDOW = (1600, 1600)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--disable-dev-shm-usage",  # which is small in containers
+    "--disable-dev-shm-usage",  # /dev/shm is small in containers
     "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
@@ -23,7 +23,7 @@ MISSING = "no Chromium with its driver: apt-get install chromium chromium-driver
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Selenium's driver of it: `get(url)`, `find_elements(...)`, `save_screenshot(path)`."""
+    """Selenium's driver: `get(url)`, `find_elements(...)`, `save_screenshot(path)`."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip(MISSING)
@@ -35,7 +35,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(flag)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    # Both named, so that Selenium looks for none and downloads none.
+    # With both paths given, Selenium downloads nothing.
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
         yield browser
@@ -43,8 +43,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         browser.quit()
 
 
-def hosts_asked(browser: Any) -> set[str]:
-    """Every host that the pages since the last call have asked for anything."""
+def requested_hosts(browser: Any) -> set[str]:
+    """Hosts that the pages have sent requests to since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [
         urlsplit(message["params"]["request"]["url"])

@@ -1,4 +1,4 @@
-"""The `overnight` command in a process of its own, and what it leaves in the stores."""
+"""Run the `overnight` command in its own process, and read what it leaves in the stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, str]:
-    """As a person has it: nothing of the tests' own Prefect."""
+    """The environment of a user, without the settings of the test suite."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
 
 
@@ -35,10 +35,11 @@ def command(*words: str, **variables: str) -> subprocess.Popen[str]:
 
 
 OWN_API = ("training", "evaluation")
+"""Where the command starts Prefect's API itself; elsewhere the suite's server saves that time."""
 
 
 def last_state(root: Path, place: str) -> str:
-    """Of the newest flow run."""
+    """State of the newest flow run."""
     if place in OWN_API:
         return flow_states(root)[-1]
     with get_client(sync_client=True) as client:
@@ -48,7 +49,7 @@ def last_state(root: Path, place: str) -> str:
 
 
 def flow_states(root: Path) -> list[str]:
-    """Of all flow runs, oldest first, as the database of Prefect's own API has them."""
+    """States of all flow runs, oldest first, from the database of the embedded API."""
     with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as database:
         rows = database.execute("SELECT state_type FROM flow_run ORDER BY created").fetchall()
     return [state for (state,) in rows]

@@ -1,4 +1,4 @@
-"""Runs that have come to their end without having trained: a checkpoint, a report, a journal."""
+"""Finished runs without training: checkpoints, a report and recorded metrics."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,13 @@ from tasks.evaluate import collect_models
 from tasks.tracking.runs import attach_artifacts, open_recorder, open_run
 
 STEPS = (10, 20)
-HARDNESS = np.random.default_rng(0).normal(5.0, 1.0, 100)
-"""Loss of each sequence of the slice, whoever reads it."""
+SEQUENCE_LOSSES = np.random.default_rng(0).normal(5.0, 1.0, 100)
+"""Mean loss of each sequence of the slice, of any model."""
 
 
 def report(shift=0.0, text="a", noise=0.01, seed=1):
-    """Of a model that is `shift` nats worse than another, but for noise."""
-    losses = HARDNESS + shift + np.random.default_rng(seed).normal(0, noise, 100)
+    """Report of a model that is `shift` nats worse than the mean, plus noise."""
+    losses = SEQUENCE_LOSSES + shift + np.random.default_rng(seed).normal(0, noise, 100)
     return EvaluationReport(
         step=STEPS[-1],
         tokens=800,
@@ -36,8 +36,8 @@ def report(shift=0.0, text="a", noise=0.01, seed=1):
 
 
 @dataclass
-class Finished:
-    """A run and what it was made from."""
+class FinishedRun:
+    """A run with its config and dataset."""
 
     run: object
     config: object
@@ -49,7 +49,7 @@ class Finished:
 
 
 def finished_run(root, evaluation, seed=1337, uri=""):
-    """Everything but registered."""
+    """Make a run that only has to be registered."""
     config = small_config(root, training__seed=seed)
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
     dataset = make_token_dataset(root / "datasets" / "0123")
@@ -76,4 +76,4 @@ def finished_run(root, evaluation, seed=1337, uri=""):
         attach_artifacts(
             run, {REPORT_FILE: folder / REPORT_FILE}, collect_models(folder, STEPS[-1])
         )
-    return Finished(run, config, dataset)
+    return FinishedRun(run, config, dataset)

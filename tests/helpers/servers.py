@@ -1,4 +1,4 @@
-"""Real servers on the loopback: MLflow and an object store."""
+"""Real servers on the loopback interface: MLflow and an object store."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ START_SECONDS = 90
 
 
 class MlflowServer:
-    """A real `mlflow server` on the SQLite store of a folder, which can be killed and started
-    again."""
+    """A real `mlflow server` on the SQLite store of a folder, which can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._port = folder, free_port()
@@ -36,7 +35,7 @@ class MlflowServer:
                 *("--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(self._port)),
                 *("--artifacts-destination", str(self._folder / "artifacts")),
             ],
-            # Its runners of background jobs, which serve nothing here, are processes of their own.
+            # Without its runners of background jobs, which are further processes.
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -73,7 +72,7 @@ def server(tmp_path: Path, mlflow_database: Path) -> Iterator[MlflowServer]:
 BUCKET = "overnight"
 
 
-SECRET = "a-secret-that-nobody-is-told"
+SECRET = "a-secret-password"
 
 
 KEYS = {
@@ -85,7 +84,7 @@ KEYS = {
 
 @contextmanager
 def object_store() -> Iterator[str]:
-    """The address of one with the empty bucket `BUCKET`, for whoever has `KEYS`."""
+    """Start an S3 server with the empty bucket `BUCKET` and the credentials `KEYS`; its URL."""
     import boto3
 
     port = free_port()
@@ -102,14 +101,14 @@ def object_store() -> Iterator[str]:
             region_name=KEYS["AWS_DEFAULT_REGION"],
         )
 
-        def made() -> bool:
+        def create_bucket() -> bool:
             try:
                 client.create_bucket(Bucket=BUCKET)
             except Exception:
                 return False
             return True
 
-        wait_for("the S3 stand-in", made)
+        wait_for("the S3 server", create_bucket)
         yield url
     finally:
         process.kill()

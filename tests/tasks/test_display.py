@@ -1,4 +1,4 @@
-"""What a person sees of a run is not what it depends on."""
+"""A run does not depend on its output being read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TELL_MUCH = """
+PRINT_MUCH = """
 import sys
 from tasks.display import log_info
 for _ in range(20_000):
@@ -16,11 +16,11 @@ open(sys.argv[1], "w").close()
 """
 
 
-def test_lines_that_nobody_reads_any_more_end_nothing(tmp_path: Path) -> None:
-    """As when Prefect's worker, which reads them, was killed."""
+def test_closed_output_pipe_does_not_end_the_process(tmp_path: Path) -> None:
+    """Prefect's worker, which reads the lines, may be killed."""
     end = tmp_path / "end"
     process = subprocess.Popen(
-        [sys.executable, "-c", TELL_MUCH, str(end)], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-c", PRINT_MUCH, str(end)], cwd=ROOT, stdout=subprocess.PIPE
     )
     assert process.stdout
     process.stdout.readline()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from browser import hosts_asked
+from browser import requested_hosts
 from comparison_data import config_result, run_result
 
 from gpt.evaluation.comparison import summarize_comparison
@@ -23,7 +23,7 @@ def test_a_person_sees_table_curves_samples_and_verdict(browser: Any, tmp_path: 
     entries = [config_result(name, run_result(by)) for name, by in zip(NAMES, better, strict=True)]
     page = tmp_path / "comparison.html"
     page.write_text(html_page("widths", entries, summarize_comparison(entries), pictures(entries)))
-    hosts_asked(browser)
+    requested_hosts(browser)
     browser.get(page.as_uri())
 
     assert texts(browser, "#results th") == [column.heading for column in COLUMNS]
@@ -47,4 +47,4 @@ def test_a_person_sees_table_curves_samples_and_verdict(browser: Any, tmp_path: 
     picture = tmp_path / "comparison.png"
     assert browser.save_screenshot(str(picture))
     assert picture.stat().st_size > 50_000
-    assert not hosts_asked(browser)
+    assert not requested_hosts(browser)

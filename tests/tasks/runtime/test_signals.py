@@ -1,4 +1,4 @@
-"""Stopped from outside, wherever it stands: quickly, said, resumable; through the real command."""
+"""Signals stop the real command at any stage: quickly, with a message, resumable."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from prefect.settings import PREFECT_API_URL
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.runtime.signals import StopRequested, StopSignals
 
-"""Where the command starts Prefect's API itself; elsewhere the suite's server saves that time."""
-
 
 @pytest.mark.usefixtures("prefect_server")
-def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, new_root: Path) -> None:
-    """One run, stopped at one place after the other: in training by Ctrl-C, elsewhere by SIGTERM,
-    each to all its processes."""
+def test_run_stopped_at_every_stage_completes(tiny_config: Path, new_root: Path) -> None:
+    """Stop one run at one place after another: in training by Ctrl-C, elsewhere by SIGTERM, each
+    sent to all its processes."""
     root = new_root
     arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
     for place in PLACES:
@@ -56,7 +54,7 @@ def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, new_
     for key, steps in {"train/loss": range(1, 13), "val/loss": [0, 6, 12]}.items():
         points = client.get_metric_history(run.info.run_id, key)
         assert [point.step for point in points] == list(steps), key
-    # Once more: told in a second, without Prefect.
+    # A finished run is reported without Prefect.
     process = command("-m", "flows.cli.main", *arguments)
     again, _ = process.communicate(timeout=120)
     assert "already finished at step 12" in again
@@ -64,41 +62,41 @@ def test_stopped_at_every_place_one_run_comes_to_its_end(tiny_config: Path, new_
     assert len(flow_states(root)) == len(OWN_API) + 1
 
 
-class TestStopping:
-    """The handlers themselves, with signals that this process sends itself."""
+class TestStopSignals:
+    """The handlers, with signals that this process sends to itself."""
 
-    def test_outside_of_training_it_raises_at_once_and_puts_the_handlers_back(self) -> None:
+    def test_signal_raises_outside_of_training_and_handlers_are_restored(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        with StopSignals() as stopping:
+        with StopSignals() as stop_signals:
             with pytest.raises(StopRequested, match="SIGTERM"):
                 os.kill(os.getpid(), signal.SIGTERM)
-            assert stopping.requested()
+            assert stop_signals.requested()
         assert signal.getsignal(signal.SIGTERM) is before
 
     @staticmethod
-    def trained(stopping: StopSignals, *signals: int, seconds: float = 0.0) -> bool:
-        """Whether the training, which gets these signals, came to its own end."""
+    def finishes_block(stop_signals: StopSignals, *signals: int, seconds: float = 0.0) -> bool:
+        """Return whether a block that receives these signals returns by itself."""
         ended = False
         try:
-            with stopping.graceful_stop():
+            with stop_signals.graceful_stop():
                 for number in signals:
                     os.kill(os.getpid(), number)
                 time.sleep(seconds)
-                ended = stopping.requested()
+                ended = stop_signals.requested()
         except StopRequested:
             return ended
-        raise AssertionError("nobody was told of the stop")
+        raise AssertionError("StopRequested was not raised")
 
-    def test_training_comes_to_its_own_end(self) -> None:
-        with StopSignals() as stopping:
-            assert self.trained(stopping, signal.SIGINT)
+    def test_training_finishes_its_step(self) -> None:
+        with StopSignals() as stop_signals:
+            assert self.finishes_block(stop_signals, signal.SIGINT)
 
-    def test_the_same_signal_twice_at_once_is_one(self) -> None:
-        with StopSignals() as stopping:
-            assert self.trained(stopping, signal.SIGTERM, signal.SIGTERM)
+    def test_repeated_signal_counts_once(self) -> None:
+        with StopSignals() as stop_signals:
+            assert self.finishes_block(stop_signals, signal.SIGTERM, signal.SIGTERM)
 
-    def test_what_takes_too_long_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_slow_block_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tasks.runtime.signals.GRACE_SECONDS", 0.2)
         monkeypatch.setattr("tasks.runtime.signals.REPEATED_SECONDS", 0.1)
-        with StopSignals() as stopping:
-            assert not self.trained(stopping, signal.SIGTERM, seconds=60.0)
+        with StopSignals() as stop_signals:
+            assert not self.finishes_block(stop_signals, signal.SIGTERM, seconds=60.0)

@@ -1,4 +1,4 @@
-"""Three sizes on MLflow's own pages, as a person compares them after three nights."""
+"""Three model sizes compared in MLflow's own UI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-from browser import WINDOW, hosts_asked
+from browser import WINDOW, requested_hosts
 from servers import MlflowServer, with_store
 from training_data import make_token_dataset
 
@@ -23,11 +23,11 @@ from tasks.tracking.runs import RunRef, open_recorder, open_run, track_run_statu
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 FLOORS = {480: 3.42, 576: 3.36, 720: 3.28}
-"""Width -> the loss that its made-up curve falls to."""
+"""Width -> asymptote of its synthetic loss curve."""
 NAMES = [f"gpt-{width}" for width in FLOORS]
 LOSSES = ("train/loss", "val/loss")
 WORKFLOW = "workflowType=machine_learning"
-"""What the switch between GenAI and Model training at the top of the page puts there."""
+"""URL parameter of the switch between GenAI and model training at the top of the page."""
 STEPS, EVERY = 3250, 50
 PATIENCE_SECONDS = 180
 
@@ -36,8 +36,8 @@ def loss(width: int, step: int) -> float:
     return FLOORS[width] + (10.8 - FLOORS[width]) * math.exp(-step / 300)
 
 
-def tracked(width: int, root: Path) -> RunRef:
-    """A whole run as MLflow gets to know it, without the training."""
+def track_run(width: int, root: Path) -> RunRef:
+    """Track a complete run without training."""
     config = load_config(CONFIGS / f"gpt-{width}.toml", {"run": {"root": str(root)}})
     dataset = make_token_dataset(root / "datasets" / "pages")
     run = open_run(config, dataset, open_run_dir(config, dataset))
@@ -74,7 +74,7 @@ def tracked(width: int, root: Path) -> RunRef:
 def runs(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> list[RunRef]:
     root = tmp_path_factory.mktemp("sizes")
     with_store(root / "mlflow", mlflow_database)
-    return [tracked(width, root) for width in FLOORS]
+    return [track_run(width, root) for width in FLOORS]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ return Object.fromEntries([...cards].map(card => [card.querySelector("h4").inner
         .map(curve => [curve.name, curve.x.map((step, i) => [step, curve.y[i]])])),
 }]))
 """
-"""By title: the colours of the drawn lines, the legend's words, and each run's points."""
+"""By chart title: colours of the drawn lines, legend, and the points of each run."""
 ROWS = "return [...document.querySelectorAll('tr')].map(row => row.innerText.split(/\\s+/))"
 CLOSE_ASSISTANT = '[data-component-id="mlflow.assistant.chat_panel.close"]'
 DIFFERENCES_ONLY = "//*[text()='Show diff only']/preceding::button[@role='switch'][1]"
@@ -110,7 +110,7 @@ def wait_for(browser: Any, found: Any) -> Any:
 
 
 def close_assistant(browser: Any) -> None:
-    """The panel that MLflow opens on a first visit, and that covers a quarter of the page."""
+    """Close the panel that MLflow opens on a first visit and that covers a quarter of the page."""
     wait_for(browser, lambda _: browser.find_elements("css selector", CLOSE_ASSISTANT))[0].click()
 
 
@@ -119,7 +119,7 @@ def points(run: RunRef, key: str) -> list[list[float]]:
     return [[line.step, line.metrics[key]] for line in lines if key in line.metrics]
 
 
-def test_three_curves_lie_over_each_other(
+def test_curves_of_three_runs_share_a_chart(
     browser: Any, server: MlflowServer, runs: list[RunRef], tmp_path: Path
 ) -> None:
     browser.set_window_size(*WINDOW)
@@ -140,10 +140,10 @@ def test_three_curves_lie_over_each_other(
             name: points(run, key) for name, run in zip(NAMES, runs, strict=True)
         }
         assert set(charts[key]["legend"]) == {f"{name} ({key})" for name in NAMES}
-    assert hosts_asked(browser) == {urlsplit(server.uri).netloc}
+    assert requested_hosts(browser) == {urlsplit(server.uri).netloc}
 
 
-def test_what_differs_between_them_is_told(
+def test_page_shows_parameters_that_differ(
     browser: Any, server: MlflowServer, runs: list[RunRef], tmp_path: Path
 ) -> None:
     browser.set_window_size(*WINDOW)
@@ -167,4 +167,4 @@ def test_what_differs_between_them_is_told(
     }
     titles = browser.find_elements("css selector", ".parcoords .axis-title")
     assert {"model.n_embd", "val/loss"} <= {title.text for title in titles}
-    assert hosts_asked(browser) == {urlsplit(server.uri).netloc}
+    assert requested_hosts(browser) == {urlsplit(server.uri).netloc}

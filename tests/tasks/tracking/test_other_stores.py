@@ -1,4 +1,4 @@
-"""PostgreSQL behind Prefect and MLflow, and an S3 bucket for artifacts: settings alone."""
+"""PostgreSQL for Prefect and MLflow, and an S3 bucket for artifacts, by settings alone."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = pytest.mark.skipif(not SERVERS, reason="needs Debian's postgresql")
 
 
-def as_nobody(folder: Path) -> dict[str, Any]:
-    """PostgreSQL does not run as root."""
+def unprivileged_user(folder: Path) -> dict[str, Any]:
+    """Arguments for subprocess.run: PostgreSQL refuses to run as root."""
     if os.getuid():
         return {}
     shutil.chown(folder, "postgres")
@@ -32,12 +32,12 @@ def as_nobody(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """A server of its own, with two empty databases: its address without the database."""
+    """A server with two empty databases: user, password, host and port of its address."""
     import tempfile
 
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder, port = Path(name), free_port()
-        run: dict[str, Any] = {"check": True, "capture_output": True, **as_nobody(folder)}
+        run: dict[str, Any] = {"check": True, "capture_output": True, **unprivileged_user(folder)}
         (password := folder / "password").write_text(SECRET)
         password.chmod(0o644)
         data = str(folder / "data")
@@ -76,7 +76,7 @@ def service(tmp_path: Path, parquet: Path, postgres: str) -> Iterator[Service]:
         service.kill()
 
 
-def test_a_run_and_a_retraining_with_postgresql_and_s3(
+def test_run_and_retraining_with_postgresql_and_s3(
     service: Service, postgres: str, tmp_path: Path
 ) -> None:
     incoming = service.project / "incoming"
@@ -96,7 +96,7 @@ def test_a_run_and_a_retraining_with_postgresql_and_s3(
 
     client = MlflowClient(service.mlflow_uri)
     versions = client.search_model_versions("name = 'gpt'")
-    assert len(versions) == 2, "the retraining of the same data had nothing to do"
+    assert len(versions) == 2, "the retraining on the same data registers no version"
     champion = client.get_model_version_by_alias("gpt", "champion")
     assert champion.source.startswith(("models:/", "mlflow-artifacts:/"))
     exported = service.run("export", "models:/gpt@champion", str(tmp_path / "exported"))
@@ -106,6 +106,6 @@ def test_a_run_and_a_retraining_with_postgresql_and_s3(
 
     for path in (p for p in service.project.rglob("*") if p.is_file() and "data" not in p.parts):
         if SECRET.encode() in path.read_bytes():
-            raise AssertionError(f"{path} tells the secret")
+            raise AssertionError(f"{path} contains the secret")
     assert SECRET not in service.log.read_text()
     service.interrupt()

@@ -1,4 +1,4 @@
-"""The registry, in a real MLflow store: what is the champion, once, whatever is interrupted."""
+"""The registry in a real MLflow store: which version is the champion, whatever is interrupted."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from tasks.tracking.runs import register_last_model, sync_run
 
 
 @pytest.fixture
-def light(monkeypatch):
-    """Without what only serving needs."""
+def without_serving_files(monkeypatch):
+    """Skips the files that only serving needs."""
 
     def write(folder, *_):
         folder.mkdir()
@@ -47,7 +47,7 @@ def light(monkeypatch):
 
 @pytest.fixture
 def name(request):
-    """A registered model of this test's own; the store is the session's."""
+    """A registered model for this test alone; the store is shared by the session."""
     return request.node.name.translate(str.maketrans("[]", "--"))
 
 
@@ -69,8 +69,8 @@ def aliases(client, name):
     return {alias: int(v) for alias, v in client.get_registered_model(name).aliases.items()}
 
 
-@pytest.mark.usefixtures("light")
-def test_the_first_model_is_the_champion(tiny_root, client, name):
+@pytest.mark.usefixtures("without_serving_files")
+def test_first_model_becomes_champion(tiny_root, client, name):
     finished, done = registered(tiny_root, name, report())
     assert (done.version, done.alias, done.step) == ("1", "champion", 20)
     assert "the first model" in done.reason
@@ -97,8 +97,8 @@ def test_the_first_model_is_the_champion(tiny_root, client, name):
     ],
     ids=["better", "worse", "equal", "other-text"],
 )
-@pytest.mark.usefixtures("light")
-def test_only_a_better_one_takes_the_champion_s_place(
+@pytest.mark.usefixtures("without_serving_files")
+def test_only_a_better_model_replaces_the_champion(
     tiny_root, client, name, challenger, alias, reason
 ):
     registered(tiny_root, name, report())
@@ -111,36 +111,36 @@ def test_only_a_better_one_takes_the_champion_s_place(
     )
 
 
-@pytest.mark.usefixtures("light")
-def test_the_same_run_twice_is_one_version_judged_once(tiny_root, client, name):
+@pytest.mark.usefixtures("without_serving_files")
+def test_registering_a_run_twice_keeps_version_and_decision(tiny_root, client, name):
     registered(tiny_root, name, report())
     finished, done = registered(tiny_root, name, report(-0.1, seed=2))
     assert register_last_model(finished.run, name) == done
     (finished.folder / journal.SYNC_STATE_FILE).unlink()
     assert register_last_model(finished.run, name) == done
     assert len(versions(client, name)) == 2
-    # Long beaten, it comes again: it takes nothing back.
+    # Registered again after a better one, it takes no alias back.
     registered(tiny_root, name, report(-0.2, seed=3))
     (finished.folder / journal.SYNC_STATE_FILE).unlink()
     assert register_last_model(finished.run, name) == done
     assert aliases(client, name) == {"champion": 3, "previous-champion": 2}
 
 
-@pytest.mark.usefixtures("light")
-def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monkeypatch):
+@pytest.mark.usefixtures("without_serving_files")
+def test_interruption_at_any_call_gives_the_same_result(tiny_root, client, name, monkeypatch):
     calls = (
         *("create_logged_model", "log_outputs", "log_model_artifact", "log_model_artifacts"),
         *("finalize_logged_model", "create_registered_model", "create_model_version"),
         *("set_model_version_tag", "set_registered_model_alias"),
     )
     finished = finished_run(tiny_root, report())
-    outbox = journal.read_metadata(finished.folder)
+    metadata = journal.read_metadata(finished.folder)
     (finished.folder / journal.SYNC_STATE_FILE).unlink()
-    journal.write_metadata(finished.folder, outbox.model_copy(update={"registered_model": name}))
+    journal.write_metadata(finished.folder, metadata.model_copy(update={"registered_model": name}))
     lost = 0
 
-    def loses_answers(call):
-        """Each different call works, and its answer is lost the first time."""
+    def fail_first_response(call):
+        """Run the call, but lose the response of each different call the first time."""
         real, seen = getattr(MlflowClient, call), set()
 
         def once(self, *arguments, **named):
@@ -154,7 +154,7 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
         monkeypatch.setattr(MlflowClient, call, once)
 
     for call in calls:
-        loses_answers(call)
+        fail_first_response(call)
     while lost < 100:
         try:
             sync_thread.sync_folder(finished.folder, finished.run.uri)
@@ -165,17 +165,15 @@ def test_interrupted_at_any_call_it_ends_the_same(tiny_root, client, name, monke
     monkeypatch.undo()
     [version] = versions(client, name)
     assert (aliases(client, name), version.tags[ALIAS_TAG]) == ({"champion": 1}, "champion")
-    receipt = journal.read_sync_state(finished.folder)
-    outputs = client.get_run(receipt.run_id).outputs.model_outputs
+    state = journal.read_sync_state(finished.folder)
+    outputs = client.get_run(state.run_id).outputs.model_outputs
     assert sorted(o.step for o in outputs) == list(STEPS)
-    assert sorted(m.model_id for m in receipt.models.values()) == sorted(
-        o.model_id for o in outputs
-    )
+    assert sorted(m.model_id for m in state.models.values()) == sorted(o.model_id for o in outputs)
 
 
 @pytest.mark.parametrize("how", ["file", "version", "alias"])
-@pytest.mark.usefixtures("light")
-def test_nothing_to_be_held_against_is_said_and_promotes_nobody(tiny_root, client, name, how):
+@pytest.mark.usefixtures("without_serving_files")
+def test_missing_champion_promotes_no_version(tiny_root, client, name, how):
     registered(tiny_root, name, report())
     [version] = versions(client, name)
     if how == "file":
@@ -196,7 +194,7 @@ def test_nothing_to_be_held_against_is_said_and_promotes_nobody(tiny_root, clien
     assert aliases(client, name)["challenger"] == int(done.version)
 
 
-def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
+def test_checkpoints_are_logged_models_with_metrics(tiny_root, client, name):
     finished, _ = registered(tiny_root, name, report())
     run = client.get_run(finished.run.run_id)
     models = [client.get_logged_model(o.model_id) for o in run.outputs.model_outputs]
@@ -213,17 +211,17 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
         assert {str(model.status), model.source_run_id} == {"READY", run.info.run_id}
         for metric in model.metrics:
             assert (metric.dataset_name, metric.dataset_digest) == (dataset.name, dataset.digest)
-    # No point of the run's own curve is there twice.
+    # The run's own curve has no duplicate points.
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == list(STEPS)
 
     stored = local_path(last.artifact_location)
     files = {path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()}
     assert {"MLmodel", "model.safetensors", "config.json", "report.json"} <= files
-    assert "code/gpt/model/generation.py" in files
+    assert "code/gpt/model/generate.py" in files
     assert {Path(file).suffix for file in files} <= {
-        *(".py", ".json", ".txt", ".yaml", ".safetensors", ""),
-    }, "nothing that could be a pickle"
-    assert not local_path(first.artifact_location).exists(), "the weights lie once"
+        *(".py", ".typed", ".json", ".txt", ".yaml", ".safetensors", ""),
+    }, "no file that could be a pickle"
+    assert not local_path(first.artifact_location).exists(), "the weights are stored once"
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
         *("config.json", "dataset", "report.json")
     }
@@ -231,7 +229,7 @@ def test_checkpoints_are_models_with_their_metrics(tiny_root, client, name):
     assert all("==" in line for line in requirements)
 
 
-def test_another_evaluation_replaces_the_stored_report_and_judges_no_more(tiny_root, client, name):
+def test_new_evaluation_replaces_report_and_keeps_decision(tiny_root, client, name):
     from gpt.evaluation.report_store import REPORT_FILE, read_report_file, save_report
     from tasks.evaluate import collect_models
     from tasks.tracking.runs import attach_artifacts
@@ -246,8 +244,8 @@ def test_another_evaluation_replaces_the_stored_report_and_judges_no_more(tiny_r
     assert len(client.get_run(version.run_id).outputs.model_outputs) == len(STEPS)
 
 
-@pytest.mark.usefixtures("light")
-def test_names_of_the_registry(tiny_root, client, name, tmp_path):
+@pytest.mark.usefixtures("without_serving_files")
+def test_model_names(tiny_root, client, name, tmp_path):
     finished, _ = registered(tiny_root, name, report())
     model = find_model(f"models:/{name}@champion", tiny_root)
     assert find_model(f"models:/{name}/1", tiny_root) == model
@@ -256,7 +254,7 @@ def test_names_of_the_registry(tiny_root, client, name, tmp_path):
     assert facts.dataset == finished.dataset
     for wrong, message in {
         f"models:/{name}": "not the name of a registered model",
-        f"models:/{name}@nobody": f"no alias nobody\n.*models:/{name}@champion",
+        f"models:/{name}@unknown": f"no alias unknown\n.*models:/{name}@champion",
         f"models:/{name}/7": f"no version 7\n.*models:/{name}/1",
         "models:/no-such@champion": f"no registered model no-such .*\n.*{name}",
     }.items():
@@ -270,8 +268,8 @@ def test_names_of_the_registry(tiny_root, client, name, tmp_path):
         find_model(f"models:/{name}/1", tiny_root)
 
 
-@pytest.mark.usefixtures("light")
-def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("without_serving_files")
+def test_unreachable_server_receives_the_model_later_and_serves_downloads(tmp_path, monkeypatch):
     server = MlflowServer(tmp_path / "server")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     finished, done = registered(tmp_path, "gpt", report())
@@ -293,7 +291,7 @@ def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, mo
         assert all((theirs[key] == ours[key]).all() for key in ours)
         assert read_model_facts(model).report == report(-0.1, seed=2)
         shutil.rmtree(tmp_path / "server" / "artifacts")
-        assert find_model("models:/gpt@champion", tmp_path) == model, "fetched once"
+        assert find_model("models:/gpt@champion", tmp_path) == model, "downloaded once"
         with pytest.raises(RegistryError, match="no model"):
             find_model("models:/gpt/1", tmp_path)
         assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [model.name]
@@ -302,32 +300,32 @@ def test_a_server_that_is_away_then_gets_it_and_serves_it_to_others(tmp_path, mo
 
 
 class SlowStore(BaseHTTPRequestHandler):
-    """Before a server whose store is far away: the answer to the first weights takes a while."""
+    """Proxy of a server with a distant store: the response to the first weights takes long."""
 
     behind = ""
     taken: ClassVar[list[str]] = []
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        asked = Request(f"{self.behind}{self.path}", body or None, method=self.command)
-        asked.add_header("Content-Type", self.headers.get("Content-Type", "application/json"))
+        request = Request(f"{self.behind}{self.path}", body or None, method=self.command)
+        request.add_header("Content-Type", self.headers.get("Content-Type", "application/json"))
         if self.command == "PUT" and self.path.endswith(".safetensors"):
             self.taken.append(self.path)
             time.sleep(7 if len(self.taken) == 1 else 0)
         try:
-            status, said = 200, urlopen(asked).read()
+            status, content = 200, urlopen(request).read()
         except HTTPError as error:
-            status, said = error.code, error.read()
+            status, content = error.code, error.read()
         self.send_response(status)
         self.end_headers()
-        with suppress(BrokenPipeError):  # nobody waited
-            self.wfile.write(said)
+        with suppress(BrokenPipeError):  # the client gave up
+            self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
 
 
-@pytest.mark.usefixtures("light")
-def test_weights_may_take_longer_than_any_other_answer(tmp_path, server, monkeypatch):
+@pytest.mark.usefixtures("without_serving_files")
+def test_upload_of_weights_has_a_longer_timeout(tmp_path, server, monkeypatch):
     monkeypatch.setitem(mlflow_settings.SETTINGS, mlflow_settings.REQUEST_TIMEOUT, "5")
     monkeypatch.setenv(mlflow_settings.REQUEST_TIMEOUT, "5")
     monkeypatch.setattr(SlowStore, "behind", server.uri)
@@ -338,7 +336,7 @@ def test_weights_may_take_longer_than_any_other_answer(tmp_path, server, monkeyp
             tmp_path, "gpt", report(), uri=f"http://127.0.0.1:{before.server_port}"
         )
         assert done.alias == "champion"
-        assert len(SlowStore.taken) == len(set(SlowStore.taken)) > 0, "none given up and sent again"
+        assert len(SlowStore.taken) == len(set(SlowStore.taken)) > 0, "no upload is repeated"
         assert os.environ[mlflow_settings.REQUEST_TIMEOUT] == "5"
     finally:
         before.shutdown()

@@ -1,4 +1,4 @@
-"""Tracking against a real MLflow store: everything arrives once, and nothing stops a run."""
+"""Tracking with a real MLflow store: everything is sent once, and no failure stops a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(tiny_config: Path) -> RunConfig:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> DatasetManifest:
-    """Tracking reads nothing but the manifest."""
+    """A manifest without shards: tracking reads nothing else."""
     split = Split(shards=(), documents=1, tokens=10, text_bytes=40)
     return DatasetManifest(
         fingerprint="0123456789abcdef" * 4,
@@ -55,8 +55,8 @@ def run(config: RunConfig, dataset: DatasetManifest, tmp_path: Path) -> RunRef:
 
 
 @pytest.fixture
-def away(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of an MLflow server that is not there."""
+def unreachable_uri(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an MLflow server that does not run, set as MLFLOW_TRACKING_URI."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -80,7 +80,7 @@ def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[in
     return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
 
 
-def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
+def test_metrics_parameters_and_files_are_sent(run: RunRef, mlflow_client: MlflowClient) -> None:
     held = HeldoutLoss(tokens=5, loss=3.0, perplexity=20.0, bits_per_byte=1.5)
     sample = run.folder / "sample.txt"
     sample.write_text("Once upon a time")
@@ -110,32 +110,28 @@ def test_everything_arrives(run: RunRef, mlflow_client: MlflowClient) -> None:
     ]
 
 
-def test_sending_the_journal_again_doubles_nothing(
-    run: RunRef, mlflow_client: MlflowClient
-) -> None:
+def test_resending_metrics_creates_no_duplicates(run: RunRef, mlflow_client: MlflowClient) -> None:
     with open_recorder(run) as recorder:
         for step, loss in enumerate((2.0, float("nan"), float("inf"), 1.0), start=1):
             recorder.log_step(record(step, loss))
     before = history(mlflow_client, run.run_id, "train/loss")
-    receipt = journal.read_sync_state(run.folder)
-    assert receipt
-    journal.save_state(run.folder, receipt, sent_bytes=0)
+    state = journal.read_sync_state(run.folder)
+    assert state
+    journal.save_state(run.folder, state, sent_bytes=0)
     sync_thread.sync_folder(run.folder, run.uri)
     assert str(history(mlflow_client, run.run_id, "train/loss")) == str(before)  # nan != nan
     assert len(before) == 4
 
 
-def test_a_run_whose_receipt_was_never_written_is_found_again(
-    run: RunRef, mlflow_client: MlflowClient
-) -> None:
+def test_run_is_found_without_sync_state(run: RunRef, mlflow_client: MlflowClient) -> None:
     (run.folder / journal.SYNC_STATE_FILE).unlink()
     sync_thread.sync_folder(run.folder, run.uri)
-    receipt = journal.read_sync_state(run.folder)
-    assert receipt
-    assert receipt.run_id == run.run_id
+    state = journal.read_sync_state(run.folder)
+    assert state
+    assert state.run_id == run.run_id
 
 
-def test_a_deleted_run_is_made_again_with_all_its_metrics(
+def test_deleted_run_is_recreated_with_all_metrics(
     run: RunRef, config: RunConfig, dataset: DatasetManifest, mlflow_client: MlflowClient
 ) -> None:
     with open_recorder(run) as recorder:
@@ -146,9 +142,7 @@ def test_a_deleted_run_is_made_again_with_all_its_metrics(
     assert history(mlflow_client, again.run_id, "train/loss") == [(1, 2.0)]
 
 
-def test_a_resumed_run_repeats_steps_without_a_trace(
-    run: RunRef, mlflow_client: MlflowClient
-) -> None:
+def test_resumed_run_records_each_step_once(run: RunRef, mlflow_client: MlflowClient) -> None:
     for steps in (range(1, 8), range(5, 11)):
         with open_recorder(run) as recorder:
             for step in steps:
@@ -156,7 +150,7 @@ def test_a_resumed_run_repeats_steps_without_a_trace(
     assert [s for s, _ in history(mlflow_client, run.run_id, "train/loss")] == list(range(1, 11))
 
 
-def test_a_line_torn_by_a_kill_is_dropped_and_written_again(run: RunRef) -> None:
+def test_incomplete_last_line_is_dropped_and_rewritten(run: RunRef) -> None:
     first = journal.MetricsJournal(run.folder)
     first.append(1, {"train/loss": 2.0})
     with first.path.open("a") as file:
@@ -167,11 +161,11 @@ def test_a_line_torn_by_a_kill_is_dropped_and_written_again(run: RunRef) -> None
     assert [line.step for line in journal.read_metrics(first.path)[0]] == [1, 2]
 
 
-def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
+def test_unreachable_server_receives_everything_later(
     config: RunConfig,
     dataset: DatasetManifest,
     tmp_path: Path,
-    away: str,
+    unreachable_uri: str,
     mlflow_client: MlflowClient,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -186,7 +180,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
     printed = capsys.readouterr().out
     assert printed.count("cannot be reached") == 1
     assert printed.count("100 steps are unsent") == 1
-    assert away in printed
+    assert unreachable_uri in printed
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     back = open_run(config, dataset, tmp_path)
@@ -194,7 +188,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_everything_later(
     assert mlflow_client.get_run(back.run_id).info.status == "FINISHED"
 
 
-def test_a_slow_server_delays_no_step_and_the_end_is_bounded(
+def test_slow_server_delays_no_step_and_little_at_the_end(
     run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sync_thread, "sync_folder", lambda *_: time.sleep(30))
@@ -207,7 +201,7 @@ def test_a_slow_server_delays_no_step_and_the_end_is_bounded(
     assert "100 steps are unsent" in capsys.readouterr().out
 
 
-def test_a_full_disk_stops_nothing(
+def test_full_disk_is_a_warning(
     run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> bool:
@@ -227,7 +221,7 @@ def test_a_full_disk_stops_nothing(
         (KeyboardInterrupt(), "KILLED", None),
     ],
 )
-def test_the_status_tells_how_it_ended(
+def test_status_reflects_how_the_run_ended(
     run: RunRef,
     mlflow_client: MlflowClient,
     error: BaseException,
@@ -250,6 +244,6 @@ def test_the_status_tells_how_it_ended(
     assert sync.ERROR_TAG not in found.data.tags
 
 
-def test_what_the_library_warns_of_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_warnings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("gpt.training.loop").warning("batch_size %d -> %d", 8, 4)
     assert "warning: batch_size 8 -> 4" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""MLflow or Prefect away, as real processes: the run goes on, and nothing of it is lost."""
+"""MLflow or Prefect unreachable, with real servers: the run continues and loses nothing."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def losses(uri: str) -> list[tuple[int, float]]:
 EXPECTED = [(step, 1 / step) for step in range(1, 61)]
 
 
-def test_a_server_killed_at_step_10_and_back_at_step_40_gets_every_point_once(
-    tmp_path: Path, server: MlflowServer
-) -> None:
+def test_restarted_server_receives_every_point_once(tmp_path: Path, server: MlflowServer) -> None:
     _, run = opened(tmp_path, server.uri)
     with track_run_status(run), open_recorder(run) as recorder:
         for step in range(1, 61):
@@ -54,7 +52,7 @@ def test_a_server_killed_at_step_10_and_back_at_step_40_gets_every_point_once(
     assert losses(server.uri) == EXPECTED
 
 
-def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
+def test_sync_sends_a_run_to_a_new_server(
     tmp_path: Path,
     server: MlflowServer,
     mlflow_database: Path,
@@ -68,33 +66,33 @@ def test_a_server_that_never_comes_back_and_sync_into_a_new_one(
                 server.kill()
     assert f"overnight sync {run.folder}" in capsys.readouterr().out
     words = ("-m", "flows.cli.main", "sync", run.folder.name, "--root", str(tmp_path))
-    away = command(*words)
-    said, _ = away.communicate(timeout=120)
-    assert away.returncode == 2
-    assert "cannot be reached" in said
-    assert "Traceback" not in said
+    failing = command(*words)
+    output, _ = failing.communicate(timeout=120)
+    assert failing.returncode == 2
+    assert "cannot be reached" in output
+    assert "Traceback" not in output
     new = MlflowServer(with_store(tmp_path / "new", mlflow_database))
     new.start()
     try:
-        told = [command(*words, "--uri", new.uri).communicate(timeout=120)[0] for _ in range(2)]
-        assert "sent 60 steps" in told[0]
-        assert "is already up to date" in told[1]
+        outputs = [command(*words, "--uri", new.uri).communicate(timeout=120)[0] for _ in range(2)]
+        assert "sent 60 steps" in outputs[0]
+        assert "is already up to date" in outputs[1]
         assert losses(new.uri) == EXPECTED
     finally:
         new.kill()
         server.start()
 
 
-def test_sync_of_a_run_that_is_not_there(tmp_path: Path) -> None:
-    process = command("-m", "flows.cli.main", "sync", "nobody", "--root", str(tmp_path))
-    said, _ = process.communicate(timeout=60)
+def test_sync_of_an_unknown_run_fails(tmp_path: Path) -> None:
+    process = command("-m", "flows.cli.main", "sync", "unknown", "--root", str(tmp_path))
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "RUN = nobody" in said
-    assert "Traceback" not in said
+    assert "RUN = unknown" in output
+    assert "Traceback" not in output
 
 
-def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third write takes only a part of what it is given, as a full disk does."""
+def test_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three writes are incomplete, as on a full disk."""
     writes = 0
 
     class Full:
@@ -115,13 +113,13 @@ def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyP
             writes += 1
             return self.file.write(data[: len(data) // 2] if writes % 3 else data)
 
-    book = journal.MetricsJournal(tmp_path)
+    metrics = journal.MetricsJournal(tmp_path)
     real = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(real(self, *a, **k)))
     refused = 0
     for step in range(1, 31):
         try:
-            book.append(step, {"loss": float(step)})
+            metrics.append(step, {"loss": float(step)})
         except OSError:
             refused += 1
     monkeypatch.undo()
@@ -130,12 +128,12 @@ def test_a_full_disk_loses_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [(line.step, line.metrics) for line in lines] == [
         (step, {"loss": float(step)}) for step in range(1, 31)
     ]
-    # What another start repeats is there already.
+    # A restarted run repeats a step that is already there.
     assert not journal.MetricsJournal(tmp_path).append(30, {"loss": 0.0})
 
 
 @pytest.mark.parametrize("fault", ["kill prefect", "hang prefect"])
-def test_prefect_s_api_is_lost_on_the_way(tiny_config: Path, new_root: Path, fault: str) -> None:
+def test_run_survives_loss_of_prefect_api(tiny_config: Path, new_root: Path, fault: str) -> None:
     root = new_root
     arguments = ["run", str(tiny_config), "--set", f"run.root={root}"]
     process = command(
@@ -152,7 +150,7 @@ def test_prefect_s_api_is_lost_on_the_way(tiny_config: Path, new_root: Path, fau
     assert flow_states(root) == ["RUNNING"]
 
 
-def test_prefect_s_server_is_not_there(tiny_config: Path, new_root: Path) -> None:
+def test_run_starts_without_prefect_server(tiny_config: Path, new_root: Path) -> None:
     root = new_root
     process = command(
         *("-m", "flows.cli.main", "run", str(tiny_config), "--set", f"run.root={root}"),
