@@ -11,13 +11,8 @@ from gpt.artifacts import Artifact, DatasetManifest
 from gpt.data.continued import DERIVED_DATASETS
 from gpt.data.shards import MANIFEST, read_manifest
 from gpt.errors import DatasetError
-from tasks.tracking.mlflow_api import MlflowClient, entities, get_or_none
+from tasks.tracking.mlflow_api import Alias, MlflowClient, Tag, entities, get_or_none
 from tasks.tracking.model_lookup import (
-    ALIAS_TAG,
-    CHAMPION,
-    REASON_TAG,
-    STEP_TAG,
-    TRIAL_TAG,
     fetch_model,
     registry_error,
     registry_errors,
@@ -64,17 +59,17 @@ def find_champion(name: str, uri: str, root: Path) -> Champion | None:
     """
     if not sqlite_store_exists(uri):
         return None
-    with registry_errors(f"models:/{name}@{CHAMPION}", uri):
+    with registry_errors(f"models:/{name}@{Alias.CHAMPION}", uri):
         client = MlflowClient(tracking_uri=uri)
         model = get_or_none(lambda: client.get_registered_model(name))
         versions = client.search_model_versions(f"name = '{name}'") if model else []
         if not versions:
             return None
-        number = str(model.aliases.get(CHAMPION, ""))
+        number = str(model.aliases.get(Alias.CHAMPION, ""))
         if not number:
             known = ", ".join(str(version.version) for version in versions)
-            rule = f"none of its versions ({known}) has the alias {CHAMPION}"
-            raise registry_error(name, rule, f"give the alias {CHAMPION} to the version to beat")
+            rule = f"none of its versions ({known}) has the alias {Alias.CHAMPION}"
+            raise registry_error(name, rule, "give that alias to the version to beat")
         version = client.get_model_version(name, number)
         run = version.run_id and get_or_none(lambda: client.get_run(version.run_id))
         dataset, is_local = _find_dataset(client, run, root) if run else (None, False)
@@ -83,7 +78,7 @@ def find_champion(name: str, uri: str, root: Path) -> Champion | None:
             name=name,
             version=number,
             location=client.get_model_version_download_uri(name, number),
-            step=int(version.tags.get(STEP_TAG, 0)),
+            step=int(version.tags.get(Tag.STEP, 0)),
             dataset=dataset,
             dataset_is_local=is_local,
             validation_fraction=dataset.validation_fraction if dataset else fraction,
@@ -103,14 +98,14 @@ def find_earlier_trial(name: str, uri: str, trial: str) -> EarlierTrial | None:
     with registry_errors(name, uri):
         client = MlflowClient(tracking_uri=uri)
         versions = client.search_model_versions(f"name = '{name}'")
-        matching = [version for version in versions if version.tags.get(TRIAL_TAG) == trial]
+        matching = [version for version in versions if version.tags.get(Tag.TRIAL) == trial]
         if not matching:
             return None
         last = max(matching, key=lambda version: int(version.version))
         return EarlierTrial(
             version=str(last.version),
-            alias=last.tags.get(ALIAS_TAG, ""),
-            reason=last.tags[REASON_TAG],
+            alias=last.tags.get(Tag.ALIAS, ""),
+            reason=last.tags[Tag.REASON],
         )
 
 

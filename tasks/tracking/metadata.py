@@ -120,19 +120,18 @@ def _to_text(value: Any) -> str:
 def git_commit() -> str:
     """Return the commit of the code, with "+changes" if the tree is dirty; "" outside of git."""
     code = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(code)]
+    describe = ("describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={DIRTY_SUFFIX}")
     try:
         # An installed package may lie inside another project's repository.
-        top = _run(*git, "rev-parse", "--show-toplevel")
-        if Path(top) != code:
+        if Path(_run_git(code, "rev-parse", "--show-toplevel")) != code:
             return ""
-        changes = _run(*git, "status", "--porcelain", "--untracked-files=no")
-        return _run(*git, "rev-parse", "HEAD") + (DIRTY_SUFFIX if changes else "")
+        return _run_git(code, *describe)
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def _run(*command: str) -> str:
+def _run_git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 

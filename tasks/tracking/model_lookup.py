@@ -17,13 +17,6 @@ from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import PROGRESS_FILE
 from tasks.tracking.mlflow_api import MlflowClient, artifacts, error_summary, get_or_none
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous-champion"
-UID_TAG, STEP_TAG, LOSS_TAG = "overnight.uid", "overnight.step", "overnight.loss"
-REASON_TAG, ALIAS_TAG = "overnight.reason", "overnight.alias"
-AGAINST_TAG = "overnight.judged_against"
-"""The champion's version at the time of the promotion decision; empty: there was none."""
-TRIAL_TAG = "overnight.trial"
-"""Key of the retraining, so that a challenger that lost is not trained again."""
 SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT_FILE)
 """What is stored of a model besides the files that MLflow needs to load it."""
 
@@ -42,7 +35,7 @@ def fetch_model(name: str, uri: str, root: Path) -> Path:
     match = _MODEL_URI.fullmatch(name)
     if not match:
         rule = "not the name of a registered model"
-        raise registry_error(name, rule, f"use models:/gpt@{CHAMPION} or models:/gpt/3")
+        raise registry_error(name, rule, "use models:/gpt@champion or models:/gpt/3")
     if not sqlite_store_exists(uri):
         rule = f"no run has registered a model yet: {uri.removeprefix('sqlite:///')} does not exist"
         raise registry_error(name, rule, "use another --root, or set MLFLOW_TRACKING_URI")
@@ -91,23 +84,21 @@ def sqlite_store_exists(uri: str) -> bool:
 def _resolve_version(client: MlflowClient, name: str, match: re.Match[str]) -> str:
     """Return the number of the version that the alias or number names. Raises `RegistryError` with
     the names that exist."""
-    if not (model := get_or_none(lambda: client.get_registered_model(match["name"]))):
+    model = get_or_none(lambda: client.get_registered_model(match["name"]))
+    if not model:
         known = ", ".join(each.name for each in client.search_registered_models())
         rule = f"there is no registered model {match['name']} at {client.tracking_uri}"
         raise registry_error(name, rule, f"use one of: {known or 'none yet; finish a run first'}")
-    if match["alias"]:
-        version = str(model.aliases.get(match["alias"], ""))
-    else:
-        found = get_or_none(lambda: client.get_model_version(match["name"], match["version"]))
-        version = str(found.version) if found else ""
-    if not version:
-        versions = client.search_model_versions(f"name = '{match['name']}'")
-        names = [f"models:/{model.name}@{alias}" for alias in sorted(model.aliases)]
-        names += [f"models:/{model.name}/{each.version}" for each in versions]
-        what = f"alias {match['alias']}" if match["alias"] else f"version {match['version']}"
-        remedy = f"use one of: {', '.join(names) or 'none yet'}"
-        raise registry_error(name, f"{model.name} has no {what}", remedy)
-    return version
+    versions = client.search_model_versions(f"name = '{model.name}'")
+    numbers = [str(version.version) for version in versions]
+    alias, number = match["alias"], match["version"]
+    number = str(model.aliases.get(alias, "")) if alias else number
+    if number in numbers:
+        return number
+    names = [f"@{alias}" for alias in sorted(model.aliases)] + [f"/{number}" for number in numbers]
+    known = ", ".join(f"models:/{model.name}{suffix}" for suffix in names)
+    what = f"alias {alias}" if alias else f"version {number}"
+    raise registry_error(name, f"{model.name} has no {what}", f"use one of: {known or 'none yet'}")
 
 
 def version_with_alias(client: MlflowClient, name: str, alias: str) -> str:

@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING
 from gpt.artifacts import EvaluationReport
 from gpt.evaluation.report_store import REPORT_FILE, load_champion_report, read_report_file
 from tasks.tracking.journal import PendingModel
-from tasks.tracking.mlflow_api import MlflowClient, ModelVersion
-from tasks.tracking.model_lookup import (
-    AGAINST_TAG,
-    ALIAS_TAG,
-    CHALLENGER,
-    CHAMPION,
-    PREVIOUS,
-    REASON_TAG,
-    fetch_files,
-    version_with_alias,
-)
+from tasks.tracking.mlflow_api import Alias, MlflowClient, ModelVersion, Tag
+from tasks.tracking.model_lookup import fetch_files, version_with_alias
 from tasks.tracking.sync import RunSync
 
 if TYPE_CHECKING:
@@ -39,13 +30,13 @@ def decide_promotion(
     `versions` are all versions of the registered model. Returns the version with its tags, and
     whether it could be compared.
     """
-    name, champion = version.name, version_with_alias(sync.client, version.name, CHAMPION)
+    name, champion = version.name, version_with_alias(sync.client, version.name, Alias.CHAMPION)
     earlier = sum(int(other.version) < int(version.version) for other in versions)
     decision = _compare(sync, name, champion, earlier, model)
     tags = {
-        AGAINST_TAG: champion,
-        ALIAS_TAG: CHAMPION if decision.promoted else CHALLENGER,
-        REASON_TAG: decision.reason,  # last, because its presence means that the others are there
+        Tag.AGAINST: champion,
+        Tag.ALIAS: Alias.CHAMPION if decision.promoted else Alias.CHALLENGER,
+        Tag.REASON: decision.reason,  # last, because its presence means that the others are there
     }
     for key, value in tags.items():
         sync.client.set_model_version_tag(name, version.version, key, value)
@@ -60,8 +51,8 @@ def _compare(
 
     if not champion and earlier:
         reason = (
-            f"there is no champion to compare with: none of the {earlier} earlier versions has the "
-            f"alias {CHAMPION}; give it to one of them"
+            f"there is no champion to compare with: none of the {earlier} earlier versions has "
+            "that alias; give it to one of them"
         )
         return PromotionDecision(False, reason, comparable=False)
     champion_report = None
@@ -73,7 +64,7 @@ def _compare(
         if champion_report is None:
             reason = (
                 f"cannot be compared with the champion, version {champion}: its {REPORT_FILE} is "
-                f"missing or cannot be read; give the alias {CHAMPION} to a version that has one"
+                "missing or cannot be read; give the alias to a version that has one"
             )
             return PromotionDecision(False, reason, comparable=False)
     return compare_with_champion(load_model_report(model), champion_report)
@@ -81,7 +72,7 @@ def _compare(
 
 def can_compare_now(sync: RunSync, name: str, model: PendingModel) -> bool:
     """Return whether the run folder has got a report on the champion since the last decision."""
-    champion = version_with_alias(sync.client, name, CHAMPION)
+    champion = version_with_alias(sync.client, name, Alias.CHAMPION)
     if not champion:
         return False
     location = sync.client.get_model_version_download_uri(name, champion)
@@ -92,13 +83,13 @@ def can_compare_now(sync: RunSync, name: str, model: PendingModel) -> bool:
 def assign_alias(client: MlflowClient, version: ModelVersion) -> None:
     """Give a version the alias of its promotion decision, unless a later change has overtaken it:
     another champion since, or a newer challenger."""
-    name, alias = version.name, version.tags[ALIAS_TAG]
+    name, alias = version.name, version.tags[Tag.ALIAS]
     current = version_with_alias(client, name, alias)
-    if alias == CHAMPION:
-        if current != version.tags[AGAINST_TAG]:
+    if alias == Alias.CHAMPION:
+        if current != version.tags[Tag.AGAINST]:
             return
         if current:
-            client.set_registered_model_alias(name, PREVIOUS, current)
+            client.set_registered_model_alias(name, Alias.PREVIOUS, current)
     elif current and int(current) >= int(version.version):
         return
     client.set_registered_model_alias(name, alias, version.version)

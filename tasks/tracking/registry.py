@@ -25,16 +25,8 @@ from tasks.tracking.journal import (
     find_registered_version,
     read_metrics,
 )
-from tasks.tracking.mlflow_api import ModelVersion, entities, get_or_none
+from tasks.tracking.mlflow_api import ModelVersion, Tag, entities, get_or_none
 from tasks.tracking.mlflow_settings import upload_timeout
-from tasks.tracking.model_lookup import (
-    ALIAS_TAG,
-    LOSS_TAG,
-    REASON_TAG,
-    STEP_TAG,
-    TRIAL_TAG,
-    UID_TAG,
-)
 from tasks.tracking.promotion import (
     assign_alias,
     can_compare_now,
@@ -87,7 +79,7 @@ def _find_or_create_model(sync: RunSync, model: PendingModel) -> entities.Logged
             experiment_id,
             name=model.name,
             source_run_id=run_id,
-            tags={FOLDER_TAG: str(model.folder)},
+            tags={Tag.FOLDER: str(model.folder)},
             params={"step": str(model.step), "tokens_seen": str(model.tokens_seen)},
         )
     )
@@ -177,20 +169,22 @@ def send_registration(sync: RunSync) -> None:
     versions = client.search_model_versions(f"name = '{name}'")
     version = _find_or_create_version(sync, versions, model)
     comparable = True
-    if REASON_TAG not in version.tags or again:
+    if Tag.REASON not in version.tags or again:
         version, comparable = decide_promotion(sync, versions, version, model)
     if metadata.trial:
-        client.set_model_version_tag(name, version.version, TRIAL_TAG, metadata.trial)
+        client.set_model_version_tag(name, version.version, Tag.TRIAL, metadata.trial)
     assign_alias(client, version)
     # MLflow's page of the model reads this tag; a server sets it by itself, a bare store does not.
     links = json.dumps([{"name": name, "version": str(version.version)}])
-    client.set_logged_model_tags(sync.state.models[model.name].model_id, {VERSIONS_TAG: links})
+    client.set_logged_model_tags(
+        sync.state.models[model.name].model_id, {Tag.MODEL_VERSIONS: links}
+    )
     registered = RegisteredVersion(
         name=name,
         version=str(version.version),
         step=model.step,
-        alias=version.tags[ALIAS_TAG],
-        reason=version.tags[REASON_TAG],
+        alias=version.tags[Tag.ALIAS],
+        reason=version.tags[Tag.REASON],
         comparable=comparable,
         trial=metadata.trial,
     )
@@ -201,7 +195,7 @@ def _find_or_create_version(
     sync: RunSync, versions: Sequence[ModelVersion], model: PendingModel
 ) -> ModelVersion:
     """Return the version with this run's uid and step."""
-    tags = {UID_TAG: sync.metadata.uid, STEP_TAG: str(model.step)}
+    tags = {Tag.UID: sync.metadata.uid, Tag.STEP: str(model.step)}
     for version in versions:
         if tags.items() <= version.tags.items():
             return version
@@ -210,7 +204,7 @@ def _find_or_create_version(
         sync.metadata.registered_model,
         logged.artifact_location,
         run_id=sync.state.run_id,
-        tags=tags | {LOSS_TAG: f"{load_model_report(model).loss:.6f}"},
+        tags=tags | {Tag.LOSS: f"{load_model_report(model).loss:.6f}"},
         await_creation_for=0,
         model_id=logged.model_id,
     )

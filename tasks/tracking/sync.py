@@ -12,8 +12,7 @@ from typing import Any
 
 from tasks.tracking import journal
 from tasks.tracking.journal import DatasetInfo, SyncState
-from tasks.tracking.mlflow_api import MlflowClient, entities, get_or_none
-from tasks.tracking.model_lookup import UID_TAG
+from tasks.tracking.mlflow_api import MlflowClient, Tag, entities, get_or_none
 
 ERROR_TAG = "overnight.error"
 NOTE_TAG = "mlflow.note.content"
@@ -48,8 +47,8 @@ class RunSync:
             if known and known.info.lifecycle_stage == "active":
                 return state
         uid, experiment = self.metadata.uid, self._find_or_create_experiment()
-        found = self.client.search_runs([experiment], f"tags.`{UID_TAG}` = '{uid}'", max_results=1)
-        tags, name = {UID_TAG: uid} | self.metadata.tags, self.metadata.name
+        found = self.client.search_runs([experiment], f"tags.`{Tag.UID}` = '{uid}'", max_results=1)
+        tags, name = {Tag.UID: uid} | self.metadata.tags, self.metadata.name
         run = found[0] if found else self.client.create_run(experiment, tags=tags, run_name=name)
         return SyncState(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
 
@@ -75,9 +74,9 @@ class RunSync:
         """Send the description of the run and its parent, if they have changed."""
         folder = self.metadata.parent
         parent = journal.read_sync_state(folder) if folder else None
-        tags = {NOTE_TAG: self.metadata.note} if self.metadata.note else {}
+        tags = {Tag.NOTE: self.metadata.note} if self.metadata.note else {}
         if parent and parent.uri == self.state.uri:
-            tags[PARENT_TAG] = parent.run_id
+            tags[Tag.PARENT_RUN] = parent.run_id
         for key, value in tags.items():
             if self.state.tags.get(key) != value:
                 self.client.set_tag(self.state.run_id, key, value)
@@ -111,9 +110,9 @@ class RunSync:
         if self.state.status == status:
             return
         if error:
-            self.client.set_tag(run_id, ERROR_TAG, error)
-        elif ERROR_TAG in self.client.get_run(run_id).data.tags:
-            self.client.delete_tag(run_id, ERROR_TAG)
+            self.client.set_tag(run_id, Tag.ERROR, error)
+        elif Tag.ERROR in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, Tag.ERROR)
         if status == "RUNNING":
             self.client.update_run(run_id, status=status)
         else:

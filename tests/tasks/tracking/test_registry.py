@@ -21,16 +21,8 @@ from servers import MlflowServer
 from flows.cli.model_choice import find_model, read_model_facts
 from gpt.errors import RegistryError
 from tasks.tracking import journal, mlflow_settings, registry, sync_thread
-from tasks.tracking.mlflow_api import MlflowClient
-from tasks.tracking.model_lookup import (
-    AGAINST_TAG,
-    ALIAS_TAG,
-    LOSS_TAG,
-    REASON_TAG,
-    STEP_TAG,
-    UID_TAG,
-    local_path,
-)
+from tasks.tracking.mlflow_api import MlflowClient, Tag
+from tasks.tracking.model_lookup import local_path
 from tasks.tracking.runs import register_last_model, sync_run
 
 
@@ -78,12 +70,12 @@ def test_first_model_becomes_champion(tiny_root, client, name):
     assert aliases(client, name) == {"champion": 1}
     assert version.run_id == finished.run.run_id
     assert version.tags == {
-        UID_TAG: journal.read_metadata(finished.folder).uid,
-        STEP_TAG: "20",
-        LOSS_TAG: f"{report().loss:.6f}",
-        AGAINST_TAG: "",
-        ALIAS_TAG: "champion",
-        REASON_TAG: done.reason,
+        Tag.UID: journal.read_metadata(finished.folder).uid,
+        Tag.STEP: "20",
+        Tag.LOSS: f"{report().loss:.6f}",
+        Tag.AGAINST: "",
+        Tag.ALIAS: "champion",
+        Tag.REASON: done.reason,
     }
 
 
@@ -164,7 +156,7 @@ def test_interruption_at_any_call_gives_the_same_result(tiny_root, client, name,
     assert len(calls) < lost < 100
     monkeypatch.undo()
     [version] = versions(client, name)
-    assert (aliases(client, name), version.tags[ALIAS_TAG]) == ({"champion": 1}, "champion")
+    assert (aliases(client, name), version.tags[Tag.ALIAS]) == ({"champion": 1}, "champion")
     state = journal.read_sync_state(finished.folder)
     outputs = client.get_run(state.run_id).outputs.model_outputs
     assert sorted(o.step for o in outputs) == list(STEPS)

@@ -15,8 +15,8 @@ from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
 from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.loop import StepRecord
-from tasks.tracking import journal, runs, sync, sync_thread
-from tasks.tracking.mlflow_api import MlflowClient
+from tasks.tracking import journal, runs, sync_thread
+from tasks.tracking.mlflow_api import MlflowClient, Tag
 from tasks.tracking.runs import (
     RunRef,
     attach_artifacts,
@@ -232,7 +232,7 @@ def test_status_reflects_how_the_run_ended(
         raise error
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == status
-    assert found.data.tags.get(sync.ERROR_TAG) == message
+    assert found.data.tags.get(Tag.ERROR) == message
 
     with open_recorder(run) as recorder:
         recorder.log_step(record(1))
@@ -241,7 +241,7 @@ def test_status_reflects_how_the_run_ended(
         pass
     found = mlflow_client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
-    assert sync.ERROR_TAG not in found.data.tags
+    assert Tag.ERROR not in found.data.tags
 
 
 def test_library_warnings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
