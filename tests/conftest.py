@@ -51,7 +51,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 EMBEDDED_PREFECT = (
     *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_invalid_run"),
-    *("test_unreachable_servers.py::test_run_survives", "test_clusters.py::test_units_are_task_runs"),
+    *(
+        "test_unreachable_servers.py::test_run_survives_loss_of_prefect_api",
+        "test_clusters.py::test_units_are_task_runs",
+    ),
     *("test_deployments.py", "test_doctor.py"),
 )
 """What starts Prefect's embedded API, never two at once: it picks its port at random among a
