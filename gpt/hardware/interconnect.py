@@ -75,4 +75,4 @@ def network_link(gbit: float) -> Link:
         raise ConfigError(Problem("--network-gbit", f"{gbit:g}", rule, remedy))
     is_default = gbit == DEFAULT_NETWORK_GBIT
     source = "default of --network-gbit" if is_default else "given by --network-gbit"
-    return Link(f"network of {gbit:g} Gbit/s per machine", gbit * 1e9 / 8, source)
+    return Link(f"{gbit:g} Gbit/s network", gbit * 1e9 / 8, source)

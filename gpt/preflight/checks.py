@@ -77,9 +77,8 @@ def gib(count: float) -> str:
 
 def check_device(context: CheckContext) -> Problem | None:
     device, gpu = context.config.hardware.device, context.gpu
-    if not device.startswith("cuda") or gpu.is_named:
-        return None
-    if int(device.partition(":")[2] or 0) < gpu.installed:
+    is_question = gpu.is_named or not device.startswith("cuda")
+    if is_question or int(device.partition(":")[2] or 0) < gpu.installed:
         return None
     return Problem(
         "hardware.device",

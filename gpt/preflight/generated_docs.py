@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from typing import Any
 
 from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
@@ -26,6 +23,12 @@ BEGIN = "<!-- sizes: written by `python -m gpt.preflight.generated_docs` -->"
 END = "<!-- end of sizes -->"
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 GPU = "rtx-4070"
+LIMITS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+}
 SIZES = (
     ("gpt-480", None),
     ("gpt-576", (512, 8)),
@@ -76,6 +79,7 @@ def replace_sizes_table(text: str, table: str) -> str:
 
 def render_settings_page() -> str:
     """Return a Markdown page of every setting: meaning, default and limits."""
+    schema = json.loads(render_json_schema())
     lines = [
         "# Settings",
         "",
@@ -84,53 +88,37 @@ def render_settings_page() -> str:
         "`overnight run CONFIG --set section.key=value`. To see memory and time of a config on "
         "your GPU: `overnight validate CONFIG --gpu rtx-4070`.",
     ]
-    for section, field in RunConfig.model_fields.items():
-        fields: dict[str, FieldInfo] = field.annotation.model_fields  # type: ignore[union-attr]
-        rows = [(f"`{key}`", _default(info), _meaning(info)) for key, info in fields.items()]
-        lines += ["", f"## [{section}]", "", *markdown_table(("key", "default", "meaning"), rows)]
+    for name, reference in schema["properties"].items():
+        section = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+        rows = [
+            (f"`{key}`", _default(key, field, section), _meaning(field))
+            for key, field in section["properties"].items()
+        ]
+        lines += ["", f"## [{name}]", "", *markdown_table(("key", "default", "meaning"), rows)]
     return "\n".join(lines) + "\n"
 
 
-def _default(info: FieldInfo) -> str:
-    if info.is_required():
+def _default(key: str, field: dict[str, Any], section: dict[str, Any]) -> str:
+    if key in section.get("required", ()):
         return "required"
-    value: Any = None if info.default is PydanticUndefined else info.default
-    if value is None:
-        return ""
-    plain = list(value) if isinstance(value, tuple) else value
-    return f"`{json.dumps(plain, default=str)}`"
+    return f"`{json.dumps(field['default'])}`" if "default" in field else ""
 
 
-def _meaning(info: FieldInfo) -> str:
-    text = " ".join((info.description or "").split())
-    limits = ", ".join(_limits(info))
-    return f"{text} ({limits})" if limits else text
-
-
-def _limits(info: FieldInfo) -> list[str]:
-    """Bounds like `>= 1` and choices; those of an optional value are one level deeper."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    inner = [part for arg in get_args(info.annotation) for part in getattr(arg, "__metadata__", ())]
-    found = []
-    for part in [*info.metadata, *inner]:
-        for constraint in getattr(part, "metadata", [part]):
-            for name, sign in signs.items():
-                bound = getattr(constraint, name, None)
-                if bound is not None:
-                    found.append(f"{sign} {bound:,}")
-    choices = [arg for arg in get_args(info.annotation) if isinstance(arg, str)]
-    return found + ([" or ".join(f"`{choice}`" for choice in choices)] if choices else [])
+def _meaning(field: dict[str, Any]) -> str:
+    limits = [f"{sign} {field[name]:,}" for name, sign in LIMITS.items() if name in field]
+    if "enum" in field:
+        limits.append(" or ".join(f"`{choice}`" for choice in field["enum"]))
+    return f"{field['description']} ({', '.join(limits)})" if limits else field["description"]
 
 
 def render_json_schema() -> str:
     """Return the JSON schema of a config, with which editors complete and check TOML files."""
-    schema = {"$schema": SCHEMA_DIALECT}
-    schema |= _simplify(RunConfig.model_json_schema())
+    schema = {"$schema": SCHEMA_DIALECT, **_simplify(RunConfig.model_json_schema())}
     return json.dumps(schema, indent=1) + "\n"
 
 
 def _simplify(node: Any) -> Any:
-    """Remove what means nothing in TOML: titles, nulls, and formats and line breaks of Python."""
+    """Remove what means nothing in TOML: titles, nulls, Python's formats and line breaks."""
     if isinstance(node, list):
         return [_simplify(item) for item in node if item != {"type": "null"}]
     if not isinstance(node, dict):

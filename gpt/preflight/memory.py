@@ -53,9 +53,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt.config.schema import ModelSection, RunConfig
+from gpt.config.schema import RunConfig
 from gpt.hardware.gpus import MIB
-from gpt.preflight.parameters import Parameters, count_parameters
+from gpt.preflight.parameters import count_parameters
 
 Sharding = Literal["ddp", "fsdp"]
 
@@ -77,7 +77,7 @@ class Memory:
     overheads: Mapping[str, int]
     evaluation_bytes: int
     """Peak of an evaluation during training, at its own batch size, without compilation."""
-    chunk_rows: int
+    loss_chunk_rows: int
     """Tokens whose logits exist at once."""
 
     @property
@@ -97,11 +97,11 @@ def estimate_memory(config: RunConfig, sharding: Sharding = "ddp") -> Memory:
     The GPU model does not matter: without bfloat16 it computes in float16, which is as wide.
     """
     on_cpu = config.hardware.device == "cpu"
-    step = _Step.from_config(config, sharding, compiled=False)
+    step = _Step(config, sharding, compiled=False)
     moment, parts = step.peak()
     # On a CPU only the loss is compiled, and memory is not judged.
     compiled = config.training.compile and not on_cpu
-    compiled_parts = _Step.from_config(config, sharding, True).peak()[1] if compiled else parts
+    compiled_parts = _Step(config, sharding, compiled=True).peak()[1] if compiled else parts
     compiled_bytes = sum(compiled_parts.values())
     overheads = {
         "cuda_context": CUDA_CONTEXT_BYTES,
@@ -114,46 +114,87 @@ def estimate_memory(config: RunConfig, sharding: Sharding = "ddp") -> Memory:
         compiled_bytes=compiled_bytes,
         overheads={} if on_cpu else overheads,
         evaluation_bytes=step.evaluation_bytes(config.evaluation.batch_size),
-        chunk_rows=step.chunk_rows,
+        loss_chunk_rows=step.chunk_rows,
     )
 
 
-@dataclass(frozen=True)
 class _Step:
-    """Sizes of a training step. Without a unit in the name they are bytes."""
+    """Sizes in a training step; in bytes unless the name says otherwise."""
 
-    model: ModelSection
-    parameters: Parameters
-    tokens: int
-    """Per micro-batch."""
-    chunk_rows: int
-    width: int
-    """Bytes per element of the matmul dtype: e above."""
-    muon: bool
-    accumulates: bool
-    """Whether gradients of earlier micro-batches exist during a forward pass."""
-    checkpointed: bool
-    compiled: bool
-    shards: int
-    """Devices that each hold a share of the model; 1 with ddp."""
-
-    @classmethod
-    def from_config(cls, config: RunConfig, sharding: Sharding, compiled: bool) -> _Step:
-        training, on_cpu = config.training, config.hardware.device == "cpu"
-        world_size = config.hardware.world_size
+    def __init__(self, config: RunConfig, sharding: Sharding, compiled: bool) -> None:
+        model, training = config.model, config.training
+        on_cpu, world_size = config.hardware.device == "cpu", config.hardware.world_size
+        default_rows = CPU_CHUNK_ROWS if on_cpu else CUDA_CHUNK_ROWS
+        self.model, self.compiled = model, compiled
+        self.parameters = parameters = count_parameters(model)
+        self.is_gpt2 = model.architecture == "gpt2"
+        self.is_muon = config.optimizer.name == "muon"
+        self.is_checkpointed = training.activation_checkpointing
+        self.chunk_rows = training.loss_chunk_rows or default_rows
+        self.shards = world_size if sharding == "fsdp" else 1
         is_ddp = world_size > 1 and sharding == "ddp"
-        return cls(
-            model=config.model,
-            parameters=count_parameters(config.model),
-            tokens=training.batch_size * config.model.block_size,
-            chunk_rows=training.loss_chunk_rows or (CPU_CHUNK_ROWS if on_cpu else CUDA_CHUNK_ROWS),
-            width=4 if training.dtype == "float32" or on_cpu else 2,
-            muon=config.optimizer.name == "muon",
-            accumulates=is_ddp or training.grad_acc > world_size,
-            checkpointed=training.activation_checkpointing,
-            compiled=compiled,
-            shards=world_size if sharding == "fsdp" else 1,
-        )
+        self.accumulates = is_ddp or training.grad_acc > world_size
+        # Bytes per element: of the matmul dtype (e above), of the residual stream and the hidden
+        # states, and of what nanochat's norms save (uncompiled, they compute in float32).
+        self.e = 4 if training.dtype == "float32" or on_cpu else 2
+        self.stream = 4 if self.is_gpt2 else self.e
+        self.norm = self.e if compiled else 4
+        self.is_autocast = self.e == 2
+        self.tokens = training.batch_size * model.block_size
+        self.elements = self.tokens * model.n_embd
+        self.head_elements = model.vocab_size * model.n_embd
+        self.head = 4 * self.head_elements
+        self.all_parameters = 4 * parameters.total
+        # AdamW keeps two float32 numbers per parameter, Muon one.
+        single = parameters.block_matrices if self.is_muon else 0
+        self.optimizer_states = self.shard(4 * (2 * parameters.total - single))
+        self.block_copies = 2 * parameters.block_matrices if self.is_autocast else 0
+        # Gradients during a forward pass: the sum over the micro-batches before it.
+        self.earlier_gradients = self.all_parameters if self.accumulates else 0
+        self.block = self._block()
+        self.activations = self._activations()
+
+    def shard(self, size: int) -> int:
+        """One device's share of something that fsdp shards."""
+        return -(-size // self.shards)
+
+    def weights(self) -> int:
+        """With fsdp the device's share, plus what is gathered."""
+        if self.shards == 1:
+            return self.all_parameters
+        total, blocks, layers = self.parameters.total, self.parameters.in_blocks, self.model.n_layer
+        gathered = total - blocks + min(2, layers) * blocks // layers
+        return self.shard(self.all_parameters) + 4 * gathered
+
+    def _block(self) -> int:
+        """What autograd saves for one block."""
+        model, heads, e = self.model, self.model.n_head, self.e
+        if self.is_gpt2:
+            saved, per_token = 8 + 14 * e, 16 + 4 * heads
+        else:
+            saved, per_token = 4 * self.norm + 15 * e, 8 + 12 * heads
+        masks = 2 if model.dropout else 0
+        padding, head_size = 0, model.n_embd // heads
+        if self.is_autocast and head_size % 8:
+            # Four padded copies instead of queries, keys and values: the output is saved as well.
+            padded = -(-head_size // 8) * 8 * heads * self.tokens
+            padding = e * (4 * padded - 3 * self.elements)
+        return (saved + masks) * self.elements + per_token * self.tokens + padding
+
+    def _activations(self) -> int:
+        """All that autograd holds at the end of the forward pass."""
+        model = self.model
+        # Inputs and targets of this micro-batch and inputs of the one before.
+        ends = 24 * self.tokens
+        # Positions, and what the first and the last norm save.
+        if self.is_gpt2:
+            masks = self.elements if model.dropout else 0
+            ends += 8 * model.block_size + 4 * self.elements + masks
+        else:
+            rotations = self.e * model.block_size * (model.n_embd // model.n_head)
+            ends += rotations + 2 * self.norm * self.elements
+        per_layer = self.stream * self.elements if self.is_checkpointed else self.block
+        return ends + model.n_layer * per_layer
 
     def peak(self) -> tuple[str, dict[str, int]]:
         """Return the moment of the peak and its parts."""
@@ -166,93 +207,6 @@ class _Step:
         }
         return max(moments.items(), key=lambda item: sum(item[1].values()))
 
-    # --- sizes -----------------------------------------------------------------------------------
-
-    @property
-    def _autocast(self) -> bool:
-        return self.width == 2
-
-    @property
-    def _gpt2(self) -> bool:
-        return self.model.architecture == "gpt2"
-
-    @property
-    def _stream_width(self) -> int:
-        """Bytes per element of the residual stream and of the hidden states."""
-        return 4 if self._gpt2 else self.width
-
-    @property
-    def _norm_width(self) -> int:
-        """Bytes per element that nanochat's norms save of their inputs: without compilation they
-        consist of operations that run in float32."""
-        return self.width if self.compiled else 4
-
-    @property
-    def _values(self) -> int:
-        """Elements in one tensor of hidden states."""
-        return self.tokens * self.model.n_embd
-
-    @property
-    def _head_values(self) -> int:
-        return self.model.vocab_size * self.model.n_embd
-
-    def _block(self) -> int:
-        """What autograd saves for one block."""
-        heads, e = self.model.n_head, self.width
-        if self._gpt2:
-            saved, small = 8 + 14 * e, 16 + 4 * heads
-        else:
-            saved, small = 4 * self._norm_width + 15 * e, 8 + 12 * heads
-        masks = 2 if self.model.dropout else 0
-        return (saved + masks) * self._values + small * self.tokens + self._padding()
-
-    def _padding(self) -> int:
-        """Four padded copies instead of queries, keys and values: the output is saved as well."""
-        head_size = self.model.n_embd // self.model.n_head
-        if not self._autocast or head_size % 8 == 0:
-            return 0
-        padded_values = -(-head_size // 8) * 8 * self.model.n_head * self.tokens
-        return self.width * (4 * padded_values - 3 * self._values)
-
-    def _ends(self) -> int:
-        """Inputs and targets of this micro-batch, inputs of the one before, positions, and what the
-        first and the last norm save."""
-        model, ids = self.model, 24 * self.tokens
-        if self._gpt2:
-            masks = self._values if model.dropout else 0
-            return ids + 8 * model.block_size + 4 * self._values + masks
-        rotations = self.width * model.block_size * (model.n_embd // model.n_head)
-        return ids + rotations + 2 * self._norm_width * self._values
-
-    def _activations(self) -> int:
-        """All that autograd holds at the end of the forward pass."""
-        block = self._stream_width * self._values if self.checkpointed else self._block()
-        return self._ends() + self.model.n_layer * block
-
-    def _weight_copies(self) -> int:
-        return 2 * self.parameters.block_matrices if self._autocast else 0
-
-    def _gradients_before(self) -> int:
-        """Gradients during a forward pass: the sum over the micro-batches before it."""
-        return 4 * self.parameters.total if self.accumulates else 0
-
-    def _share(self, size: int) -> int:
-        """One device's share of something that fsdp shards."""
-        return -(-size // self.shards)
-
-    def _optimizer_states(self) -> int:
-        """AdamW keeps two float32 numbers per parameter, Muon one."""
-        single = self.parameters.block_matrices if self.muon else 0
-        return self._share(4 * (2 * self.parameters.total - single))
-
-    def _weights(self) -> int:
-        """With fsdp the device's share, plus what is gathered."""
-        total, blocks = self.parameters.total, self.parameters.in_blocks
-        if self.shards == 1:
-            return 4 * total
-        gathered = total - blocks + min(2, self.model.n_layer) * blocks // self.model.n_layer
-        return self._share(4 * total) + 4 * gathered
-
     def _parts(
         self,
         gradients: int,
@@ -260,99 +214,88 @@ class _Step:
         autocast_copies: int = 0,
         loss: int = 0,
         temporaries: int = 0,
-        weights: int | None = None,
     ) -> dict[str, int]:
         return {
-            "weights": self._weights() if weights is None else weights,
+            "weights": self.weights(),
             "gradients": gradients,
-            "optimizer_states": self._optimizer_states(),
+            "optimizer_states": self.optimizer_states,
             "activations": activations,
             "autocast_copies": autocast_copies,
             "loss": loss,
             "temporaries": temporaries,
         }
 
-    # --- moments ---------------------------------------------------------------------------------
-
     def _at_loss(self) -> dict[str, int]:
-        e, hidden = self.width, self._stream_width * self._values
-        gradients = e * self._values + 4 * self._head_values
-        rows_copy = e * self._values if self._stream_width != e else 0
-        head_copy = e * self._head_values if self._autocast else 0
+        e = self.e
+        rows_copy = e * self.elements if self.stream != e else 0
+        head_copy = e * self.head_elements if self.is_autocast else 0
+        # A chunk's logits with what is computed from them, or their gradient beside the chunk's
+        # part of the head's gradient.
+        logits = min(self.chunk_rows, self.tokens) * self.model.vocab_size
+        per_logit = 2 * e if self.compiled else 16 if self.is_gpt2 else 20
+        chunk = max(per_logit * logits, e * logits + head_copy)
         return self._parts(
-            gradients=self._gradients_before(),
-            activations=self._activations(),
-            autocast_copies=self._weight_copies() + rows_copy + head_copy,
-            loss=hidden + gradients + self._chunk(),
+            gradients=self.earlier_gradients,
+            activations=self.activations,
+            autocast_copies=self.block_copies + rows_copy + head_copy,
+            loss=(self.stream + e) * self.elements + self.head + chunk,
         )
 
-    def _chunk(self) -> int:
-        """A chunk's logits with what is computed from them, or their gradient beside the chunk's
-        part of the head's gradient."""
-        rows = min(self.chunk_rows, self.tokens)
-        logits, e = rows * self.model.vocab_size, self.width
-        eager = 16 if self._gpt2 else 20
-        share = e * self._head_values if self._autocast else 0
-        return max((2 * e if self.compiled else eager) * logits, e * logits + share)
-
     def _at_loss_backward(self) -> dict[str, int]:
-        e, stream, head = self.width, self._stream_width, 4 * self._head_values
+        e, stream = self.e, self.stream
         converted = stream if stream != e else 0
-        rows_first = (2 * e + converted) * self._values + head
-        head_next = (e + stream) * self._values + 2 * head
+        rows_first = (2 * e + converted) * self.elements + self.head
+        head_next = (e + stream) * self.elements + 2 * self.head
         return self._parts(
-            gradients=self._gradients_before(),
-            activations=self._activations(),
-            autocast_copies=0 if self.checkpointed else self._weight_copies(),
+            gradients=self.earlier_gradients,
+            activations=self.activations,
+            autocast_copies=0 if self.is_checkpointed else self.block_copies,
             loss=max(rows_first, head_next),
         )
 
     def _at_backward(self) -> dict[str, int]:
         # The widest gradients in a block are those around its non-linearity; ReLU squared allocates
         # three temporaries of that size unless it is compiled.
-        e = self.width
-        square = 12 * e + self._stream_width - 4
-        around = 4 * e if self._gpt2 or self.compiled else square
+        square = 12 * self.e + self.stream - 4
+        around = 4 * self.e if self.is_gpt2 or self.compiled else square
         # A tied head's gradient waits for the embedding's; otherwise it may be a gradient already.
         head_waits = self.parameters.tied or not self.accumulates
         return self._parts(
-            gradients=self._gradients_before(),
-            activations=self._activations() + (self._block() if self.checkpointed else 0),
-            autocast_copies=0 if self.checkpointed else self._weight_copies(),
-            loss=4 * self._head_values if head_waits else 0,
-            temporaries=around * self._values,
+            gradients=self.earlier_gradients,
+            activations=self.activations + (self.block if self.is_checkpointed else 0),
+            autocast_copies=0 if self.is_checkpointed else self.block_copies,
+            loss=self.head if head_waits else 0,
+            temporaries=around * self.elements,
         )
 
     def _at_embedding(self) -> dict[str, int]:
-        head = 4 * self._head_values
-        embedding_is_new = 0 if self.accumulates else head
-        blocks = 4 * self.parameters.in_blocks
-        reduced = 0 if self.accumulates else blocks - self._share(blocks)
+        gradients = self.all_parameters
+        if not self.accumulates:  # the embedding's is new, those of the blocks are reduced
+            blocks = 4 * self.parameters.in_blocks
+            gradients -= self.head + blocks - self.shard(blocks)
         return self._parts(
-            gradients=4 * self.parameters.total - embedding_is_new - reduced,
-            activations=24 * self.tokens + self._stream_width * self._values,
-            temporaries=3 * head if self.parameters.tied else head,
+            gradients=gradients,
+            activations=24 * self.tokens + self.stream * self.elements,
+            temporaries=3 * self.head if self.parameters.tied else self.head,
         )
 
     def _at_update(self) -> dict[str, int]:
         # Muon updates one matrix at a time: the momentum update in float32, and in bfloat16 the
         # matrix, its products and the next iterate. Fused AdamW works in place.
         largest_matrix = 4 * self.model.n_embd**2
-        return self._parts(
-            weights=self._share(4 * self.parameters.total),
-            gradients=self._share(4 * self.parameters.total),
-            temporaries=9 * largest_matrix if self.muon else 0,
-        )
+        share = self.shard(self.all_parameters)
+        temporaries = 9 * largest_matrix if self.is_muon else 0
+        return {**self._parts(share, temporaries=temporaries), "weights": share}
 
     def evaluation_bytes(self, batch_size: int) -> int:
         """Peak of an evaluation: there are no gradients and autograd saves nothing."""
-        tokens = batch_size * self.model.block_size
-        values, e = tokens * self.model.n_embd, self.width
-        forward = (16 + 8 * e if self._gpt2 else 12 * e) * values
+        tokens, e = batch_size * self.model.block_size, self.e
+        elements = tokens * self.model.n_embd
+        forward = (16 + 8 * e if self.is_gpt2 else 12 * e) * elements
         logits = min(self.chunk_rows, tokens) * self.model.vocab_size
-        rows_copy = e if self._stream_width != e else 0
-        head_copy = e * self._head_values if self._autocast else 0
+        rows_copy = e if self.stream != e else 0
+        head_copy = e * self.head_elements if self.is_autocast else 0
         # gpt2: logits and logsumexp's copy. nanochat: logits before, during and after the tanh cap.
-        loss = (8 if self._gpt2 else 12) * logits + (self._stream_width + rows_copy) * values
-        standing = self._weights() + self._optimizer_states() + 24 * tokens
-        return standing + self._weight_copies() + max(forward, loss + head_copy)
+        loss = (8 if self.is_gpt2 else 12) * logits + (self.stream + rows_copy) * elements
+        standing = self.weights() + self.optimizer_states + 24 * tokens
+        return standing + self.block_copies + max(forward, loss + head_copy)

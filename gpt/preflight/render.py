@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gpt.errors import Problem
 from gpt.hardware.flops import flops_per_token
+from gpt.hardware.interconnect import Link
 from gpt.preflight.checks import gb, gib
 from gpt.preflight.report import Figures, Report
 from gpt.preflight.scaling import BASIS, Scaling
@@ -22,7 +23,7 @@ from gpt.preflight.suggestions import Suggestion
 from gpt.preflight.time import total_tokens
 from gpt.schedule import peak_learning_rates
 
-Rows = list[tuple[str, str]]
+Rows = Iterator[tuple[str, str]]
 UNKNOWN = "n/a"
 FITS = {True: "yes", False: "no", None: UNKNOWN}
 SHARDINGS = {
@@ -63,121 +64,94 @@ def sections(report: Report) -> Iterator[tuple[str, Rows]]:
 def _model_rows(figures: Figures) -> Rows:
     config, parameters = figures.config, figures.parameters
     model, optimizer = config.model, config.optimizer
-    rate = peak_learning_rates(config).matrices
+    size = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}"
+    yield "network", f"{model.architecture}, {size}, context {model.block_size:,} tokens"
+    yield "parameters", f"{parameters.total:,} ({'tied' if parameters.tied else 'untied'} head)"
+    counts = [(_name(group), count / 1e6) for group, count in parameters.groups().items() if count]
+    yield "", ", ".join(f"{group} {millions:.1f}M" for group, millions in counts)
+    rate = f"learning rate {peak_learning_rates(config).matrices:.2g}"
     default = "" if optimizer.learning_rate else " (default)"
-    warmup = config.schedule.warmup_steps
-    groups = ", ".join(f"{_name(n)} {c / 1e6:.1f}M" for n, c in parameters.groups().items() if c)
-    return [
-        (
-            "network",
-            f"{model.architecture}, {model.n_layer} layers, {model.n_head} heads, "
-            f"width {model.n_embd}, context {model.block_size:,} tokens",
-        ),
-        ("parameters", f"{parameters.total:,} ({'tied' if parameters.tied else 'untied'} head)"),
-        ("", groups),
-        (
-            "optimizer",
-            f"{optimizer.name}, learning rate {rate:.2g}{default}, {config.schedule.name}"
-            f"{f' after {warmup:,} warm-up steps' if warmup else ''}",
-        ),
-    ]
+    steps = config.schedule.warmup_steps
+    warmup = f" after {steps:,} warm-up steps" if steps else ""
+    yield "optimizer", f"{optimizer.name}, {rate}{default}, {config.schedule.name}{warmup}"
 
 
 def _memory_rows(figures: Figures, report: Report) -> Rows:
     memory, gpu = figures.memory, report.gpu
-    rows = [(_name(part), gib(size)) for part, size in memory.parts.items() if size]
-    rows.append(("peak, uncompiled", f"{gib(memory.peak_bytes)}, at: {_name(memory.moment)}"))
+    for part, size in memory.parts.items():
+        if size:
+            yield _name(part), gib(size)
+    yield "peak, uncompiled", f"{gib(memory.peak_bytes)}, at: {_name(memory.moment)}"
     saved = memory.peak_bytes - memory.compiled_bytes
     if saved > 0:
-        rows.append(("saved by compiling", gib(saved)))
-    rows += [(f"{_name(part)}, assumed", gib(s)) for part, s in memory.overheads.items() if s]
-    rows.append(("evaluation", gib(memory.evaluation_bytes)))
+        yield "saved by compiling", gib(saved)
+    for part, size in memory.overheads.items():
+        if size:
+            yield f"{_name(part)}, assumed", gib(size)
+    yield "evaluation", gib(memory.evaluation_bytes)
     available = f" of {gib(gpu.memory_bytes)} on {gpu.name}" if gpu.memory_bytes else ""
     fits = {True: ": fits", False: ": does not fit", None: ""}[figures.fits]
-    rows.append(("needed", f"{gib(memory.needed_bytes)}{available}{fits}"))
-    return rows
+    yield "needed", f"{gib(memory.needed_bytes)}{available}{fits}"
 
 
 def _compute_rows(figures: Figures, report: Report) -> Rows:
-    config, throughput = figures.config, figures.throughput
+    config, rate = figures.config, figures.throughput.tokens_per_second
     training, tokens, flops = config.training, total_tokens(config), flops_per_token(config)
+    sequences = f"{training.batch_size} x {training.grad_acc} sequences"
+    yield "step", f"{sequences} = {config.tokens_per_step:,} tokens"
+    yield "run", f"{training.max_steps:,} steps = {tokens:,} tokens"
+    yield "FLOPs", f"{flops / 1e6:,.0f} million per token, {flops * tokens / 1e18:,.3g} x 10^18"
     one_device = config.hardware.world_size == 1
-    time = [("time", f"{_hours(figures.hours)} on {report.gpu.name}")] if one_device else []
-    rate = throughput.tokens_per_second
-    return [
-        (
-            "step",
-            f"{training.batch_size} x {training.grad_acc} sequences = "
-            f"{config.tokens_per_step:,} tokens",
-        ),
-        ("run", f"{training.max_steps:,} steps = {tokens:,} tokens"),
-        ("FLOPs", f"{flops / 1e6:,.0f} million per token, {flops * tokens / 1e18:,.3g} x 10^18"),
-        (
-            "throughput" if one_device else "throughput, one GPU",
-            UNKNOWN if rate is None else f"{rate:,.0f} tokens/s",
-        ),
-        *time,
-        ("basis", throughput.basis),
-    ]
+    name = "throughput" if one_device else "throughput, one GPU"
+    yield name, UNKNOWN if rate is None else f"{rate:,.0f} tokens/s"
+    if one_device:
+        yield "time", f"{_hours(figures.hours)} on {report.gpu.name}"
+    yield "basis", figures.throughput.basis
 
 
 def _scaling_rows(figures: Figures, gpu: str) -> Rows:
-    hardware, training = figures.config.hardware, figures.config.training
+    config, scaling = figures.config, figures.scaling
+    hardware, training = config.hardware, config.training
     machines = f"{hardware.nodes:,} machines x " if hardware.nodes > 1 else ""
-    rows = [
-        (
-            "devices",
-            f"{machines}{hardware.devices:,} {gpu} = {hardware.world_size:,}, each "
-            f"{training.grad_acc // hardware.world_size:,} of {training.grad_acc:,} micro-batches "
-            "per step",
-        ),
-        ("sharding", f"{figures.sharding}: {SHARDINGS[figures.sharding]}"),
-    ]
-    scaling = figures.scaling
+    each = f"{training.grad_acc // hardware.world_size:,} of {training.grad_acc:,} micro-batches"
+    devices = f"{machines}{hardware.devices:,} {gpu} = {hardware.world_size:,}"
+    yield "devices", f"{devices}, each {each} per step"
+    yield "sharding", f"{figures.sharding}: {SHARDINGS[figures.sharding]}"
     if scaling is None:
-        reason = "n/a: throughput or interconnect of this GPU is unknown"
-        return [*rows, ("communication and time", reason)]
+        yield "communication and time", "n/a: throughput or interconnect of this GPU is unknown"
+        return
     sent = f"gradients {gb(scaling.gradient_bytes)}"
     if scaling.gathered_bytes:
         sent += f", weights {gb(scaling.micro_batches * scaling.gathered_bytes)}"
-    links = [("within a machine", scaling.intra_node)]
-    links += [("between machines", scaling.network)] if scaling.nodes > 1 else []
-    full, none = scaling.step_seconds
-    full_hours, no_hours = scaling.hours(training.max_steps)
-    full_efficiency, no_efficiency = scaling.efficiency
-    factor = scaling.needed_factor
-    batch_size = max(1, math.ceil(training.batch_size * factor))
-    needed = scaling.link.bytes_per_second * factor
-    return [
-        *rows,
-        ("sent per device and step", f"{gb(scaling.sent_bytes)}: {sent}, in float32"),
-        *(
-            (place, f"{link.name}: {gb(link.bytes_per_second)}/s each way; {link.source}")
-            for place, link in links
-        ),
-        (
-            "step",
-            f"{_seconds(scaling.compute_seconds)} of computation, "
-            f"{_seconds(scaling.communication_seconds)} of communication: {_seconds(full)} with "
-            f"full overlap, {_seconds(none)} with none",
-        ),
-        ("efficiency", f"{full_efficiency:.0%} with full overlap, {no_efficiency:.0%} with none"),
-        ("time", f"{_hours(full_hours)} with full overlap, {_hours(no_hours)} with none"),
-        ("network-bound", _network_bound(scaling)),
-        (
-            "",
-            f"full overlap from training.batch_size = {batch_size:,}, "
-            f"or with a link of {gb(needed)}/s ({needed * 8 / 1e9:,.0f} Gbit/s)",
-        ),
-        ("basis", BASIS),
-    ]
+    yield "sent per device and step", f"{gb(scaling.sent_bytes)}: {sent}, in float32"
+    yield "within a machine", _link(scaling.intra_node)
+    if scaling.nodes > 1:
+        yield "between machines", _link(scaling.network)
+    compute = f"{_seconds(scaling.compute_seconds)} of computation"
+    communication = f"{_seconds(scaling.communication_seconds)} of communication"
+    full, none = map(_seconds, scaling.step_seconds)
+    yield "step", f"{compute}, {communication}: {full} with full overlap, {none} with none"
+    full, none = (f"{share:.0%}" for share in scaling.efficiency)
+    yield "efficiency", f"{full} with full overlap, {none} with none"
+    full, none = map(_hours, scaling.hours(training.max_steps))
+    yield "time", f"{full} with full overlap, {none} with none"
+    yield "network-bound", _network_bound(scaling)
+    batch_size = max(1, math.ceil(training.batch_size * scaling.needed_factor))
+    needed = scaling.link.bytes_per_second * scaling.needed_factor
+    link = f"a link of {gb(needed)}/s ({needed * 8 / 1e9:,.0f} Gbit/s)"
+    yield "", f"full overlap from training.batch_size = {batch_size:,}, or with {link}"
+    yield "basis", BASIS
+
+
+def _link(link: Link) -> str:
+    return f"{link.name}: {gb(link.bytes_per_second)}/s each way; {link.source}"
 
 
 def _network_bound(scaling: Scaling) -> str:
     name = scaling.link.name
-    here = f"no: {name} is fast enough for full overlap"
+    here = f"no: the {name} is fast enough for full overlap"
     if scaling.is_network_bound:
-        here = f"yes: a device waits {_seconds(scaling.wait_seconds)} per step for {name}"
+        here = f"yes: a device waits {_seconds(scaling.wait_seconds)} per step for the {name}"
     if (bound_from := scaling.network_bound_from) is None:
         return f"{here}; nor with more machines"
     devices, nodes = bound_from
@@ -187,21 +161,18 @@ def _network_bound(scaling: Scaling) -> str:
 
 def _data_rows(figures: Figures) -> Rows:
     data, disk = figures.data, figures.disk
+    yield "data", ", ".join(figures.config.data.source)
+    epochs = "" if figures.epochs is None else f"; the run makes {figures.epochs:,.2f} epochs"
     train = UNKNOWN if data.train_tokens is None else f"{data.train_tokens:,} tokens"
-    if figures.epochs is not None:
-        train += f"; the run makes {figures.epochs:,.2f} epochs"
+    yield "training split", f"{train}{epochs}"
+    yield "basis", data.basis
     parts = ", ".join(f"{_name(part)} {gb(size)}" for part, size in disk.items() if size)
     free = UNKNOWN if figures.free_disk_bytes is None else gb(figures.free_disk_bytes)
-    return [
-        ("data", ", ".join(figures.config.data.source)),
-        ("training split", train),
-        ("basis", data.basis),
-        ("disk", f"{gb(sum(disk.values()))} of {free} free: {parts}"),
-    ]
+    yield "disk", f"{gb(sum(disk.values()))} of {free} free: {parts}"
 
 
 def _name(key: str) -> str:
-    return key.replace("_", " ")
+    return key.replace("_", " ").replace("cuda", "CUDA")
 
 
 def _hours(count: float | None) -> str:
@@ -338,7 +309,7 @@ def render_markdown(report: Report) -> str:
         rows = [_suggestion_row(suggestion) for suggestion in report.suggestions]
         lines += ["", "## Suggestions", "", *markdown_table(SUGGESTION_HEADS, rows)]
     for title, section in sections(report):
-        lines += ["", f"## {title.capitalize()}", "", *markdown_table(("", ""), section)]
+        lines += ["", f"## {title.capitalize()}", "", *markdown_table(("", ""), list(section))]
     return "\n".join(lines) + "\n"
 
 

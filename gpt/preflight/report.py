@@ -190,20 +190,11 @@ def _suggest_heads(
 def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
     config, memory, scaling = figures.config, figures.memory, figures.scaling
     values = {
-        "parameters": {
-            "total": figures.parameters.total,
-            "tied": figures.parameters.tied,
-            **figures.parameters.groups(),
-        },
+        "parameters": {"total": figures.parameters.total, **asdict(figures.parameters)},
         "memory": {
             "peak_bytes": memory.peak_bytes,
-            "parts": dict(memory.parts),
-            "moment": memory.moment,
-            "compiled_bytes": memory.compiled_bytes,
-            "overheads": dict(memory.overheads),
-            "evaluation_bytes": memory.evaluation_bytes,
             "needed_bytes": memory.needed_bytes,
-            "loss_chunk_rows": memory.chunk_rows,
+            **asdict(memory),
             "card_bytes": target.memory_bytes,
             "fits": figures.fits,
         },

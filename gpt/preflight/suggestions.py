@@ -191,7 +191,7 @@ def _evaluation_batch_sizes(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _chunk_rows(config: RunConfig) -> list[dict[str, Any]]:
-    rows = estimate_memory(config).chunk_rows
+    rows = estimate_memory(config).loss_chunk_rows
     halves = [rows >> shift for shift in range(1, rows.bit_length())]
     return [{"training.loss_chunk_rows": half} for half in halves if half >= MIN_CHUNK_ROWS]
 

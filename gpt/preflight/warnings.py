@@ -133,19 +133,6 @@ def warn_missing_data(context: CheckContext) -> Problem | None:
     return None if context.starting else missing_data(context)
 
 
-def warn_step_exceeds_data(context: CheckContext) -> Problem | None:
-    tokens, step = context.data.train_tokens, context.config.tokens_per_step
-    if not tokens or tokens >= step:
-        return None
-    return Problem(
-        "training.grad_acc",
-        str(context.config.training.grad_acc),
-        f"makes {step:,} tokens per step; the training data has {_about(context)}{tokens:,}, so "
-        "one step sees some twice",
-        "use more text, or a smaller grad_acc",
-    )
-
-
 def warn_many_epochs(context: CheckContext) -> Problem | None:
     config, tokens, about = context.config, context.data.train_tokens, _about(context)
     wanted = total_tokens(config)
@@ -196,7 +183,6 @@ WARNINGS: tuple[Check, ...] = (
     warn_learning_rates,
     warn_unused_bias,
     warn_missing_data,
-    warn_step_exceeds_data,
     warn_many_epochs,
     warn_short_validation_split,
     warn_unreachable_tracking,

@@ -286,7 +286,7 @@ def test_validate_answers_for_devices_given_as_options() -> None:
     )
     page, values, rest = done.stdout.split("exit 0")
     assert "2 machines x 8 h100 = 16, each 2 of 32 micro-batches per step" in page
-    assert "network of 400 Gbit/s per machine" in page
+    assert "400 Gbit/s network" in page
     assert "given by --network-gbit" in page
     scaling = json.loads(values)["scaling"]
     assert (scaling["devices"], scaling["nodes"], scaling["sharding"]) == (8, 2, "ddp")
