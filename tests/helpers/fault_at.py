@@ -1,8 +1,6 @@
-"""Run `overnight` with a fault at one place of it.
+"""Run `overnight` with a fault at an exact point.
 
     python tests/helpers/fault_at.py FAULT PLACE run CONFIG ...
-
-It comes no earlier or later than that place is reached, so a test of it needs no luck.
 """
 
 import importlib
@@ -20,16 +18,16 @@ PLACES = {
     "writing a checkpoint": ("gpt.training.checkpoint.writer", "write_checkpoint", 2),
     "evaluation": ("tasks.evaluate", "evaluate_model", 1),
 }
-"""Module, function, and which of its calls."""
+"""Module, function, and number of the call."""
 
 
 def stop_all():
-    """SIGTERM to all processes of the command, as `timeout` sends it."""
+    """Send SIGTERM to all processes of the command, like `timeout`."""
     os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 def interrupt_all():
-    """SIGINT to all of them, as a terminal sends it for Ctrl-C."""
+    """Send SIGINT to all processes of the command, like Ctrl-C in a terminal."""
     os.killpg(os.getpgrp(), signal.SIGINT)
 
 
@@ -41,13 +39,13 @@ def embedded_prefect():
 
 
 def kill_prefect():
-    """kill -9 for the embedded API."""
+    """Kill the embedded API with SIGKILL."""
     embedded_prefect().kill()
     embedded_prefect().wait()
 
 
 def hang_prefect():
-    """It listens, and answers no more."""
+    """Stop the embedded API: it accepts connections but does not answer."""
     embedded_prefect().send_signal(signal.SIGSTOP)
 
 
@@ -66,17 +64,17 @@ def main():
 
     prepare = environment.prepare
 
-    def then_patch(root):
+    def prepare_and_patch(root):
         prepare(root)
-        at_call(importlib.import_module(module), name, nth, fault)
+        patch_call(importlib.import_module(module), name, nth, fault)
 
-    environment.prepare = then_patch
+    environment.prepare = prepare_and_patch
     from flows.cli.main import main as overnight
 
     overnight()
 
 
-def at_call(owner, name, nth, fault):
+def patch_call(owner, name, nth, fault):
     real, calls = getattr(owner, name), 0
 
     def counted(*arguments, **named):

@@ -1,7 +1,7 @@
-"""Faults, each one a line: what goes wrong, in which process, at which call.
+"""Inject faults: errors, kills and damaged files, at a given call of a given process.
 
-Processes come from a fork server that has imported what they need, so that starting one again
-takes a fraction of a second. Nothing of the project knows of any of this.
+Processes are forked from a server that has imported what they need, so that starting one takes a
+fraction of a second.
 """
 
 import errno
@@ -25,15 +25,15 @@ FILE_EVENTS = {
 }
 
 
-if __name__ == "tests.faults":  # in the fork server, which begins in the project's folder alone
+if __name__ == "tests.helpers.faults":  # in the fork server, whose path is the project folder
     sys.path.insert(0, str(Path(__file__).parent))
 
-PRELOADED = ["tests.faults"]
-"""By the one fork server of a process of tests, whichever of its modules starts it."""
+PRELOADED = ["tests.helpers.faults"]
+"""Modules imported by the fork server, which all test modules of a process share."""
 
 
-def processes(*modules):
-    """A multiprocessing context whose children begin with `modules` imported."""
+def forkserver_context(*modules):
+    """Return a multiprocessing context whose children start with `modules` imported."""
     PRELOADED.extend(modules)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -45,8 +45,10 @@ def kill_self():
 
 
 def count_file_calls(folder, at):
-    """From now on call `at(n)` before the n-th call of this process that changes files or folders
-    below `folder`, as Python's audit hooks tell of them, and before each fsync."""
+    """Call `at(n)` before the n-th call of this process that changes files below `folder`.
+
+    Uses Python's audit hooks; each fsync counts as well.
+    """
     calls = 0
 
     def next_call():
@@ -54,11 +56,11 @@ def count_file_calls(folder, at):
         calls += 1
         at(calls)
 
-    def heard(event, arguments):
+    def audit(event, arguments):
         if event in FILE_EVENTS and str(arguments[0]).startswith(str(folder)):
             next_call()
 
-    sys.addaudithook(heard)
+    sys.addaudithook(audit)
     real = os.fsync
 
     def fsync(descriptor):
@@ -69,7 +71,7 @@ def count_file_calls(folder, at):
 
 
 def die_while_saving(nth, share):
-    """Kill this process at its n-th safetensors file, after `share` of that file's bytes."""
+    """Kill this process at its n-th safetensors file, after a `share` of its bytes."""
     real, calls = safetensors_torch.save_file, 0
 
     def save_file(tensors, path, *rest):
@@ -89,21 +91,21 @@ def disk_error(number=errno.ENOSPC):
 
 @contextmanager
 def failing(monkeypatch, owner, name, error, times):
-    """`owner.name` raises for the first `times` calls, then works; gives the list of refusals."""
-    real, refused = getattr(owner, name), []
+    """Make `owner.name` raise for the first `times` calls; yield the list of failed calls."""
+    real, failed = getattr(owner, name), []
 
     def limited(*arguments, **named):
-        if len(refused) < times:
-            refused.append(arguments)
+        if len(failed) < times:
+            failed.append(arguments)
             raise error
         return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, limited)
-        yield refused
+        yield failed
 
 
-def flip_a_byte(path):
+def flip_byte(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -113,5 +115,5 @@ def cut_in_half(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def take_away(path):
+def delete(path):
     path.unlink()

@@ -25,7 +25,7 @@ from gpt.training.checkpoint.retention import (
 from gpt.training.loop import train
 from gpt.training.run_lock import run_lock
 
-PROCESSES = faults.processes("gpt.training.loop", "test_checkpoint")
+PROCESSES = faults.forkserver_context("gpt.training.loop", "test_checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_killed_inside_a_file_the_one_before_is_left(tmp_path, nth, share):
 # --- damaged -------------------------------------------------------------------------------------
 
 FILES = ["model.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json"]
-DAMAGES = [faults.flip_a_byte, faults.cut_in_half, faults.take_away]
+DAMAGES = [faults.flip_byte, faults.cut_in_half, faults.delete]
 
 
 @pytest.mark.parametrize("name", [*FILES, "config.json"])
@@ -136,7 +136,7 @@ def test_with_nothing_sound_left_it_starts_from_scratch(dataset, tmp_path, caplo
     list(train(config, dataset, tmp_path / "run"))
     whole = {name: tensor.clone() for name, tensor in weights(tmp_path / "run").items()}
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        faults.flip_a_byte(path / "model.safetensors")
+        faults.flip_byte(path / "model.safetensors")
     list(train(config, dataset, tmp_path / "run"))
     assert caplog.text.count("set aside") == 2
     assert all(torch.equal(tensor, weights(tmp_path / "run")[n]) for n, tensor in whole.items())
@@ -146,7 +146,7 @@ def test_training_goes_on_from_the_one_before(dataset, tmp_path):
     config = small_config(tmp_path)
     whole = numbers(train(config, dataset, tmp_path / "run"))
     ours = weights(tmp_path / "run")
-    faults.flip_a_byte(latest_checkpoint(tmp_path / "run").folder / "optimizer.safetensors")
+    faults.flip_byte(latest_checkpoint(tmp_path / "run").folder / "optimizer.safetensors")
     rest = numbers(train(config, dataset, tmp_path / "run"))
     assert rest[0].step == 10
     assert rest == [record for record in whole if record.step > 10 or record == rest[0]]

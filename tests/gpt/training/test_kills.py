@@ -21,7 +21,7 @@ from tasks.train import train
 
 KILLS = int(os.environ.get("OVERNIGHT_KILLS", "4"))
 STEPS = 30 * KILLS
-PROCESSES = faults.processes("tasks.train", "tasks.tracking.runs", "test_kills")
+PROCESSES = faults.forkserver_context("tasks.train", "tasks.tracking.runs", "test_kills")
 
 
 def config_of(root):
