@@ -1,7 +1,4 @@
-"""Run `overnight` with a fault at an exact point.
-
-    python tests/helpers/fault_at.py FAULT PLACE run CONFIG ...
-"""
+"""Run `overnight` with a fault at an exact point: `fault_at.py FAULT PLACE run CONFIG ...`."""
 
 import importlib
 import os
