@@ -1,12 +1,12 @@
-"""The preflight's memory against what is measured, over the whole grid.
+"""Compare the preflight's memory estimate with measurements over a grid of configs.
 
     python tests/benchmarks/bench_memory.py                 # MemTracker under fake tensors
     python tests/benchmarks/bench_memory.py --device cuda   # torch.cuda.max_memory_allocated
 
-Prints a line a point and the worst at the end; exits 1 where that is over 10%. On the CPU
-`--points N` takes N points of the grid's 320 by a seed, `--points 0` all of them (an hour on one
-core), `--part K/N` the K-th of N equal parts of those. On a GPU it runs two real steps of 480, 576,
-720 and 768 at batches 4, 8 and 16, compiled and not.
+Prints a line per config and the largest error; exits 1 if that exceeds 10%. On the CPU `--points N`
+selects N of the grid's 320 configs by a seed, `--points 0` all of them (an hour on one core), and
+`--part K/N` the K-th of N equal parts. On a GPU it runs two real steps at widths 480, 576, 720 and
+768 and batch sizes 4, 8 and 16, with and without compiling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from memory_of_a_step import make_config, measured_peak_bytes
+from step_memory import make_config, measure_peak_bytes
 
 from gpt.config.schema import RunConfig
 from gpt.hardware.device import autocast
@@ -38,7 +38,7 @@ MIB = 2**20
 def fake_points(
     count: int, seed: int, part: tuple[int, int], chunk_rows: int
 ) -> Iterator[tuple[RunConfig, int, int]]:
-    """Config, estimate, measured."""
+    """Yield config, estimate and measurement."""
     networks = [("gpt2", "adamw"), ("nanochat", "muon")]
     sizes = [(2, 2, 128), (4, 6, 384), (12, 12, 576), (12, 12, 768), (24, 16, 1024)]
     batches = list(itertools.product((1, 4, 8, 32), (256, 512, 1024, 2048)))
@@ -48,7 +48,7 @@ def fake_points(
     number, parts = part
     for network, dtype, size, batch in grid[number - 1 :: parts]:
         config = make_config(*network, dtype, size, batch, loss_chunk_rows=chunk_rows)
-        yield config, estimate_memory(config).peak_bytes, measured_peak_bytes(config)
+        yield config, estimate_memory(config).peak_bytes, measure_peak_bytes(config)
 
 
 def cuda_points() -> Iterator[tuple[RunConfig, int, int]]:
@@ -60,11 +60,11 @@ def cuda_points() -> Iterator[tuple[RunConfig, int, int]]:
             *network, "bfloat16", (12, 12, width), (batch, 1024), compile=compiling
         )
         estimate = estimate_memory(config)
-        yield config, estimate.compiled_bytes, allocated_peak_bytes(config)
+        yield config, estimate.compiled_bytes, measure_allocated_bytes(config)
 
 
-def allocated_peak_bytes(config: RunConfig) -> int:
-    """Of the second of two steps, as the loop does them."""
+def measure_allocated_bytes(config: RunConfig) -> int:
+    """Measure the second of two training steps."""
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     torch._dynamo.reset()
@@ -104,8 +104,8 @@ def main() -> int:
     parser.add_argument("--chunk-rows", type=int, default=2048)
     arguments = parser.parse_args()
     fake = arguments.device == "cpu"
-    asked = (arguments.points, arguments.seed, arguments.part, arguments.chunk_rows)
-    points = fake_points(*asked) if fake else cuda_points()
+    options = (arguments.points, arguments.seed, arguments.part, arguments.chunk_rows)
+    points = fake_points(*options) if fake else cuda_points()
     worst = 0.0
     for config, estimate, measured in points:
         error = estimate / measured - 1

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from memory_of_a_step import make_config, measured_peak_bytes
+from step_memory import make_config, measure_peak_bytes
 
 from gpt.config.schema import ModelSection, RunConfig
 from gpt.model.architectures import ARCHITECTURES
@@ -59,7 +59,7 @@ GRID: list[RunConfig] = [
 def test_peak_is_within_ten_percent_of_mem_tracker(capsys: pytest.CaptureFixture[str]) -> None:
     worst = 0.0, GRID[0]
     for config in GRID:
-        estimate, measured = estimate_memory(config).peak_bytes, measured_peak_bytes(config)
+        estimate, measured = estimate_memory(config).peak_bytes, measure_peak_bytes(config)
         error = abs(estimate / measured - 1)
         assert error < 0.1, f"{config.model}: {estimate:,} against {measured:,}"
         worst = max(worst, (error, config), key=lambda pair: pair[0])

@@ -48,16 +48,15 @@ def make_config(
     )
 
 
-def measured_peak_bytes(config: RunConfig) -> int:
-    """The peak of one whole step of the real network, loss and optimizers, not compiled:
-    micro-batches forward and backward, clipping, update. Optimizer states exist from the start, as
-    in every step but the first. The loop's own micro-step, on CPU tensors, because those exist in
-    every build of torch."""
+def measure_peak_bytes(config: RunConfig) -> int:
+    """Measure the peak of one step with the real network, loss and optimizers, uncompiled: forward
+    and backward passes, clipping, update. Optimizer states exist from the start, as in every step
+    but the first. Tensors are on the CPU, because every build of torch has it."""
     cpu = torch.device("cpu")
     with FakeTensorMode():
         model = ARCHITECTURES[config.model.architecture](config.model)
         model.activation_checkpointing = config.training.activation_checkpointing
-        # Those of a GPU: a CPU's Muon works in another type.
+        # The optimizers of a GPU: on a CPU Muon computes in another dtype.
         optimizers = build_optimizers(model, config, torch.device("cuda"))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
