@@ -1,10 +1,10 @@
-"""One process through torch's launcher against the direct loop: seconds of a step.
+"""Measure the overhead of torch's launcher: one process through it against the direct loop.
 
     python tests/benchmarks/bench_launcher.py --dataset FOLDER [--device cuda] [--turns 5]
 
-The two train in turns, each turn a run of its own from the first step, so that what else the
-machine does meets both alike. A step's seconds are counted by the loop itself; the first ten, which
-compile and warm up, are left out. Prints the medians and the ratio of each turn.
+The two alternate, each turn a new run, so that other load on the machine affects both alike. The
+seconds per step come from the loop itself, without the first ten steps, which compile and warm up.
+Prints both medians and their ratio per turn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flows.runtime.environment import COMPUTE
 
-os.environ |= COMPUTE  # as the workflow sets it, before torch is imported
+os.environ |= COMPUTE  # the workflow's settings, before torch is imported
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.loading import build_config
@@ -39,9 +39,9 @@ def main() -> None:
     dataset = read_manifest(Path(options.dataset))
     turns = []
     for number in range(options.turns):
-        direct, through = (measured(options, dataset, way) for way in (directly, by_launcher))
+        direct, through = (measure(options, dataset, way) for way in (directly, by_launcher))
         turns.append({"direct_seconds": direct, "launcher_seconds": through})
-        print(f"turn {number + 1}: {direct:.4f} s, {through:.4f} s, {through / direct:.3f} times")
+        print(f"turn {number + 1}: {direct:.4f} s, {through:.4f} s, ratio {through / direct:.3f}")
     ratios = [turn["launcher_seconds"] / turn["direct_seconds"] for turn in turns]
     print(f"median ratio {statistics.median(ratios):.3f}")
     if options.json:
@@ -50,7 +50,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--dataset", required=True, help="a tokenised data set's folder")
+    parser.add_argument("--dataset", required=True, help="folder of a tokenized dataset")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
@@ -62,8 +62,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(options: argparse.Namespace, dataset: DatasetManifest, way) -> float:
-    """Median seconds of a step."""
+def measure(options: argparse.Namespace, dataset: DatasetManifest, way) -> float:
+    """Return the median seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(options, folder)
         records = [r for r in way(config, dataset, Path(folder) / "run") if r.loss is not None]

@@ -1,12 +1,12 @@
-"""Time and memory of planning, manifest and position look-up for a corpus that is metadata alone:
-100,000 files with 10 million row groups, 15 x 10^12 tokens.
+"""Measure planning, the manifest and position lookups for a corpus that is metadata only: 100,000
+files with 10 million row groups, 15 x 10^12 tokens.
 
-python tests/benchmarks/bench_planner.py --json planner.json
-python tests/benchmarks/bench_planner.py --files 1_000 --tokens 100_000_000_000
-python tests/benchmarks/bench_planner.py --journal 100_000
+    python tests/benchmarks/bench_planner.py --json planner.json
+    python tests/benchmarks/bench_planner.py --files 1_000 --tokens 100_000_000_000
+    python tests/benchmarks/bench_planner.py --journal 100_000
 
-What reading the footers gives is made up; what is done with it is what a run does. The shards are
-holes: files of the right length that take no room.
+The contents of the footers are generated; everything after reading them is what a run does. The
+shards are sparse files of the right length.
 """
 
 import argparse
@@ -45,16 +45,16 @@ from gpt.data.tokenize.units import (
 BLOCK_SIZE = 1_024
 LOOK_UPS = 1_000
 BYTES_PER_TOKEN = 4.2
-"""Of text: FineWeb's, by this tokenizer, about."""
+"""Average of FineWeb's text with this tokenizer."""
 
 
 class Meter:
-    """Seconds of each part, and the peak of this process's memory until then."""
+    """Collects the seconds of each part and the peak memory of this process until then."""
 
     def __init__(self):
         self.figures = {"before": {"peak_mb": peak_mb()}}
 
-    def measured(self, name, work):
+    def measure(self, name, work):
         began = time.perf_counter()
         result = work()
         seconds = time.perf_counter() - began
@@ -68,25 +68,25 @@ def peak_mb():
 
 
 def main():
-    asked = arguments()
+    options = arguments()
     meter = Meter()
-    if asked.journal:
-        journal(meter, asked)
+    if options.journal:
+        journal(meter, options)
         return
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        found = planning(meter, asked, Path(folder))
-        made = manifests(meter, asked, Path(folder) / "data", found)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found = planning(meter, options, Path(folder))
+        made = manifests(meter, options, Path(folder) / "data", found)
         del found
-        positions(meter, asked, made)
-        if asked.footers:
-            footers(meter, asked, Path(folder) / "footers")
-    meter.measured(
+        positions(meter, options, made)
+        if options.footers:
+            footers(meter, options, Path(folder) / "footers")
+    meter.measure(
         f"order: whole shuffle of {MAX_FULL_SHUFFLE:,}",
         lambda: shuffle_epoch(MAX_FULL_SHUFFLE, 0, 0),
     )
-    values = {**{k: v for k, v in vars(asked).items() if k != "json"}, "measured": meter.figures}
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(values, indent=2, default=str) + "\n")
+    values = {**{k: v for k, v in vars(options).items() if k != "json"}, "measured": meter.figures}
+    if options.json:
+        Path(options.json).write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
 def arguments():
@@ -95,75 +95,75 @@ def arguments():
     parser.add_argument("--groups", type=int, default=100, help="row groups of each file")
     parser.add_argument("--tokens", type=int, default=15_000_000_000_000)
     parser.add_argument("--tokens-per-shard", type=int, default=100_000_000)
-    parser.add_argument("--position", type=int, default=10_000_000_000_000, help="a token")
+    parser.add_argument("--position", type=int, default=10_000_000_000_000, help="token to look up")
     parser.add_argument("--footers", type=int, default=20, help="real files whose footers are read")
-    parser.add_argument("--journal", type=int, help="only this: finished units read, as to go on")
-    parser.add_argument("--folder", help="where the holes are written")
-    parser.add_argument("--json", help="file for the figures")
-    asked = parser.parse_args()
-    asked.position = min(asked.position, asked.tokens * 9 // 10)
-    return asked
+    parser.add_argument("--journal", type=int, help="only read this many finished units")
+    parser.add_argument("--folder", help="folder for the sparse shards")
+    parser.add_argument("--json", help="file for the results")
+    options = parser.parse_args()
+    options.position = min(options.position, options.tokens * 9 // 10)
+    return options
 
 
-def planning(meter, asked, root):
-    """From footers to every unit with its key."""
-    text_bytes = int(asked.tokens * BYTES_PER_TOKEN / asked.files / asked.groups)
+def planning(meter, options, root):
+    """Plan from footers to every unit with its key."""
+    text_bytes = int(options.tokens * BYTES_PER_TOKEN / options.files / options.groups)
 
     def footers_read():
-        return list(sources(asked.files, asked.groups, text_bytes))
+        return list(sources(options.files, options.groups, text_bytes))
 
-    found = meter.measured("made up: what the footers say", footers_read)
-    planned = meter.measured("plan: identity of the data set", lambda: plan(root, found))
-    units = meter.measured(
+    found = meter.measure("generated: contents of the footers", footers_read)
+    planned = meter.measure("plan: fingerprint of the dataset", lambda: plan(root, found))
+    units = meter.measure(
         "plan: every unit and its key", lambda: sum(1 for _ in plan_units(planned, found))
     )
-    groups = asked.files * asked.groups
+    groups = options.files * options.groups
     print(f"  {groups:,} row groups of {text_bytes:,} bytes: {units:,} units")
     meter.figures["units"] = units
     return found
 
 
-def manifests(meter, asked, folder, found):
+def manifests(meter, options, folder, found):
     folder.mkdir()
-    made = meter.measured(
+    made = meter.measure(
         "manifest: made",
-        lambda: manifest(folder, found, asked.tokens, asked.tokens_per_shard),
+        lambda: manifest(folder, found, options.tokens, options.tokens_per_shard),
     )
-    meter.measured("manifest: written", lambda: write_manifest(made))
-    meter.measured("made up: shards without content", lambda: write_sparse_shards(made))
-    read = meter.measured(
+    meter.measure("manifest: written", lambda: write_manifest(made))
+    meter.measure("generated: shards without content", lambda: write_sparse_shards(made))
+    read = meter.measure(
         "manifest: read, lengths of shards compared", lambda: read_manifest(folder)
     )
     assert read == made
-    meter.measured("manifest: shards remembered as checked", lambda: record_verified(read))
+    meter.measure("manifest: shards recorded as verified", lambda: record_verified(read))
     size = (folder / "manifest.json").stat().st_size
     print(f"  {len(made.train.shards):,} shards, {len(made.sources):,} files, {size:,} bytes")
     meter.figures["manifest_bytes"] = size
     return read
 
 
-def positions(meter, asked, made):
-    sequences = meter.measured(
+def positions(meter, options, made):
+    sequences = meter.measure(
         "position: split opened", lambda: SequenceDataset(made, made.train, BLOCK_SIZE)
     )
-    position = asked.position // BLOCK_SIZE
+    position = options.position // BLOCK_SIZE
     batches = TrainingLoader(sequences, seed=1337, position=position)
 
     def found():
-        """Where the sequence at that position of the epoch lies, found anew from nothing."""
+        """Find the sequence at that position of the epoch without cached state."""
         epoch, place = divmod(position, len(sequences))
         index = batches.shuffle_epoch(epoch)(np.array([place]))
         return sequences.locate(index)[0]
 
-    home = meter.measured(f"position: token {asked.position:,}, first", found)
+    home = meter.measure(f"position: token {options.position:,}, first", found)
     shard, first_token = home
     write_ids(made, shard, first_token, np.arange(BLOCK_SIZE + 1))
-    inputs, _ = meter.measured("position: that sequence read", lambda: batches.next_batch(1))
+    inputs, _ = meter.measure("position: that sequence read", lambda: batches.next_batch(1))
     assert inputs[0].tolist() == list(range(BLOCK_SIZE))
     chance = np.random.default_rng(0)
     places = chance.integers(0, len(sequences), LOOK_UPS)
     order = batches.shuffle_epoch(0)
-    meter.measured(
+    meter.measure(
         f"position: {LOOK_UPS:,} others, one by one",
         lambda: [sequences.locate(order(places[n : n + 1])) for n in range(LOOK_UPS)],
     )
@@ -171,39 +171,39 @@ def positions(meter, asked, made):
     meter.figures["sequences"] = len(sequences)
 
 
-def footers(meter, asked, folder):
-    """Real files with as many row groups, a few of them: their footers are read one by one."""
+def footers(meter, options, folder):
+    """Write some real files with as many row groups and read their footers one by one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir()
-    names = ("text", "id", "dump", "url", "date", "file_path", "language")  # as FineWeb has
-    rows = pa.table({name: ["some words"] * asked.groups for name in names})
-    for number in range(asked.footers):
+    names = ("text", "id", "dump", "url", "date", "file_path", "language")  # as in FineWeb
+    rows = pa.table({name: ["some words"] * options.groups for name in names})
+    for number in range(options.footers):
         pq.write_table(rows, folder / f"{number}.parquet", row_group_size=1)
     files, selection = find_sources([str(folder)]), RowFilter("text")
     inspect_parquet(files[0], selection)
-    meter.measured(
-        f"footers: {asked.footers} real ones read",
+    meter.measure(
+        f"footers: {options.footers} real ones read",
         lambda: [inspect_parquet(file, selection) for file in files],
     )
 
 
-def journal(meter, asked):
-    """What a run that goes on reads first: a line for each finished unit."""
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+def journal(meter, options):
+    """Read what a resumed run reads first: one line per finished unit."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         splits = {split: SplitCounts(10, 10**6, 10**7, "0" * 64) for split in SPLITS}
         lengths = Counter(dict.fromkeys(range(5, 15), 100))
         counts = UnitCounts(2_000, Counter(null=0, empty=3), splits, lengths)
         entries = (
-            JournalEntry(f"{number:032x}", "gigatoken", counts) for number in range(asked.journal)
+            JournalEntry(f"{number:032x}", "gigatoken", counts) for number in range(options.journal)
         )
-        UnitJournal(Path(folder), asked.tokens_per_shard, entries).close()
+        UnitJournal(Path(folder), options.tokens_per_shard, entries).close()
         size = (Path(folder) / UNIT_JOURNAL).stat().st_size
-        read = meter.measured(
-            f"journal: {asked.journal:,} units read", lambda: read_stored_units(Path(folder))
+        read = meter.measure(
+            f"journal: {options.journal:,} units read", lambda: read_stored_units(Path(folder))
         )
-        assert len(read) == asked.journal
+        assert len(read) == options.journal
         print(f"  {size:,} bytes; {meter.figures['before']['peak_mb']:,} MB before")
 
 

@@ -1,16 +1,16 @@
-"""What it costs to lose nothing: tokens/s with checkpoints, journal and MLflow against without.
+"""Measure the cost of fault tolerance: checkpoints, journal and MLflow against bare training.
 
     python tests/benchmarks/bench_safety.py [--blocks 8] [--checkpoint-interval 50]
     python tests/benchmarks/bench_safety.py --server-away
 
-Two small networks are trained on made-up tokens in one process, in turns of `BLOCK` steps: bare,
-which only trains, and safe, which writes checkpoints beside the training and every step to the
-journal, and from there to MLflow's SQLite on the courier's thread. A shared machine's pace changes
-by half within minutes, so only what happens next to each other is compared: a ratio for every four
-turns (bare, safe, safe, bare). Steps are short, so what each costs weighs more than in a real run.
+Two small networks train on generated tokens in one process, in alternating blocks of `BLOCK` steps:
+"bare" only trains; "safe" also writes checkpoints in the background and every step to the journal
+and, through the sync thread, to MLflow on SQLite. The speed of a shared machine changes by half
+within minutes, so only adjacent blocks are compared: one ratio per four blocks (bare, safe, safe,
+bare). Steps are short, so the overhead weighs more than in a real run.
 
-`--server-away` trains 60 steps against a real MLflow server, killed after step 10 and started again
-after step 40, and prints the longest step beside the median.
+`--server-away` trains 60 steps with a real MLflow server that is killed after step 10 and started
+again after step 40, and prints the longest step and the median.
 """
 
 import argparse
@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from flows.runtime.environment import COMPUTE  # noqa: E402
 
-os.environ |= COMPUTE  # as the workflow sets it, before torch is imported
+os.environ |= COMPUTE  # the workflow's settings, before torch is imported
 
 BARE, SAFE = "bare", "safe"
 WARM_UP = 25
-"""Not half of an interval by chance: checkpoints fall into the middle of a turn."""
+"""Not half of a block, so that checkpoints fall inside a block."""
 BLOCK = 50
 KILLED_AFTER, STARTED_AFTER = 10, 40
 SMALL = {
@@ -40,15 +40,15 @@ SMALL = {
     "training": {"batch_size": 4, "grad_acc": 1, "compile": False, "log_interval": 1_000},
     "evaluation": {"tokens": 1024},
 }
-"""Laid over configs/tiny.toml."""
+"""Overrides of configs/tiny.toml."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=8, help="turns of each, an even number")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of each, an even number")
     parser.add_argument("--checkpoint-interval", type=int, default=50)
     parser.add_argument("--server-away", action="store_true")
-    parser.add_argument("--threads", type=int, help="of torch; left out: one a core")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: one per core)")
     options = parser.parse_args()
     if options.threads:
         import torch
@@ -94,7 +94,7 @@ def take(steps, count):
 
 @contextlib.contextmanager
 def stepping(mode, steps, checkpoint_interval):
-    """An iterator that trains one step at each call."""
+    """Return an iterator that trains one step per call."""
     from training_data import make_token_dataset
 
     from gpt.config.loading import load_config, merge_overrides
@@ -117,13 +117,13 @@ def stepping(mode, steps, checkpoint_interval):
         run_folder = Path(folder, "train", "run")
         with recorder_of(mode, config, dataset, run_folder) as record_step:
 
-            def told():
+            def train_safely():
                 for record in train(config, dataset, run_folder):
                     record_step(record)
                     if record.loss:
                         yield
 
-            steps_taken = told()
+            steps_taken = train_safely()
             yield steps_taken
             steps_taken.close()
 
@@ -165,7 +165,7 @@ def steps_with_a_server_away():
                     server.kill()
                 if record.step == STARTED_AFTER and record.loss:
                     server.start()
-                last = time.perf_counter()  # what starting a server takes is not the step's
+                last = time.perf_counter()  # excludes the start of the server
         server.kill()
         counted = {step: value for step, value in seconds.items() if step >= KILLED_AFTER}
         median = statistics.median(counted.values())

@@ -1,15 +1,15 @@
-"""Tokenising, ours against one thread of tiktoken and the plain approaches: speed and memory.
+"""Measure speed and memory of tokenizing: this code, one tiktoken thread and simple approaches.
 
     python tests/benchmarks/bench_tokenize.py PARQUET... [--megabytes 120] [--repeats 3] [--json F]
         [--picture F]
 
-The files' rows are repeated into one Parquet file of so many megabytes of text, once more into one
-of four times that. Every approach runs in a process of its own, all in turn, `--repeats` times, so
-that what else the machine does meets all alike; a time is the least of an approach, counted from
-the first call with everything imported to the last byte on the disk (our workers' start is in it).
-CPU seconds are those of the process and its children: what a loaded machine distorts least. Memory
-is the highest proportional set size (PSS, which counts shared pages once) summed over the
-process and its children, sampled 50 times a second.
+The rows of the files are repeated into one Parquet file of that many megabytes of text, and into
+one of four times that. Every approach runs in its own process, one after the other, `--repeats`
+times, so that other load affects all alike. A time is the minimum over the repeats, from the first
+call with everything imported to the last byte on disk (the start of this code's workers included).
+CPU seconds are those of the process and its children; a loaded machine distorts them least. Memory
+is the peak of the proportional set size (PSS, which counts shared pages once), summed over the
+process and its children and sampled 50 times per second.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SAMPLE_SECONDS = 0.02
 
 
 def one_thread(source: Path, folder: Path) -> int:
-    """encode_to_numpy, document by document."""
+    """Encode with encode_to_numpy, one document at a time."""
     encoding, tokens = load_tokenizer(), 0
     with (folder / "ids.bin").open("wb") as out, pq.ParquetFile(source) as file:
         for batch in file.iter_batches(64, columns=["text"]):
@@ -54,7 +54,7 @@ def one_thread(source: Path, folder: Path) -> int:
 
 
 def whole_file(source: Path, folder: Path) -> int:
-    """Everything to lists, then one array."""
+    """Encode everything to lists, then to one array."""
     encoding = load_tokenizer()
     texts = pq.read_table(source, columns=["text"])["text"].to_pylist()
     ids = [i for text in texts for i in (END_OF_TEXT, *encoding.encode_ordinary(text))]
@@ -68,7 +68,7 @@ def _document(text: str) -> np.ndarray:
 
 
 def pool(source: Path, folder: Path) -> int:
-    """llm.c's way: a pool of processes, a document at a time, into one array."""
+    """Encode as llm.c does: a pool of processes, one document at a time, into one array."""
     texts = pq.read_table(source, columns=["text"])["text"].to_pylist()
     with multiprocessing.get_context("fork").Pool(WORKERS) as processes:
         arrays = list(processes.imap(_document, texts, chunksize=16))
@@ -78,7 +78,7 @@ def pool(source: Path, folder: Path) -> int:
 
 
 def threads(source: Path, folder: Path) -> int:
-    """encode_ordinary_batch with two threads, a row group at a time."""
+    """Encode with encode_ordinary_batch, two threads, one row group at a time."""
     encoding, tokens = load_tokenizer(), 0
     with (folder / "ids.bin").open("wb") as out, pq.ParquetFile(source) as file:
         for group in range(file.num_row_groups):
@@ -119,17 +119,17 @@ APPROACHES = {
     "whole file to lists": whole_file,
     "pool of 2 processes": pool,
     "batches, 2 threads": threads,
-    "ours, tiktoken, 2 workers": ours,
-    "ours, gigatoken, 2 workers": turbo,
+    "this code, tiktoken, 2 workers": ours,
+    "this code, gigatoken, 2 workers": turbo,
 }
-OURS = [name for name in APPROACHES if name.startswith("ours")]
+THIS_CODE = [name for name in APPROACHES if name.startswith("this code")]
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
 
 def measure(name: str, source: Path) -> dict[str, float]:
-    """Run one approach in a process of its own."""
+    """Run one approach in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--run", name, str(source), folder]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
@@ -140,12 +140,12 @@ def measure(name: str, source: Path) -> dict[str, float]:
         assert process.stdout
         if process.returncode:
             raise SystemExit(f"{name} ended with {process.returncode}")
-        told = json.loads(process.stdout.read())
-    return told | {"peak_bytes": peak}
+        measured = json.loads(process.stdout.read())
+    return measured | {"peak_bytes": peak}
 
 
 def tree_bytes(pid: int) -> int:
-    """PSS of a process and all below it."""
+    """Return the PSS of a process and its descendants."""
     total = 0
     try:
         parent = psutil.Process(pid)
@@ -162,7 +162,7 @@ def _environment() -> dict[str, str]:
 
 
 def repeated(sources: list[Path], megabytes: float, path: Path) -> int:
-    """Write a Parquet file with the sources' texts, over and over; bytes of text."""
+    """Write a Parquet file that repeats the texts of the sources; return its bytes of text."""
     written = 0
     with pq.ParquetWriter(path, pa.schema({"text": pa.string()}), compression="zstd") as writer:
         while written < megabytes * 1e6:
@@ -186,7 +186,7 @@ def run_once(name: str, source: Path, folder: Path) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Return the CPU seconds of this process and its finished children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -201,15 +201,15 @@ def bench(
         repeated(sources, 4 * megabytes, four)
         for _ in range(repeats):
             for name in approaches:
-                told = measure(name, once)
-                best = figures.setdefault(name, told)
-                best["seconds"] = min(best["seconds"], told["seconds"])
-                best["cpu_seconds"] = min(best["cpu_seconds"], told["cpu_seconds"])
-                best["peak_bytes"] = max(best["peak_bytes"], told["peak_bytes"])
-        for name in [name for name in OURS if name in approaches]:
-            told = measure(name, four)
-            figures[name]["peak_bytes_4x"] = told["peak_bytes"]
-            figures[name]["seconds_4x"] = told["seconds"]
+                measured = measure(name, once)
+                best = figures.setdefault(name, measured)
+                best["seconds"] = min(best["seconds"], measured["seconds"])
+                best["cpu_seconds"] = min(best["cpu_seconds"], measured["cpu_seconds"])
+                best["peak_bytes"] = max(best["peak_bytes"], measured["peak_bytes"])
+        for name in [name for name in THIS_CODE if name in approaches]:
+            measured = measure(name, four)
+            figures[name]["peak_bytes_4x"] = measured["peak_bytes"]
+            figures[name]["seconds_4x"] = measured["seconds"]
     base = figures["one tiktoken thread"]["seconds"]
     for row in figures.values():
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
@@ -217,7 +217,7 @@ def bench(
     return {"text_bytes": text_bytes, "workers": WORKERS, "approaches": figures}
 
 
-# --- telling -------------------------------------------------------------------------------------
+# --- report --------------------------------------------------------------------------------------
 
 
 def table(result: dict) -> str:
@@ -246,7 +246,7 @@ def draw(result: dict, path: Path) -> None:
     FigureCanvasAgg(figure)
     speed, memory = figure.subplots(1, 2, sharey=True)
     speed.barh(names, [row["tokens_per_second"] / 1e6 for row in rows])
-    speed.set_xlabel("million tokens a second")
+    speed.set_xlabel("million tokens per second")
     memory.barh(names, [row["peak_bytes"] / 1e6 for row in rows], color="tab:orange")
     memory.set_xlabel("peak memory (PSS), MB")
     figure.savefig(path, dpi=120)

@@ -1,12 +1,12 @@
-"""Our recipes against a plain GPT-2 loop: same data, same tokens a step, several seeds.
+"""Compare the training recipes with a plain GPT-2 loop on the same data and tokens per step.
 
     python tests/benchmarks/bench_training.py --source corpus-*.parquet [--quick] [--json FILE]
 
-On a host that only trains, give --dataset FOLDER instead of --source.
+On a host that only trains, pass --dataset FOLDER instead of --source.
 
-Every run is a process of its own. Prints tokens/s, peak memory and validation losses at equal
-tokens and at equal seconds; draws the curves into --picture. Training seconds leave out the
-validations of all runs. `--memory-gb 12` on a large GPU stands in for a 12 GB card.
+Every run is its own process. Prints tokens/s, peak memory and validation losses at equal tokens and
+at equal seconds, and draws the curves into --picture. Training seconds exclude all validations.
+`--memory-gb 12` makes a large GPU behave like a 12 GB card.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from gpt.config.loading import build_config
 ROOT = Path(__file__).parents[2]
 PLAIN, GPT2, NANOCHAT = "plain", "gpt2", "nanochat"
 
-# Below the sizes of configs/ (two thousand tokens a step, hundreds of steps) no rule was measured,
-# so each recipe has rates found for the default size: classic, nanoGPT's advice that small networks
-# take more than its 6e-4; nanochat, the middle of a flat best among six at 100 steps (README.md).
+# The rules for learning rates were not measured below the sizes in configs/ (here: two thousand
+# tokens per step, hundreds of steps). GPT-2: nanoGPT advises more than 6e-4 for small networks.
+# nanochat: the middle of a flat optimum among six settings at 100 steps (docs/benchmarks.md).
 CLASSIC_SMALL = {"learning_rate": 2e-3}
 CLASSIC = {"learning_rate": 6e-4}
 NANOCHAT_SMALL = {
@@ -57,7 +57,7 @@ def main():
                 for steps in options.steps:
                     job = job_of(options, recipe, steps, seed, dataset_root)
                     results.append(run_job(job))
-                    tell(results[-1])
+                    print_result(results[-1])
     report(results, options)
 
 
@@ -72,7 +72,7 @@ def report(results, options):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", nargs="+", default=[], help="Parquet files with text")
-    parser.add_argument("--dataset", help="a tokenised data set's folder, instead of --source")
+    parser.add_argument("--dataset", help="folder of a tokenized dataset, instead of --source")
     parser.add_argument("--recipes", nargs="+", default=[PLAIN, GPT2, NANOCHAT])
     parser.add_argument("--steps", nargs="+", type=int, default=[400])
     parser.add_argument("--seeds", type=int, default=1)
@@ -86,15 +86,15 @@ def arguments():
     parser.add_argument("--interval", type=int, default=50, help="steps between validations")
     parser.add_argument("--validation-tokens", type=int, default=65_536)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-gb", type=float, help="cap of the GPU's memory")
+    parser.add_argument("--memory-gb", type=float, help="limit of the GPU memory")
     parser.add_argument(
-        "--seconds", type=float, help="stop each run after so many training seconds"
+        "--seconds", type=float, help="stop each run after this many training seconds"
     )
-    parser.add_argument("--set", action="append", default=[], help="override for our recipes")
-    parser.add_argument("--root", help="folder that keeps the tokenised data between calls")
+    parser.add_argument("--set", action="append", default=[], help="override for gpt2 and nanochat")
+    parser.add_argument("--root", help="folder that keeps the tokenized data between calls")
     parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: minutes")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--merge", nargs="+", metavar="FILE", help="tell of measured runs again")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="print earlier results again")
     parser.add_argument("--picture", metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -150,7 +150,8 @@ def job_of(options, recipe, steps, seed, root):
 
 def run_job(job):
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
-    settings = {} if job["recipe"] == PLAIN else COMPUTE  # as the workflow sets it, and nobody else
+    # The plain loop runs in torch's default environment.
+    settings = {} if job["recipe"] == PLAIN else COMPUTE
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -170,7 +171,7 @@ def described(job):
 
 
 def measure_one(job):
-    """In the worker: run one recipe, print one line of JSON."""
+    """Run one recipe in a worker process and print one line of JSON."""
     import torch
 
     from gpt.config.loading import merge_overrides
@@ -203,7 +204,7 @@ def measure_one(job):
 
 
 def dataset_of(config, folder):
-    """Tokenised here, unless a folder is named: a host that only trains has no polars."""
+    """Tokenize, unless a folder is given: a host that only trains has no polars."""
     if folder:
         from gpt.data.shards import read_manifest
 
@@ -239,7 +240,7 @@ def our_points(config, dataset):
     seconds, point = 0.0, None
     with tempfile.TemporaryDirectory() as folder:
         for record in train(config, dataset, Path(folder)):
-            if record.validation and point:  # told after its step
+            if record.validation and point:  # its record comes after the step's
                 point["validation"] = record.validation.loss
             if record.loss is None:
                 continue
@@ -256,11 +257,11 @@ def our_points(config, dataset):
         yield point
 
 
-# --- what is told --------------------------------------------------------------------------------
+# --- report -------------------------------------------------------------------------------------
 
 
 def tokens_per_second(result):
-    """Median over the steps, the first ten (compiling, warming up) left out."""
+    """Return the median over the steps, without the first ten (compiling, warm-up)."""
     seconds = [point["seconds"] for point in result["points"]]
     steps = [b - a for a, b in itertools.pairwise(seconds[9:])]
     return result["tokens_per_step"] / statistics.median(steps) if steps else float("nan")
@@ -271,7 +272,7 @@ def final_validation(result):
     return held[-1] if held else float("nan")
 
 
-def tell(result):
+def print_result(result):
     if result.get("error"):
         print(f"{result['recipe']:>9} seed {result['seed']}: {result['error']}", flush=True)
         return
@@ -287,7 +288,7 @@ def tell(result):
 
 
 def table(results):
-    """Means over seeds, and ratios to the plain loop of the most steps."""
+    """Format means over seeds and their ratios to the plain loop with the most steps."""
     groups = {}
     for result in results:
         if result["points"]:

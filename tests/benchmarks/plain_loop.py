@@ -1,9 +1,9 @@
-"""What our recipes are measured against: a plain GPT-2 and its loop, as nanoGPT has them.
+"""The baseline of the training benchmark: a plain GPT-2 and its loop, as in nanoGPT.
 
 Learned positions, LayerNorm, GELU, tied head, whole logits through `F.cross_entropy`, AdamW with
 warm-up and cosine, gradient accumulation, clipping; compiled on CUDA. Written for this benchmark
-after the description of github.com/karpathy/nanoGPT; nothing of overnight's model, loss,
-optimizer or schedule is used, only its shards.
+after the description of github.com/karpathy/nanoGPT. It shares the shards with this repository, but
+no model, loss, optimizer or schedule.
 """
 
 import math
@@ -72,7 +72,7 @@ def learning_rate(step, peak, warmup, steps):
 
 
 def train_plain(config, dataset, peak_learning_rate, warmup):
-    """Yields (step, training seconds so far, training loss, validation loss or None)."""
+    """Yield (step, training seconds so far, training loss, validation loss or None)."""
     training, model_config = config.training, config.model
     device = torch.device(config.hardware.device)
     on_gpu = device.type == "cuda"
