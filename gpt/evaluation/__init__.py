@@ -1,1 +1,1 @@
-"""The morning: held-out loss and what the model writes."""
+"""How good a model is: held-out loss, benchmarks, comparisons between models."""

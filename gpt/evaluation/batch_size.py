@@ -1,4 +1,4 @@
-"""Out of memory in an evaluation: half the batch, and the same numbers."""
+"""Out of memory in an evaluation: continue with half the batch size, which changes no result."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from gpt.errors import OutOfMemoryError, Problem
 logger = logging.getLogger(__name__)
 
 
-def halve_batch_size(sequences: int) -> int:
-    """Half as many sequences, the device's unused memory given back first. Raises
-    `OutOfMemoryError` where one is too many.
+def halve_batch_size(batch_size: int) -> int:
+    """Return half of `batch_size` after freeing the allocator's cached memory.
 
-    To be called outside the handler of the error: its traceback keeps the batch's tensors alive.
+    Call it outside the `except` block: the traceback keeps the tensors of the failed batch alive.
+    Raises `OutOfMemoryError` if `batch_size` is 1.
     """
-    if sequences == 1:
+    if batch_size == 1:
         raise OutOfMemoryError(
             Problem(
                 "evaluation.batch_size",
                 "1",
-                "the device runs out of memory while evaluating one sequence",
-                "close what else uses the device, or train a smaller model",
+                "the device runs out of memory evaluating a single sequence",
+                "close other programs that use the device, or train a smaller model",
             )
         )
-    logger.warning("out of memory in evaluation: going on with batch %d", sequences // 2)
+    logger.warning("out of memory in evaluation: continuing with batch size %d", batch_size // 2)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return sequences // 2
+    return batch_size // 2

@@ -1,10 +1,10 @@
-"""Loss on text that was kept out of training: one fixed slice, the same for every config."""
+"""Loss on held-out text: the validation slice, which is the same for every config, or your own."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.data.loader import Batch, SequenceDataset, iterate_validation_batches
-from gpt.data.tokenize.tokenizer import VOCAB_SIZE, load_tokenizer
+from gpt.data.tokenize.tokenizer import (
+    END_OF_TEXT,
+    RANKS_SHA256,
+    VOCAB_SIZE,
+    encode,
+    load_tokenizer,
+)
 from gpt.evaluation.batch_size import halve_batch_size
 from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator, run_to_completion
 from gpt.hardware.device import autocast, is_out_of_memory
@@ -27,56 +33,112 @@ POSITION_BUCKETS = 16
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """`loss` is the mean over `tokens` predicted tokens, nats; `bits_per_byte` is over the UTF-8
-    bytes that those tokens stand for (end-of-text stands for none), so that models with
-    different tokenizers compare."""
+    """The loss of a model on a text."""
 
     tokens: int
+    """Predicted tokens."""
     loss: float
+    """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float
+    """Over the UTF-8 bytes of the predicted tokens (end-of-text has none), so that models with
+    different tokenizers can be compared."""
     standard_error: float | None = None
-    """Of `loss`, nats: the sample standard deviation of the sequences' mean losses over the square
-    root of their number; None for one sequence. Sequences cut from one document are alike, so it is
-    rather too small. It says how far another slice would differ; between two models on the same
-    slice most of that falls away."""
+    """Of `loss`, nats: the sample standard deviation of the sequence losses divided by the square
+    root of their number; None for a single sequence. It is rather too small, because sequences of
+    one document are similar. It says how much another slice would differ; between two models on
+    the same slice most of that cancels (`gpt.evaluation.significance`)."""
     loss_by_position: tuple[float, ...] = ()
-    """Mean loss in each sixteenth of the context, the beginning first."""
+    """Mean loss in each sixteenth of the context, in order."""
     sequence_losses: tuple[float, ...] = ()
     """Mean loss of each sequence, in order."""
     slice_fingerprint: str = ""
-    """Of the predicted tokens in their order, 16 hexadecimal digits: equal for two results that are
-    about the same tokens, whatever the context that each was given."""
+    """Hash of the predicted tokens in order, 16 hexadecimal digits: equal for two results on the
+    same tokens, whatever the context length of the models."""
 
 
 def heldout_loss(
     model: GPT, config: RunConfig, dataset: DatasetManifest, tokens: int | None = None
 ) -> HeldoutLoss:
-    """The value of `evaluate_heldout`, with no progress told."""
+    """Compute what `evaluate_heldout` computes, without progress."""
     return run_to_completion(evaluate_heldout(model, config, dataset, tokens))
 
 
-@torch.no_grad()
 def evaluate_heldout(
     model: GPT, config: RunConfig, dataset: DatasetManifest, tokens: int | None = None
 ) -> ProgressGenerator[HeldoutLoss]:
-    """Loss over the first `tokens` validation tokens (left out: `evaluation.tokens`), each seen
-    once with the context of its own sequence. Leaves the model in the mode it was in.
+    """Compute the loss over the first `tokens` validation tokens (default: `evaluation.tokens`).
 
-    Where the device runs out of memory, goes on with half as many sequences at once, down to one:
-    the result is the same. Raises `OutOfMemoryError` when one is too many.
+    Each token is predicted once, from the tokens before it in its own sequence. The model keeps
+    its mode. If the device runs out of memory, the batch size is halved, down to one sequence,
+    with the same result. Raises `OutOfMemoryError` if a single sequence is too large.
     """
-    tokens = config.evaluation.tokens if tokens is None else tokens
-    dtype = config.training.dtype
+    count = config.evaluation.tokens if tokens is None else tokens
+    sequences = SequenceDataset(dataset, dataset.validation, model.config.block_size)
+    return _evaluate(
+        model,
+        lambda batch_size: iterate_validation_batches(sequences, count, batch_size),
+        config.evaluation.batch_size,
+        config.training.dtype,
+        count,
+        dataset.ranks_sha256,
+    )
+
+
+def score_texts(
+    model: GPT, texts: Iterable[str], batch_size: int = 8, dtype: str = "bfloat16"
+) -> HeldoutLoss:
+    """Compute the loss of a model on your own texts.
+
+    The texts are joined as in training, with an end-of-text token before, between and after them,
+    and cut into sequences of the model's `block_size`; the last one may be shorter. Score a file
+    with `score_texts(model, [Path("book.txt").read_text()])`.
+
+    Args:
+        model: A network as `gpt.model.io.load_model` returns it, on any device; keeps its mode.
+        texts: Documents.
+        batch_size: Sequences per forward pass; halved if the device runs out of memory.
+        dtype: Precision of matrix products on a GPU, as `training.dtype`; a CPU uses float32.
+    """
+    joined = [torch.tensor([END_OF_TEXT])]
+    for text in texts:
+        joined += [torch.from_numpy(encode(text).astype(np.int64)), joined[0]]
+    ids = torch.cat(joined)
+    assert len(ids) > 1, "there are no texts to score"
+    length = (len(ids) - 1) // model.config.block_size * model.config.block_size
+
+    def batches(size: int) -> Iterator[Batch]:
+        pairs = torch.stack((ids[:-1], ids[1:]))
+        full, rest = pairs.split([length, len(ids) - 1 - length], dim=1)
+        for batch in full.view(2, -1, model.config.block_size).split(size, dim=1):
+            if batch.numel():
+                yield batch[0], batch[1]
+        if rest.numel():
+            yield rest[0][None], rest[1][None]
+
+    return run_to_completion(
+        _evaluate(model, batches, batch_size, dtype, len(ids) - 1, RANKS_SHA256)
+    )
+
+
+@torch.no_grad()
+def _evaluate(
+    model: GPT,
+    make_batches: Callable[[int], Iterable[Batch]],
+    batch_size: int,
+    dtype: str,
+    tokens: int,
+    ranks_sha256: str,
+) -> ProgressGenerator[HeldoutLoss]:
+    """Score all batches of `make_batches(batch_size)`, starting again with half of it if needed."""
     was_training = model.training
     model.eval()
-    sequences = SequenceDataset(dataset, dataset.validation, model.config.block_size)
-    batch_size = config.evaluation.batch_size
     try:
         while True:
-            batches = iterate_validation_batches(sequences, tokens, batch_size)
             try:
-                return (yield from _loss_over(model, dtype, dataset, batches, tokens))
+                return (
+                    yield from _score(model, make_batches(batch_size), dtype, tokens, ranks_sha256)
+                )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -85,35 +147,39 @@ def evaluate_heldout(
         model.train(was_training)
 
 
-def _loss_over(
-    model: GPT, dtype: str, dataset: DatasetManifest, batches: Iterable[Batch], tokens: int
+def _score(
+    model: GPT, batches: Iterable[Batch], dtype: str, tokens: int, ranks_sha256: str
 ) -> ProgressGenerator[HeldoutLoss]:
     device, block_size = model.head.device, model.config.block_size
-    by_sequence = []
+    sums: list[torch.Tensor] = []
+    lengths: list[int] = []
     by_position = torch.zeros(block_size, dtype=torch.float64, device=device)
-    text_bytes = done = 0
-    digest = hashlib.sha256(dataset.ranks_sha256.encode())
+    text_bytes = completed = 0
+    digest = hashlib.sha256(ranks_sha256.encode())
     for inputs, targets in batches:
         with autocast(device, dtype):
             hidden = model(inputs.to(device))
             losses = token_losses(hidden, model.head, targets.to(device), model.logit_softcap)
-        by_sequence.append(losses.sum(dim=1, dtype=torch.float64))
-        by_position += losses.sum(dim=0, dtype=torch.float64)
+        sums.append(losses.sum(dim=1, dtype=torch.float64))
+        lengths += [targets.shape[1]] * len(targets)
+        by_position[: targets.shape[1]] += losses.sum(dim=0, dtype=torch.float64)
         text_bytes += int(_bytes_per_token()[targets.numpy()].sum())
         digest.update(targets.numpy().astype("<u2").tobytes())
-        done += targets.numel()
-        yield EvaluationProgress("validation loss", done, tokens)
-    sums = torch.cat(by_sequence).cpu().numpy()
-    summed = float(sums.sum())
-    mean = summed / done
+        completed += targets.numel()
+        yield EvaluationProgress("validation loss", completed, tokens)
+    sequence_sums = torch.cat(sums).cpu().numpy()
+    sequence_losses = sequence_sums / np.array(lengths)
+    total = float(sequence_sums.sum())
+    positions = np.arange(max(lengths))
+    sequences_at = len(lengths) - np.searchsorted(np.sort(lengths), positions, side="right")
     return HeldoutLoss(
-        tokens=done,
-        loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),
-        bits_per_byte=summed / math.log(2) / max(1, text_bytes),
-        standard_error=_standard_error(sums / block_size),
-        loss_by_position=_in_buckets(by_position.cpu().numpy() / len(sums)),
-        sequence_losses=tuple((sums / block_size).tolist()),
+        tokens=completed,
+        loss=total / completed,
+        perplexity=math.exp(min(total / completed, 700.0)),
+        bits_per_byte=total / math.log(2) / max(1, text_bytes),
+        standard_error=_standard_error(sequence_losses),
+        loss_by_position=_bucket_means(by_position[: len(positions)].cpu().numpy() / sequences_at),
+        sequence_losses=tuple(sequence_losses.tolist()),
         slice_fingerprint=digest.hexdigest()[:16],
     )
 
@@ -122,8 +188,8 @@ def _standard_error(values: NDArray[np.float64]) -> float | None:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def _in_buckets(by_position: NDArray[np.float64]) -> tuple[float, ...]:
-    """Means of `POSITION_BUCKETS` equal parts, as far as the positions divide; fewer for fewer."""
+def _bucket_means(by_position: NDArray[np.float64]) -> tuple[float, ...]:
+    """Average `POSITION_BUCKETS` nearly equal parts; fewer if there are fewer positions."""
     parts = np.array_split(by_position, min(POSITION_BUCKETS, len(by_position)))
     return tuple(float(part.mean()) for part in parts)
 

@@ -1,4 +1,4 @@
-"""Evaluations that take a while: generators that yield their progress and end with a result."""
+"""Evaluations are generators that yield their progress and return their result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class EvaluationProgress:
     description: str
-    """What is being measured, as a person would say it."""
+    """What is being evaluated, for a progress bar."""
     completed: int
     total: int
 
@@ -20,10 +20,10 @@ class EvaluationProgress:
 ProgressGenerator = Generator[EvaluationProgress, None, Result]
 
 
-def run_to_completion(running: ProgressGenerator[Result]) -> Result:
-    """The result, with no progress told."""
+def run_to_completion(evaluation: ProgressGenerator[Result]) -> Result:
+    """Run an evaluation without showing its progress and return its result."""
     while True:
         try:
-            next(running)
+            next(evaluation)
         except StopIteration as end:
             return end.value

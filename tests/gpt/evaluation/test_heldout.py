@@ -1,4 +1,4 @@
-"""Held-out loss against the plain computation of its parts."""
+"""Held-out loss against a plain computation of each of its numbers."""
 
 import json
 import math
@@ -11,7 +11,8 @@ from training_data import make_token_dataset, tiny_config
 
 from gpt.artifacts import EvaluationReport
 from gpt.data.loader import SequenceDataset
-from gpt.evaluation.heldout import heldout_loss
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt.evaluation.heldout import heldout_loss, score_texts
 from gpt.model.architectures import build_model
 
 
@@ -32,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain_losses(model, dataset):
-    """(20 sequences, 32) of the slice of 640 tokens, by torch's own cross-entropy."""
+    """Losses of the 640-token slice, (20 sequences, 32), from torch's cross-entropy."""
     inputs, targets = SequenceDataset(dataset, dataset.validation, 32).read(np.arange(20))
     model.eval()
     with torch.no_grad():
@@ -42,7 +43,7 @@ def plain_losses(model, dataset):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 20])
-def test_every_number_is_what_its_name_says(model, dataset, plain_losses, batch_size):
+def test_every_number_equals_its_plain_computation(model, dataset, plain_losses, batch_size):
     held = heldout_loss(model, tiny_config("x", evaluation__batch_size=batch_size), dataset)
     assert model.training
     assert held.tokens == 640
@@ -54,14 +55,14 @@ def test_every_number_is_what_its_name_says(model, dataset, plain_losses, batch_
     assert held.loss_by_position == pytest.approx(of_positions.tolist(), rel=1e-5)
 
 
-def test_a_part_of_the_slice_is_its_beginning(model, dataset, plain_losses):
+def test_fewer_tokens_are_the_start_of_the_slice(model, dataset, plain_losses):
     held = heldout_loss(model, tiny_config("x"), dataset, tokens=160)
     assert (held.tokens, len(held.sequence_losses)) == (160, 5)
     assert held.loss == pytest.approx(plain_losses[:5].mean().item(), rel=1e-6)
     assert held.sequence_losses == pytest.approx(plain_losses[:5].mean(dim=1).tolist(), rel=1e-6)
 
 
-def test_a_block_that_does_not_divide_into_sixteen(dataset):
+def test_loss_by_position_if_block_size_is_not_a_multiple_of_sixteen(dataset):
     for block_size, buckets in ((37, 16), (5, 5)):
         config = tiny_config("x", model__block_size=block_size, evaluation__tokens=400)
         held = heldout_loss(build_model(config.model), config, dataset)
@@ -69,12 +70,12 @@ def test_a_block_that_does_not_divide_into_sixteen(dataset):
         assert sum(held.loss_by_position) / buckets == pytest.approx(held.loss, rel=0.01)
 
 
-def test_one_sequence_has_no_standard_error(model, dataset):
+def test_single_sequence_has_no_standard_error(model, dataset):
     held = heldout_loss(model, tiny_config("x", evaluation__tokens=32), dataset)
     assert held.standard_error is None
 
 
-def test_the_fingerprint_names_the_predicted_tokens(model, dataset, tmp_path):
+def test_fingerprint_depends_on_the_predicted_tokens_alone(model, dataset, tmp_path):
     def fingerprint(of=dataset, network=model, **changes):
         return heldout_loss(network, tiny_config("x", **changes), of).slice_fingerprint
 
@@ -88,7 +89,34 @@ def test_the_fingerprint_names_the_predicted_tokens(model, dataset, tmp_path):
     assert fingerprint(longer) != whole
 
 
-def test_reports_of_before_are_read():
+@pytest.mark.parametrize("texts", [["The man."], ["A dog jumps. " * 20, "", "The man runs."]])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_own_texts_are_scored_token_by_token(model, texts, batch_size):
+    encode = load_tokenizer().encode_ordinary
+    ids = [END_OF_TEXT]
+    for text in texts:
+        ids += [*encode(text), END_OF_TEXT]
+    expected = []
+    model.eval()
+    for start in range(0, len(ids) - 1, 32):
+        inputs, targets = torch.tensor([ids[start : start + 32]]), ids[start + 1 : start + 33]
+        with torch.no_grad():
+            logits = (model(inputs) @ model.head.T)[0, : len(targets)]
+        expected += F.cross_entropy(logits, torch.tensor(targets), reduction="none").tolist()
+    model.train()
+    held = score_texts(model, texts, batch_size)
+    assert model.training
+    assert held.tokens == len(expected) == len(ids) - 1
+    assert held.loss == pytest.approx(np.mean(expected), rel=1e-5)
+    assert held.sequence_losses[-1] == pytest.approx(
+        np.mean(expected[(len(expected) - 1) // 32 * 32 :]), rel=1e-5
+    )
+    assert len(held.loss_by_position) == min(16, len(expected))
+    text_bytes = sum(len(text.encode()) for text in texts)
+    assert held.bits_per_byte == pytest.approx(np.sum(expected) / math.log(2) / text_bytes)
+
+
+def test_reports_of_earlier_versions_are_read():
     old = {"step": 3, "tokens": 5, "loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.5}
     report = EvaluationReport(**json.loads(json.dumps(old | {"samples": []})))
     assert (report.standard_error, report.loss_by_position) == (None, ())
