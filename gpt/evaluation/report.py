@@ -1,4 +1,4 @@
-"""The report on one model: held-out loss, the benchmarks asked for, and what it writes."""
+"""The evaluation report of one model: held-out loss, benchmarks, and sample texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gpt.artifacts import DatasetManifest, EvaluationReport, Sample
 from gpt.config.schema import RunConfig
 from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
-from gpt.evaluation.benchmarks import hellaswag, lambada
+from gpt.evaluation.benchmarks import evaluate_hellaswag, evaluate_lambada
 from gpt.evaluation.heldout import evaluate_heldout
 from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator
 from gpt.model.base import GPT
@@ -16,29 +16,35 @@ from gpt.model.generate import SamplingParams, generate
 def evaluate_model(
     model: GPT, config: RunConfig, dataset: DatasetManifest, step: int
 ) -> ProgressGenerator[EvaluationReport]:
-    """As `config.evaluation` asks, of a model in its evaluation mode after `step` steps.
+    """Evaluate a model as `config.evaluation` sets; yields progress after each batch.
 
-    Validation slice and benchmarks are scored in `training.dtype`'s precision; yields after every
-    batch. Raises `BenchmarkError` for a file that cannot be scored, `OutOfMemoryError`.
+    The model must be in evaluation mode; `step` is the optimizer step it was saved at. Loss and
+    benchmarks are computed in `training.dtype`. Raises `BenchmarkError` for a file that cannot be
+    used, and `OutOfMemoryError`.
     """
-    asked, dtype = config.evaluation, config.training.dtype
+    settings, dtype = config.evaluation, config.training.dtype
     heldout = yield from evaluate_heldout(model, config, dataset)
-    sizes = (asked.batch_size, dtype, asked.benchmark_examples)
-    swag = (yield from hellaswag(model, asked.hellaswag, *sizes)) if asked.hellaswag else None
-    last = (yield from lambada(model, asked.lambada, *sizes)) if asked.lambada else None
+    arguments = (settings.batch_size, dtype, settings.benchmark_examples)
+    hellaswag = lambada = None
+    if settings.hellaswag:
+        hellaswag = yield from evaluate_hellaswag(model, settings.hellaswag, *arguments)
+    if settings.lambada:
+        lambada = yield from evaluate_lambada(model, settings.lambada, *arguments)
     samples = []
-    sampling = SamplingParams(asked.sample_tokens)  # one seed for every config
-    for prompt in asked.prompts:
+    sampling = SamplingParams(settings.sample_tokens)  # the same seed for every config
+    for prompt in settings.prompts:
         samples.append(Sample(prompt=prompt, text=generate(model, prompt, sampling)))
-        yield EvaluationProgress("samples", len(samples), len(asked.prompts))
+        yield EvaluationProgress("samples", len(samples), len(settings.prompts))
     return EvaluationReport(
-        step=step, samples=tuple(samples), hellaswag=swag, lambada=last, **vars(heldout)
+        step=step, samples=tuple(samples), hellaswag=hellaswag, lambada=lambada, **vars(heldout)
     )
 
 
 def check_benchmarks(config: RunConfig) -> None:
-    """Read one example of each benchmark that will be asked for, so that a file which cannot be
-    used is told before the night. Raises `BenchmarkError` with every problem."""
+    """Read one example of each configured benchmark, so that a wrong file fails before training.
+
+    Raises `BenchmarkError` with every problem.
+    """
     problems: list[Problem] = []
     for path, read in (
         (config.evaluation.hellaswag, read_hellaswag),

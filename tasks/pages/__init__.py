@@ -1,1 +1,1 @@
-"""Pages for people, made by tasks."""
+"""HTML and Markdown pages that tasks write."""

@@ -1,4 +1,4 @@
-"""HellaSwag and LAMBADA against Hugging Face's own forward with the plainest scoring."""
+"""HellaSwag and LAMBADA against plain scoring with Hugging Face's model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gpt.evaluation.benchmark_files import read_hellaswag, read_lambada
 from gpt.evaluation.benchmarks import (
     build_hellaswag_requests,
     build_lambada_request,
-    hellaswag,
-    lambada,
+    evaluate_hellaswag,
+    evaluate_lambada,
     preprocess,
 )
 from gpt.evaluation.progress import run_to_completion
@@ -30,32 +30,32 @@ naïve 日本 isn't puts takes 42 street, and another looking Bending while"""
 WORDS = TEXT.split()
 
 
-def sentence(chance, low, high):
-    return " ".join(chance.choice(WORDS, chance.integers(low, high)))
+def sentence(rng, low, high):
+    return " ".join(rng.choice(WORDS, rng.integers(low, high)))
 
 
 def hellaswag_table(examples, seed=0, longest=13):
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     return polars.DataFrame(
         {
             "ind": list(range(examples)),
-            "activity_label": [sentence(chance, 1, 3) for _ in range(examples)],
-            "ctx": [sentence(chance, 2, 25) for _ in range(examples)],
+            "activity_label": [sentence(rng, 1, 3) for _ in range(examples)],
+            "ctx": [sentence(rng, 2, 25) for _ in range(examples)],
             "endings": [
-                [sentence(chance, 1, longest + 1) + "." for _ in range(4)] for _ in range(examples)
+                [sentence(rng, 1, longest + 1) + "." for _ in range(4)] for _ in range(examples)
             ],
-            "label": chance.integers(0, 4, examples),
+            "label": rng.integers(0, 4, examples),
         }
     )
 
 
 def lambada_table(examples, seed=0):
-    chance = np.random.default_rng(seed)
-    texts = [f'"{sentence(chance, 3, 30)}.\n\n{sentence(chance, 2, 9)}' for _ in range(examples)]
+    rng = np.random.default_rng(seed)
+    texts = [f'"{sentence(rng, 3, 30)}.\n\n{sentence(rng, 2, 9)}' for _ in range(examples)]
     return polars.DataFrame({"text": texts})
 
 
-def written(table, path, **settings):
+def write_parquet(table, path, **settings):
     table.write_parquet(path, **settings)
     return str(path)
 
@@ -73,7 +73,7 @@ def reference(model):
     tokenizer = load_tokenizer()
 
     @torch.no_grad()
-    def scored(context, text):
+    def score(context, text):
         ids = tokenizer.encode_ordinary(context + text)
         count = len(ids) - len(tokenizer.encode_ordinary(context))
         logits = theirs(torch.tensor([ids[-65:-1]])).logits[0, -count:].double()
@@ -81,12 +81,12 @@ def reference(model):
         likelihood = logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
         return likelihood, bool((logits.argmax(-1) == wanted).all())
 
-    return scored
+    return score
 
 
-def test_hellaswag_equals_the_reference_example_by_example(model, reference, tmp_path):
+def test_hellaswag_equals_reference_per_example(model, reference, tmp_path):
     table = hellaswag_table(40)
-    path = written(table, tmp_path / "h.parquet", row_group_size=7)
+    path = write_parquet(table, tmp_path / "h.parquet", row_group_size=7)
     requests = [r for example in read_hellaswag(path) for r in build_hellaswag_requests(example)]
     ours = [
         each.log_likelihood
@@ -101,7 +101,7 @@ def test_hellaswag_equals_the_reference_example_by_example(model, reference, tmp
         per_byte = four / [len(ending.encode()) for ending in row["endings"]]
         normalized.append(per_byte.argmax() == row["label"])
     assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
-    result = run_to_completion(hellaswag(model, path, 2, "float32"))
+    result = run_to_completion(evaluate_hellaswag(model, path, 2, "float32"))
     assert result.examples == 40
     assert result.accuracy == pytest.approx(np.mean(plain))
     assert result.normalized_accuracy == pytest.approx(np.mean(normalized))
@@ -110,9 +110,9 @@ def test_hellaswag_equals_the_reference_example_by_example(model, reference, tmp
     assert np.mean(plain) != np.mean(normalized)
 
 
-def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_path):
+def test_lambada_equals_reference_per_example(model, reference, tmp_path):
     table = lambada_table(40)
-    # A passage that the model goes on with by itself, so that one word at least is right.
+    # Add a passage that the model itself generates, so that at least one word is correct.
     start = load_tokenizer().encode_ordinary("The man")
     theirs, _ = build_hf_gpt2(model)
     for _ in range(200):
@@ -122,7 +122,7 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
         if space and word and reference(context, f" {word}")[1]:
             break
     table = polars.concat([table, polars.DataFrame({"text": [f"{context} {word}"]})])
-    path = written(table, tmp_path / "l.parquet", row_group_size=9)
+    path = write_parquet(table, tmp_path / "l.parquet", row_group_size=9)
     texts = list(read_lambada(path))
     found = run_to_completion(
         score_continuations(model, [build_lambada_request(t) for t in texts], 2, "float32")
@@ -136,26 +136,26 @@ def test_lambada_equals_the_reference_example_by_example(model, reference, tmp_p
     likelihoods = [likelihood for likelihood, _ in expected]
     assert [each.log_likelihood for each in found] == pytest.approx(likelihoods, rel=0, abs=1e-4)
     assert [each.is_greedy for each in found] == [greedy for _, greedy in expected]
-    result = run_to_completion(lambada(model, path, 2, "float32"))
+    result = run_to_completion(evaluate_lambada(model, path, 2, "float32"))
     assert result.accuracy == pytest.approx(np.mean([greedy for _, greedy in expected]))
     assert 0 < result.accuracy < 1
     assert result.perplexity == pytest.approx(np.exp(-np.mean(likelihoods)), rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
-def test_a_random_model_scores_near_a_quarter(architecture, tmp_path):
+def test_random_model_scores_a_quarter_on_hellaswag(architecture, tmp_path):
     torch.manual_seed(1)
     network = randomize_weights(
         build_model(model_section(architecture, n_embd=16, n_layer=1, block_size=64))
     )
-    path = written(hellaswag_table(200, seed=5, longest=4), tmp_path / "h.parquet")
-    result = run_to_completion(hellaswag(network, path, 4, "float32"))
+    path = write_parquet(hellaswag_table(200, seed=5, longest=4), tmp_path / "h.parquet")
+    result = run_to_completion(evaluate_hellaswag(network, path, 4, "float32"))
     for accuracy in (result.accuracy, result.normalized_accuracy):
         assert accuracy == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 200) ** 0.5)
     assert network.training
 
 
-def test_a_context_too_long_loses_its_beginning(model, reference):
+def test_context_too_long_is_cut_at_its_start(model, reference):
     context = " ".join(WORDS * 5)
     [found] = run_to_completion(
         score_continuations(model, [encode_continuation(context, " the dog")], 1, "float32")
@@ -163,52 +163,53 @@ def test_a_context_too_long_loses_its_beginning(model, reference):
     assert found.log_likelihood == pytest.approx(reference(context, " the dog")[0], abs=1e-4)
 
 
-def test_spaces_between_go_with_the_text_and_nothing_before_is_end_of_text():
+def test_spaces_belong_to_the_continuation_and_empty_context_is_end_of_text():
     ids = load_tokenizer().encode_ordinary
     request = encode_continuation("The man \n", "runs")
     assert request.ids.tolist() == ids("The man \nruns")
-    assert request.count == len(ids("The man \nruns")) - len(ids("The man"))
+    assert request.target_length == len(ids("The man \nruns")) - len(ids("The man"))
     request = encode_continuation("", "runs")
     assert request.ids.tolist() == [END_OF_TEXT, *ids("runs")]
 
 
-def test_marks_of_wikihow_are_taken_out_as_in_the_harness():
+def test_wikihow_markers_are_removed_as_in_the_harness():
     marked = " How to wait [title] Sit down. [step] Do  nothing [substeps] at all "
     expected = marked.strip().replace(" [title]", ". ")
     expected = re.sub("\\[.*?\\]", "", expected).replace("  ", " ")
     assert preprocess(marked) == expected == "How to wait. Sit down. Do nothing at all"
 
 
-def test_halves_of_a_context_and_labels_as_in_the_original(tmp_path):
+def test_hellaswag_original_columns_are_read(tmp_path):
     table = hellaswag_table(3).with_columns(
         polars.lit("A man sits.").alias("ctx_a"),
         polars.lit("he").alias("ctx_b"),
         polars.col("label").cast(str),
     )
-    examples = list(read_hellaswag(written(table, tmp_path / "h.parquet")))
+    examples = list(read_hellaswag(write_parquet(table, tmp_path / "h.parquet")))
     assert [example.context for example in examples] == ["A man sits. He"] * 3
     assert [example.label for example in examples] == table["label"].cast(int).to_list()
 
 
-def test_batches_progress_limit_and_order(model, tmp_path):
-    path = written(hellaswag_table(30), tmp_path / "h.parquet", row_group_size=4)
-    steps = list(hellaswag(model, path, 1, "float32", limit=10))
+def test_result_does_not_depend_on_batch_size_and_limit_is_kept(model, tmp_path):
+    path = write_parquet(hellaswag_table(30), tmp_path / "h.parquet", row_group_size=4)
+    steps = list(evaluate_hellaswag(model, path, 1, "float32", limit=10))
     assert len(steps) > 5
     assert (steps[-1].completed, steps[-1].total) == (40, 40)
     one, many = (
-        run_to_completion(hellaswag(model, path, size, "float32", limit=10)) for size in (1, 50)
+        run_to_completion(evaluate_hellaswag(model, path, size, "float32", limit=10))
+        for size in (1, 50)
     )
     assert one == many
     assert (
-        run_to_completion(hellaswag(model, path, 1, "float32", limit=11)).fingerprint
+        run_to_completion(evaluate_hellaswag(model, path, 1, "float32", limit=11)).fingerprint
         != one.fingerprint
     )
     assert one.examples == 10
 
 
 def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, caplog):
-    path = written(lambada_table(30), tmp_path / "l.parquet")
-    whole = run_to_completion(lambada(model, path, 16, "float32"))
+    path = write_parquet(lambada_table(30), tmp_path / "l.parquet")
+    whole = run_to_completion(evaluate_lambada(model, path, 16, "float32"))
     real, limit = type(model).forward, 3
 
     def limited(self, ids, cache=None):
@@ -217,16 +218,16 @@ def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, caplog):
         return real(self, ids, cache)
 
     monkeypatch.setattr(type(model), "forward", limited)
-    survived = run_to_completion(lambada(model, path, 16, "float32"))
+    survived = run_to_completion(evaluate_lambada(model, path, 16, "float32"))
     assert survived.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert survived.model_copy(update={"perplexity": whole.perplexity}) == whole
     assert "out of memory in evaluation" in caplog.text
     limit = 0
-    with pytest.raises(OutOfMemoryError, match="one sequence"):
-        run_to_completion(lambada(model, path, 16, "float32"))
+    with pytest.raises(OutOfMemoryError, match="single sequence"):
+        run_to_completion(evaluate_lambada(model, path, 16, "float32"))
 
 
-def test_the_head_meets_only_what_is_predicted(model, tmp_path, monkeypatch):
+def test_only_predicted_positions_pass_the_head(model, tmp_path, monkeypatch):
     rows = []
     real = scoring.token_scores
 
@@ -235,47 +236,47 @@ def test_the_head_meets_only_what_is_predicted(model, tmp_path, monkeypatch):
         return real(hidden, *rest)
 
     monkeypatch.setattr(scoring, "token_scores", counted)
-    path = written(lambada_table(20), tmp_path / "l.parquet")
+    path = write_parquet(lambada_table(20), tmp_path / "l.parquet")
     requests = [build_lambada_request(text) for text in read_lambada(path)]
-    run_to_completion(lambada(model, path, 2, "float32"))
-    assert sum(rows) == sum(request.count for request in requests)
+    run_to_completion(evaluate_lambada(model, path, 2, "float32"))
+    assert sum(rows) == sum(request.target_length for request in requests)
 
 
-def test_a_context_shorter_than_an_ending_is_one_clear_error(tmp_path):
+def test_ending_longer_than_block_size_is_refused(tmp_path):
     network = build_model(model_section("gpt2", block_size=8))
-    path = written(hellaswag_table(20), tmp_path / "h.parquet")
+    path = write_parquet(hellaswag_table(20), tmp_path / "h.parquet")
     with pytest.raises(BenchmarkError, match=r"model.block_size = 8"):
-        run_to_completion(hellaswag(network, path, 1, "float32"))
+        run_to_completion(evaluate_hellaswag(network, path, 1, "float32"))
 
 
 class TestFiles:
     def hellaswag_error(self, table, path):
         with pytest.raises(BenchmarkError) as caught:
-            list(read_hellaswag(written(table, path)))
+            list(read_hellaswag(write_parquet(table, path)))
         assert str(path) in str(caught.value)
         return str(caught.value)
 
-    def test_missing(self, tmp_path):
+    def test_missing_file(self, tmp_path):
         with pytest.raises(BenchmarkError, match=r"none.parquet\n.*cannot be opened"):
             list(read_lambada(str(tmp_path / "none.parquet")))
         with pytest.raises(BenchmarkError, match="cannot be opened"):
             list(read_lambada("no-such-store://x/y.parquet"))
 
-    def test_no_parquet_and_cut_short(self, tmp_path):
+    def test_invalid_or_truncated_file(self, tmp_path):
         path = tmp_path / "l.parquet"
         path.write_text("no parquet at all")
-        with pytest.raises(BenchmarkError, match="no whole Parquet file"):
+        with pytest.raises(BenchmarkError, match="is not a complete Parquet file"):
             list(read_lambada(str(path)))
-        written(lambada_table(9), path)
+        write_parquet(lambada_table(9), path)
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(BenchmarkError, match="no whole Parquet file"):
+        with pytest.raises(BenchmarkError, match="is not a complete Parquet file"):
             list(read_lambada(str(path)))
 
-    def test_missing_columns_are_told_together(self, tmp_path):
+    def test_all_missing_columns_are_reported(self, tmp_path):
         message = self.hellaswag_error(lambada_table(3), tmp_path / "h.parquet")
         for column in ("activity_label", "ctx", "endings", "label"):
             assert f"= {column}\n" in message
-        assert "there are text" in message
+        assert "the file has text" in message
 
     def test_no_rows(self, tmp_path):
         assert "has no rows" in self.hellaswag_error(hellaswag_table(0), tmp_path / "h.parquet")
@@ -290,12 +291,12 @@ class TestFiles:
             ("ctx", polars.lit(7)),
         ],
     )
-    def test_values_that_cannot_be(self, tmp_path, column, value):
+    def test_invalid_values(self, tmp_path, column, value):
         table = hellaswag_table(3).with_columns(value.alias(column))
         assert f"row 0, column {column}" in self.hellaswag_error(table, tmp_path / "h.parquet")
 
     @pytest.mark.parametrize("text", ["word", "ends in a space ", None])
-    def test_passages_without_a_last_word(self, tmp_path, text):
+    def test_passage_without_a_last_word(self, tmp_path, text):
         table = polars.concat([lambada_table(2), polars.DataFrame({"text": [text]}, {"text": str})])
         with pytest.raises(BenchmarkError, match="row 2, column text"):
-            list(read_lambada(written(table, tmp_path / "l.parquet")))
+            list(read_lambada(write_parquet(table, tmp_path / "l.parquet")))

@@ -84,7 +84,7 @@ def test_first_model_becomes_champion(tiny_root, client, name):
     [
         (report(-0.1, seed=2), "champion", "better: loss"),
         (report(+0.1, seed=2), "challenger", "worse: loss"),
-        (report(seed=2), "challenger", "not different beyond chance"),
+        (report(seed=2), "challenger", "no significant difference"),
         (report(-0.1, text="b"), "challenger", "evaluated on other text"),
     ],
     ids=["better", "worse", "equal", "other-text"],
