@@ -1,4 +1,4 @@
-"""Several configs on one data set, one after the other, and a page that says which is best."""
+"""The flow `compare`: train several configs on one data set, and say which one is best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 
 from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
 from flows.runtime.outcome import find_finished_outcome, locate_mlflow_ui, locate_prefect_ui
-from flows.runtime.variant_launcher import train_in_subprocess
+from flows.runtime.variant_process import train_in_subprocess
 from flows.runtime.variants import Variant, comparison_folder, expand_variants
 from gpt.artifacts import Artifact
 from gpt.errors import ComparisonError, Problem
@@ -25,14 +25,14 @@ from tasks.tracking.runs import open_comparison, set_parent_run, track_run_statu
 
 
 class ComparisonResult(Artifact):
-    """What a comparison came to."""
+    """The result of the flow `compare`."""
 
     name: str
     verdict: str
     markdown: str
     page: Path
     failed: tuple[str, ...]
-    """Configs, or seeds of them, without a result."""
+    """A message for each config, or seed of it, without a result."""
     mlflow_uri: str
     mlflow_run_id: str | None
     prefect_ui: str
@@ -58,31 +58,31 @@ def compare(
 ) -> ComparisonResult:
     """Train several configs on the same data, one after the other, and compare them.
 
-    What is finished is not done again; a config that fails is left out of the comparison.
+    Finished runs are skipped; a config that fails is left out of the comparison.
 
     Args:
         configs: Paths of TOML configs.
-        overrides: Values laid over each of them, key by key: {"training": {"grad_acc": 8}}.
-        tokens: Train each on so many tokens, in place of its own max_steps.
-        seeds: Train each so many times, with seeds counted up from its own.
-        name: Of the comparison; left out: the configs' names.
+        overrides: Values that replace those of every config: {"training": {"grad_acc": 8}}.
+        tokens: Number of tokens to train each config on; default: its own `training.max_steps`.
+        seeds: Number of seeds per config, counted up from its own `training.seed`.
+        name: Name of the comparison; default: the names of the configs.
     """
     variants = expand_variants(configs, overrides or {}, tokens, seeds)
     shared = next(variant.config for variant in variants if variant.config)
     dataset = call_task(tokenize_parquet)(shared)
     folder = comparison_folder(shared.run.root, variants, name)
     with run_lock(folder):
-        run = open_comparison(shared, dataset, folder, _compared(variants, tokens, seeds))
+        run = open_comparison(shared, dataset, folder, _run_parameters(variants, tokens, seeds))
         with track_run_status(run):
-            results = tuple(_contestant(variant, folder) for variant in variants)
+            results = tuple(_train_variant(variant, folder) for variant in variants)
             comparison = call_task(compare_runs)(run, results)
-            _refuse_nothing(results)
+            _check_any_finished(results)
     return ComparisonResult(
         name=folder.name.rpartition("-")[0],
         verdict=comparison.verdict,
         markdown=comparison.markdown,
         page=comparison.page,
-        failed=tuple(f"{c.name}: {c.failure}" for c in results if c.folder is None),
+        failed=tuple(f"{r.name}: {r.failure}" for r in results if r.folder is None),
         mlflow_uri=run.uri,
         mlflow_run_id=run.run_id,
         prefect_ui=locate_prefect_ui(shared),
@@ -90,44 +90,44 @@ def compare(
     )
 
 
-def _compared(variants: Sequence[Variant], tokens: int | None, seeds: int) -> dict[str, str]:
-    """Parameters of the MLflow run above those compared."""
+def _run_parameters(variants: Sequence[Variant], tokens: int | None, seeds: int) -> dict[str, str]:
+    """Return the parameters of the comparison's MLflow run, the parent of the others."""
     names = ", ".join(dict.fromkeys(variant.name for variant in variants))
-    given = {"configs": names, "seeds": str(seeds)}
-    return given | ({"tokens": str(tokens)} if tokens else {})
+    parameters = {"configs": names, "seeds": str(seeds)}
+    return parameters | ({"tokens": str(tokens)} if tokens else {})
 
 
-def _contestant(variant: Variant, parent: Path) -> VariantResult:
-    """The entrant's run, made or found; a failure is told and kept."""
-    known = {"name": variant.name, "seed": variant.seed}
+def _train_variant(variant: Variant, parent: Path) -> VariantResult:
+    """Train a variant unless it is finished; a failure becomes part of the result."""
     if variant.config is None:
-        log_info(f"{variant.name} is left out: {variant.failure}")
-        return VariantResult(**known, folder=None, failure=variant.failure)
+        return _failed(variant, variant.name, variant.failure)
     run_name = variant.config.run.name
     if finished := find_finished_outcome(variant.path, variant.overrides):
-        log_info(f"{run_name}: finished before, validation loss {finished.report.loss:.4f}")
+        log_info(f"{run_name}: already finished, validation loss {finished.report.loss:.4f}")
         set_parent_run(finished.folder, parent)
-        return VariantResult(**known, folder=finished.folder)
+        return VariantResult(name=variant.name, seed=variant.seed, folder=finished.folder)
     try:
-        return VariantResult(**known, folder=call_task(pretrain_variant)(variant, run_name, parent))
+        folder = call_task(pretrain_variant)(variant, run_name, parent)
     except ComparisonError as error:
-        log_info(f"{run_name} is left out: {error.problems[0].rule}")
-        return VariantResult(**known, folder=None, failure=error.problems[0].rule)
+        return _failed(variant, run_name, error.problems[0].rule)
+    return VariantResult(name=variant.name, seed=variant.seed, folder=folder)
 
 
-@task(name="pretrain-apart", task_run_name="{run_name}", cache_policy=NO_CACHE)
+def _failed(variant: Variant, run_name: str, failure: str) -> VariantResult:
+    log_info(f"{run_name} is left out: {failure}")
+    return VariantResult(name=variant.name, seed=variant.seed, folder=None, failure=failure)
+
+
+@task(name="pretrain-variant", task_run_name="{run_name}", cache_policy=NO_CACHE)
 def pretrain_variant(variant: Variant, run_name: str, parent: Path) -> Path:
-    """The flow `pretrain` in a process of its own, at the same API; the run's folder."""
-    log_info(f"{run_name}: begins")
+    """Run the flow `pretrain` in its own process, under the same Prefect API; return its folder."""
+    log_info(f"{run_name}: starting")
     return train_in_subprocess(variant, parent)
 
 
-def _refuse_nothing(results: Sequence[VariantResult]) -> None:
-    if any(contestant.folder for contestant in results):
-        return
-    raise ComparisonError(
-        *[
-            Problem(contestant.name, "", contestant.failure, "mend that and start again")
-            for contestant in results
-        ]
-    )
+def _check_any_finished(results: Sequence[VariantResult]) -> None:
+    if not any(result.folder for result in results):
+        remedy = "fix this and re-run the same comparison"
+        raise ComparisonError(
+            *[Problem(result.name, "", result.failure, remedy) for result in results]
+        )

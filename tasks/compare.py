@@ -1,4 +1,4 @@
-"""The last stage of a comparison: what each run came to, read from its folder, on one page."""
+"""Compare: read the result of each run from its folder and write one page about all of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gpt.files import write_text
 from gpt.preflight.parameters import count_parameters
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import RUN_FILE
-from tasks.pages.comparison import html_page, markdown_page, pictures
+from tasks.pages.comparison import draw_charts, render_html, render_markdown
 from tasks.runtime.prefect_api import publish_markdown
 from tasks.tracking import journal
 from tasks.tracking.runs import RunRef, attach_artifacts, set_run_note
 
-PAGE = "comparison.html"
-MARKDOWN = "comparison.md"
+HTML_FILE = "comparison.html"
+MARKDOWN_FILE = "comparison.md"
 
 
 class VariantResult(Artifact):
@@ -39,6 +39,7 @@ class VariantResult(Artifact):
 
 class Comparison(Artifact):
     verdict: str
+    """Which config is best, in plain words."""
     page: Path
     """Self-contained HTML."""
     markdown: str
@@ -46,38 +47,39 @@ class Comparison(Artifact):
 
 @task(name="compare", task_run_name="compare", cache_policy=NO_CACHE)
 def compare(run: RunRef, results: tuple[VariantResult, ...]) -> Comparison:
-    """Write the page of the comparison, and give it to MLflow and Prefect."""
+    """Write the page of a comparison and publish it in MLflow and Prefect."""
     name = run.folder.name.rpartition("-")[0]
-    entries = entries_of(results)
-    found, drawn = summarize_comparison(entries), pictures(entries)
-    markdown = markdown_page(name, entries, found)
-    page, written = run.folder / PAGE, run.folder / MARKDOWN
-    write_text(page, html_page(name, entries, found, drawn))
-    write_text(written, markdown)
-    for picture, svg in drawn.items():
-        write_text(run.folder / f"{picture}.svg", svg)
-    files = [page, written, *(run.folder / f"{picture}.svg" for picture in drawn)]
-    attach_artifacts(run, {path.name: path for path in files})
+    configs = group_by_config(results)
+    verdict, charts = summarize_comparison(configs), draw_charts(configs)
+    markdown = render_markdown(name, configs, verdict)
+    texts = {
+        HTML_FILE: render_html(name, configs, markdown, charts),
+        MARKDOWN_FILE: markdown,
+        **{f"{chart}.svg": svg for chart, svg in charts.items()},
+    }
+    for file, text in texts.items():
+        write_text(run.folder / file, text)
+    attach_artifacts(run, {file: run.folder / file for file in texts})
     set_run_note(run, markdown)
-    publish_markdown(f"comparison-{name}", markdown, found)
-    return Comparison(verdict=found, page=page.resolve(), markdown=markdown)
+    publish_markdown(f"comparison-{name}", markdown, verdict)
+    return Comparison(verdict=verdict, page=(run.folder / HTML_FILE).resolve(), markdown=markdown)
 
 
-def entries_of(results: Sequence[VariantResult]) -> list[ConfigResult]:
-    """One for each name, in their order."""
-    names = dict.fromkeys(contestant.name for contestant in results)
+def group_by_config(results: Sequence[VariantResult]) -> list[ConfigResult]:
+    """Load the result of every run, grouped by config, in the order of the first seeds."""
+    names = dict.fromkeys(result.name for result in results)
     return [
         ConfigResult(
             name=name,
-            runs=tuple(trained(c.folder) for c in results if c.name == name and c.folder),
-            failures=tuple(c.failure for c in results if c.name == name and not c.folder),
+            runs=tuple(load_run_result(r.folder) for r in results if r.name == name and r.folder),
+            failures=tuple(r.failure for r in results if r.name == name and not r.folder),
         )
         for name in names
     ]
 
 
-def trained(folder: Path) -> RunResult:
-    """What a finished and evaluated run came to, from its folder."""
+def load_run_result(folder: Path) -> RunResult:
+    """Load the result of a finished and evaluated run from its folder."""
     raw = json.loads((folder / RUN_FILE).read_bytes())["config"]
     config = RunConfig.model_validate_json(json.dumps(raw))
     checkpoint = latest_checkpoint(folder)
@@ -85,37 +87,37 @@ def trained(folder: Path) -> RunResult:
     report = load_report(folder, config, checkpoint.step)
     assert report, f"{folder} is not evaluated"
     lines, _ = journal.read_metrics(folder / journal.METRICS_FILE)
-    paces = _values(lines, "tokens_per_second")
-    energy = _values(lines, "energy_joules")
+    throughputs = _values_by_step(lines, "tokens_per_second")
+    energy = _values_by_step(lines, "energy_joules")
+    peaks = _values_by_step(lines, "memory/peak_bytes")
+    curve = _loss_curve(lines, throughputs, config.tokens_per_step)
     return RunResult(
         seed=config.training.seed,
         parameters=count_parameters(config.model).total,
         tokens=checkpoint.tokens_seen,
         report=report,
-        tokens_per_second=median(paces.values()),
-        hours=sum(config.tokens_per_step / pace for pace in paces.values()) / 3600,
-        peak_memory_bytes=_largest(_values(lines, "memory/peak_bytes").values()),
+        tokens_per_second=median(throughputs.values()),
+        hours=sum(config.tokens_per_step / value for value in throughputs.values()) / 3600,
+        peak_memory_bytes=int(max(peaks.values(), default=0)) or None,
         energy_joules=sum(energy.values()) if energy else None,
-        curve=_curve(lines, paces, config.tokens_per_step),
+        curve=curve,
     )
 
 
-def _values(lines: Iterable[journal.MetricsLine], key: str) -> dict[int, float]:
-    """By step, in the order of steps; the journal holds each once."""
+def _values_by_step(lines: Iterable[journal.MetricsLine], key: str) -> dict[int, float]:
+    """Return the values of a metric in the order of steps; each step is there once."""
     found = {line.step: line.metrics[key] for line in lines if key in line.metrics}
     return dict(sorted(found.items()))
 
 
-def _largest(values: Iterable[float]) -> int | None:
-    return int(max(values, default=0)) or None
-
-
-def _curve(
-    lines: Sequence[journal.MetricsLine], paces: dict[int, float], tokens_per_step: int
+def _loss_curve(
+    lines: Sequence[journal.MetricsLine], throughputs: dict[int, float], tokens_per_step: int
 ) -> LossCurve:
-    seconds = accumulate(tokens_per_step / pace for pace in paces.values())
-    hours = {0: 0.0} | {step: s / 3600 for step, s in zip(paces, seconds, strict=True)}
-    losses = {step: loss for step, loss in _values(lines, "val/loss").items() if step in hours}
+    seconds = accumulate(tokens_per_step / value for value in throughputs.values())
+    hours = {0: 0.0} | {step: s / 3600 for step, s in zip(throughputs, seconds, strict=True)}
+    losses = {
+        step: loss for step, loss in _values_by_step(lines, "val/loss").items() if step in hours
+    }
     return LossCurve(
         tokens=tuple(step * tokens_per_step for step in losses),
         hours=tuple(hours[step] for step in losses),

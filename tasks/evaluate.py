@@ -1,4 +1,4 @@
-"""Stage 4, evaluate: the morning. One report on the last checkpoint, kept in the run folder."""
+"""Stage 4, evaluate: one report on the last checkpoint, stored in the run folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.display import log_info, show_evaluation
 from tasks.tracking.journal import PendingModel
 from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
-SAMPLES = "samples.md"
+SAMPLES_FILE = "samples.md"
 MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
 
 
@@ -33,38 +33,39 @@ MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
 def evaluate(
     config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointRef, run: RunRef
 ) -> EvaluationReport:
-    """Evaluate the checkpoint, unless the run folder has that report already."""
+    """Evaluate the checkpoint, unless the run folder has its report already."""
     with open_recorder(run) as recorder:
         report = load_report(run.folder, config, checkpoint.step)
         if report is None:
             log_info(f"evaluating step {checkpoint.step}")
             report = evaluate_saved_model(checkpoint.folder, config, dataset, checkpoint.step)
-            # The samples first: a report that is there is whole.
-            write_text(run.folder / SAMPLES, render_samples(report))
+            # The report last: if it exists, the evaluation is complete.
+            write_text(run.folder / SAMPLES_FILE, render_samples(report))
             save_report(run.folder, config, report)
         recorder.log_report(report)
-        files = {name: run.folder / name for name in (REPORT_FILE, SAMPLES)}
+        files = {name: run.folder / name for name in (REPORT_FILE, SAMPLES_FILE)}
         attach_artifacts(run, files, collect_models(run.folder.resolve(), checkpoint.step))
     return report
 
 
 def evaluate_saved_model(
-    model: Path, config: RunConfig, dataset: DatasetManifest, step: int
+    folder: Path, config: RunConfig, dataset: DatasetManifest, step: int
 ) -> EvaluationReport:
-    """The report on the model in a folder, its progress shown."""
-    network = load_model(model, pick_device(config.hardware.device))
-    return show_evaluation(evaluate_model(network, config, dataset, step))
+    """Evaluate the model in a folder, with a progress bar."""
+    model = load_model(folder, pick_device(config.hardware.device))
+    return show_evaluation(evaluate_model(model, config, dataset, step))
 
 
 def collect_models(folder: Path, evaluated_step: int) -> tuple[PendingModel, ...]:
-    """The run's checkpoints; the evaluated one with its files and its report."""
+    """List the checkpoints of a run for MLflow; the evaluated one with its files and report."""
+    report = folder / REPORT_FILE
     return tuple(
-        _model(path, folder / REPORT_FILE if checkpoint_step(path) == evaluated_step else None)
+        _describe_checkpoint(path, report if checkpoint_step(path) == evaluated_step else None)
         for path in reversed(complete_checkpoints(folder))
     )
 
 
-def _model(checkpoint: Path, report: Path | None) -> PendingModel:
+def _describe_checkpoint(checkpoint: Path, report: Path | None) -> PendingModel:
     progress = read_progress(checkpoint)
     return PendingModel(
         name=f"step-{progress.step}",
@@ -77,8 +78,8 @@ def _model(checkpoint: Path, report: Path | None) -> PendingModel:
 
 
 def render_samples(report: EvaluationReport) -> str:
-    """What the model writes, as Markdown: each prompt in bold, its continuation quoted."""
-    parts = [f"# What the model writes after step {report.step}"]
+    """Render the samples as Markdown: each prompt in bold, its continuation as a quote."""
+    parts = [f"# Samples after step {report.step}"]
     for sample in report.samples:
         lines = "\n".join(f"> {line}" for line in sample.text.splitlines())
         parts.append(f"**{sample.prompt}**\n\n{lines}")

@@ -1,4 +1,4 @@
-"""The challenger and the champion on the same text: what there is now, and what there was then."""
+"""Evaluate challenger and champion on the same text: the current, the old and the new."""
 
 from __future__ import annotations
 
@@ -33,16 +33,15 @@ class ReportPair(Artifact):
 
 
 class SliceReports(Artifact):
-    """Losses on text that neither was trained on."""
+    """Reports on text that neither model was trained on."""
 
     current: ReportPair
-    """The slice of the current data set, by which they are judged."""
+    """The slice of the current data set, which decides about the promotion."""
     old: ReportPair | None = None
-    """The slice of the champion's data set, where that is still there: whether something was
-    forgotten."""
+    """The slice of the champion's data set, if that still exists: has the challenger forgotten?"""
     new: ReportPair | None = None
-    """The validation text of the files that are new to the champion, where some of its own are in
-    the data set too: whether something was learned."""
+    """The validation text of the files that are new since the champion, if the data set has files
+    of both: has the challenger learned?"""
 
 
 @task(name="evaluate-slices", task_run_name="evaluate-slices", cache_policy=NO_CACHE)
@@ -55,40 +54,42 @@ def evaluate_slices(
     champion: Champion,
     model: Path,
 ) -> SliceReports:
-    """Evaluate the champion, which lies in `model`, on the slice that the challenger was evaluated
-    on; then both on the champion's own, and on that of `new`. A report that the run folder has is
-    not made again."""
-    on_text = config.model_copy(
-        update={
-            "evaluation": config.evaluation.model_copy(
-                update={"hellaswag": "", "lambada": "", "prompts": ()}
-            )
-        }
+    """Evaluate the champion on the challenger's slice, then both on the old and the new slice.
+
+    `model` is the champion's model folder; `new` holds the new text. Reports that the run folder
+    has already are reused.
+    """
+    loss_only = {"hellaswag": "", "lambada": "", "prompts": ()}
+    loss_config = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update=loss_only)}
     )
-    ours = _Model(checkpoint.folder, f"step-{checkpoint.step}", checkpoint.step, "the challenger")
+    step = checkpoint.step
+    ours = _Model(checkpoint.folder, f"step-{step}", step, "the challenger")
     theirs = _Model(model, champion.location, champion.step, str(champion))
     longest = max(config.model.block_size, load_model_section(model).block_size)
 
-    def pair(name: str, on: DatasetManifest | None) -> ReportPair | None:
-        if on is None or on.validation.tokens <= longest:
+    def evaluate_pair(name: str, text: DatasetManifest | None) -> ReportPair | None:
+        if text is None or text.validation.tokens <= longest:
             return None
-        return ReportPair(
-            challenger=_report(run, f"{name}_{REPORT_FILE}", on_text, on, ours, f"{name} text"),
-            champion=_report(
-                run, f"{name}_{CHAMPION_REPORT_FILE}", on_text, on, theirs, f"{name} text"
-            ),
-        )
+        files = (f"{name}_{REPORT_FILE}", f"{name}_{CHAMPION_REPORT_FILE}")
+        reports = [
+            _load_or_evaluate(run, file, loss_config, text, each, f"{name} text")
+            for file, each in zip(files, (ours, theirs), strict=True)
+        ]
+        return ReportPair(challenger=reports[0], champion=reports[1])
 
-    challenger = load_report(run.folder, config, checkpoint.step)
-    assert challenger, "the evaluate task keeps it"
+    challenger_report = load_report(run.folder, config, step)
+    assert challenger_report, "the evaluate task writes this report"
     with open_recorder(run) as recorder:
-        rival = _report(run, CHAMPION_REPORT_FILE, config, dataset, theirs, "the current slice")
-        slices = SliceReports(
-            current=ReportPair(challenger=challenger, champion=rival),
-            old=pair("old", champion.dataset if champion.dataset_is_local else None),
-            new=pair("new", new),
+        champion_report = _load_or_evaluate(
+            run, CHAMPION_REPORT_FILE, config, dataset, theirs, "the current slice"
         )
-        recorder.log_champion(checkpoint.step, rival, _losses(slices))
+        slices = SliceReports(
+            current=ReportPair(challenger=challenger_report, champion=champion_report),
+            old=evaluate_pair("old", champion.dataset if champion.dataset_is_local else None),
+            new=evaluate_pair("new", new),
+        )
+        recorder.log_champion(step, champion_report, _loss_metrics(slices))
         files = sorted(run.folder.glob(f"*{REPORT_FILE}"))
         attach_artifacts(run, {path.name: path for path in files})
     return slices
@@ -98,29 +99,29 @@ def evaluate_slices(
 class _Model:
     folder: Path
     identity: str
-    """Names it for good."""
+    """Permanent id, for the key of a stored report."""
     step: int
-    told: str
+    description: str
 
 
-def _report(
-    run: RunRef, name: str, config: RunConfig, dataset: DatasetManifest, model: _Model, told: str
+def _load_or_evaluate(
+    run: RunRef, file: str, config: RunConfig, dataset: DatasetManifest, model: _Model, text: str
 ) -> EvaluationReport:
-    """The report of that name in the run folder, if it is on this model and data, else made."""
-    asked = model_report_key(model.identity, dataset.fingerprint, config)
-    report = load_report_for(run.folder / name, asked)
+    """Load the report from the run folder if it is on this model and data, else evaluate."""
+    key = model_report_key(model.identity, dataset.fingerprint, config)
+    report = load_report_for(run.folder / file, key)
     if report is None:
-        log_info(f"evaluating {model.told} on {told}")
+        log_info(f"evaluating {model.description} on {text}")
         report = evaluate_saved_model(model.folder, config, dataset, model.step)
-        save_report_for(run.folder / name, asked, report)
+        save_report_for(run.folder / file, key, report)
     return report
 
 
-def _losses(slices: SliceReports) -> dict[str, float]:
-    """By MLflow's key; the challenger's on the current slice is told already."""
-    found = {}
+def _loss_metrics(slices: SliceReports) -> dict[str, float]:
+    """Return the losses on the old and new slices by MLflow key."""
+    metrics = {}
     for name, pair in (("old", slices.old), ("new", slices.new)):
         if pair:
-            found[f"final/{name}_text_loss"] = pair.challenger.loss
-            found[f"champion/{name}_text_loss"] = pair.champion.loss
-    return found
+            metrics[f"final/{name}_text_loss"] = pair.challenger.loss
+            metrics[f"champion/{name}_text_loss"] = pair.champion.loss
+    return metrics

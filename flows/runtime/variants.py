@@ -1,5 +1,7 @@
-"""Who takes part in a comparison: configs and seeds, made comparable. Without Prefect and torch, so
-that what cannot be compared is told in a second."""
+"""The variants of a comparison: each config with each seed, checked to be comparable.
+
+Does not import Prefect or torch, so that configs that cannot be compared are refused at once.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from gpt.config.schema import DataSection, RunConfig, fingerprint
 from gpt.errors import ConfigError, Problem
 from gpt.training.identity import run_identity
 
-ANYWHERE = ("engine", "workers", "runner", "cluster", "store")
-"""Keys of [data] that say how and where it is tokenised: the tokens are the same."""
-SHARED = (
+EXECUTION_KEYS = ("engine", "workers", "runner", "cluster", "store")
+"""Keys of [data] that say how and where text is tokenised; the tokens do not depend on them."""
+SHARED_KEYS = (
     "run.root",
-    *(f"data.{key}" for key in DataSection.model_fields if key not in ANYWHERE),
+    *(f"data.{key}" for key in DataSection.model_fields if key not in EXECUTION_KEYS),
     *("evaluation.tokens", "evaluation.hellaswag", "evaluation.lambada"),
     *("evaluation.benchmark_examples", "tracking.experiment", "tracking.uri"),
 )
-"""What must be equal for the numbers to be about one thing."""
+"""Keys that must be equal for the results to be comparable."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class Variant:
     """One config with one seed."""
 
     name: str
-    """The config's, for all its seeds."""
+    """The name of the config, the same for all its seeds."""
     path: str
     overrides: dict[str, Any]
-    """All that was laid over the file, the run's own name, seed and length included."""
+    """All overrides of the file, including the run's name, seed and length."""
     config: RunConfig | None
-    """None where the config cannot work."""
+    """None if the config is invalid."""
     failure: str = ""
 
     @property
@@ -48,66 +50,66 @@ class Variant:
 def expand_variants(
     paths: Sequence[str], overrides: Mapping[str, Any], tokens: int | None, seeds: int
 ) -> list[Variant]:
-    """Every config with every seed, the first seeds of all configs first, so that a comparison
-    that is broken off has seen each config.
+    """Combine every config with every seed.
 
-    Raises `ConfigError` where the configs are not about the same data and evaluation, or where none
-    of them can work; one that cannot work beside others that can is an entrant with a failure.
+    The first seeds of all configs come first, so that an interrupted comparison has seen each
+    config. An invalid config is a variant with a failure. Raises `ConfigError` if all configs are
+    invalid, or if they differ in their data or evaluation.
     """
     if len(paths) < 2:
-        rule = "there is nothing to compare it with"
-        raise ConfigError(Problem("CONFIG", " ".join(paths), rule, "give two configs or more"))
-    if seeds < 1 or (tokens is not None and tokens < 1):
-        key, value = ("--seeds", seeds) if seeds < 1 else ("--tokens", tokens)
-        raise ConfigError(Problem(key, str(value), "must be 1 or more", "give a larger number"))
+        rule = "there is no second config to compare with"
+        raise ConfigError(Problem("CONFIG", " ".join(paths), rule, "name at least two configs"))
+    for option, value in (("--seeds", seeds), ("--tokens", tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(Problem(option, str(value), "must be at least 1", "raise it"))
     configs: dict[str, RunConfig | ConfigError] = {}
     for path in paths:
         try:
             configs[path] = load_config(path, overrides)
         except ConfigError as error:
             configs[path] = error
-    sound = {path: found for path, found in configs.items() if isinstance(found, RunConfig)}
-    if not sound:
-        failures = [found for found in configs.values() if isinstance(found, ConfigError)]
-        # What was laid over all of them is told once.
-        raise ConfigError(*dict.fromkeys(p for failure in failures for p in failure.problems))
-    _refuse_unlike(sound)
-    names = _names(paths, sound)
+    valid = {path: config for path, config in configs.items() if isinstance(config, RunConfig)}
+    if not valid:
+        errors = [error for error in configs.values() if isinstance(error, ConfigError)]
+        # A wrong override is a problem of every config, but reported once.
+        raise ConfigError(*dict.fromkeys(p for error in errors for p in error.problems))
+    _check_comparable(valid)
+    names = _choose_names(paths, valid)
     return [
-        _entrant(names[path], path, overrides, found, tokens, number)
+        _build_variant(names[path], path, overrides, config, tokens, number)
         for number in range(seeds)
-        for path, found in configs.items()
-        if number == 0 or isinstance(found, RunConfig)
+        for path, config in configs.items()
+        if number == 0 or isinstance(config, RunConfig)
     ]
 
 
-def _refuse_unlike(configs: Mapping[str, RunConfig]) -> None:
-    first, *others = configs.items()
-    ours = first[1].flatten()
+def _check_comparable(configs: Mapping[str, RunConfig]) -> None:
+    (first, config), *others = configs.items()
+    expected = config.flatten()
     problems = []
-    for path, config in others:
-        theirs = config.flatten()
+    for path, other in others:
+        found = other.flatten()
         problems += [
             Problem(
                 key,
-                str(theirs[key]),
-                f"{path} differs in it from {first[0]}, which has {ours[key]}; models are compared "
-                "on one data set and one evaluation",
-                f"lay one value over all of them: --set {key}=...",
+                str(found[key]),
+                f"{path} differs from {first}, which has {expected[key]}; models can only be "
+                "compared on the same data and evaluation",
+                f"set the same value in all configs: --set {key}=...",
             )
-            for key in SHARED
-            if theirs[key] != ours[key]
+            for key in SHARED_KEYS
+            if found[key] != expected[key]
         ]
     if problems:
         raise ConfigError(*problems)
 
 
-def _names(paths: Sequence[str], configs: Mapping[str, RunConfig]) -> dict[str, str]:
-    """Each config's own where those differ, else by their files."""
+def _choose_names(paths: Sequence[str], configs: Mapping[str, RunConfig]) -> dict[str, str]:
+    """Return the names of the configs if they are unique, else names made from the paths."""
     for name_of in (
         lambda path: configs[path].run.name if path in configs else Path(path).stem,
-        lambda path: _as_name(Path(path).stem),
-        lambda path: _as_name(str(Path(path).with_suffix(""))),
+        lambda path: _to_name(Path(path).stem),
+        lambda path: _to_name(str(Path(path).with_suffix(""))),
     ):
         names = {path: name_of(path) for path in paths}
         if len(set(names.values())) == len(names):
@@ -119,48 +121,51 @@ def _names(paths: Sequence[str], configs: Mapping[str, RunConfig]) -> dict[str, 
     return names
 
 
-def _as_name(text: str) -> str:
+def _to_name(text: str) -> str:
     return re.sub("[^A-Za-z0-9._-]+", "-", text).strip("-._") or "config"
 
 
-def _entrant(
+def _build_variant(
     name: str,
     path: str,
     overrides: Mapping[str, Any],
-    found: RunConfig | ConfigError,
+    config: RunConfig | ConfigError,
     tokens: int | None,
     number: int,
 ) -> Variant:
-    if isinstance(found, ConfigError):
-        return Variant(name, path, dict(overrides), None, str(found))
+    if isinstance(config, ConfigError):
+        return Variant(name, path, dict(overrides), None, str(config))
     own: dict[str, Any] = {"run": {"name": name}}
-    if number:  # the first has the name and the seed of the config alone, as a run by itself
-        seed = found.training.seed + number
+    if number:  # the first seed has the config's own seed and name, as a run outside a comparison
+        seed = config.training.seed + number
         own = {"run": {"name": f"{name}-seed{seed}"}, "training": {"seed": seed}}
-    laid_over = merge_overrides(
-        merge_overrides(overrides, own), _length(found, tokens) if tokens else {}
-    )
+    length = _length_overrides(config, tokens) if tokens else {}
+    merged = merge_overrides(merge_overrides(overrides, own), length)
     try:
-        return Variant(name, path, laid_over, load_config(path, laid_over))
-    except ConfigError as error:  # as a schedule that such a length has no room for
-        return Variant(name, path, laid_over, None, str(error))
+        return Variant(name, path, merged, load_config(path, merged))
+    except ConfigError as error:  # e.g. a schedule that does not fit into the given length
+        return Variant(name, path, merged, None, str(error))
 
 
-def _length(config: RunConfig, tokens: int) -> dict[str, Any]:
-    """So many tokens; where that is shorter than the config's own length, with the schedule's
-    warm-up as much shorter (its cool-down is a share of the steps already)."""
-    steps, own = math.ceil(tokens / config.tokens_per_step), config.training.max_steps
-    warmup = config.schedule.warmup_steps
-    shorter = {"schedule": {"warmup_steps": round(warmup * steps / own)}} if steps < own else {}
-    return {"training": {"max_steps": steps}, **shorter}
+def _length_overrides(config: RunConfig, tokens: int) -> dict[str, Any]:
+    """Set `max_steps` for a number of tokens; in a shorter run, scale the warm-up down with it.
+
+    The cool-down is a fraction of the steps anyway.
+    """
+    steps, own_steps = math.ceil(tokens / config.tokens_per_step), config.training.max_steps
+    length: dict[str, Any] = {"training": {"max_steps": steps}}
+    if steps < own_steps:
+        warmup_steps = round(config.schedule.warmup_steps * steps / own_steps)
+        length["schedule"] = {"warmup_steps": warmup_steps}
+    return length
 
 
 def comparison_folder(root: Path, variants: Sequence[Variant], name: str) -> Path:
-    """`<root>/compare/<name>-<8 hex>`: the same entrants come back to the same folder."""
+    """Create `<root>/compare/<name>-<8 hex digits>`, the same folder for the same variants."""
     values = {
-        f"{number}": run_identity(each.config, "") + str(each.config.training.max_steps)
-        for number, each in enumerate(variants)
-        if each.config
+        f"{number}": run_identity(variant.config, "") + str(variant.config.training.max_steps)
+        for number, variant in enumerate(variants)
+        if variant.config
     }
     names = dict.fromkeys(variant.name for variant in variants)
     folder = root / "compare" / f"{name or '-vs-'.join(names)[:80]}-{fingerprint(values)[:8]}"

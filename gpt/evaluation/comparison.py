@@ -73,7 +73,9 @@ def compare_results(one: ConfigResult, other: ConfigResult) -> LossDifference:
 def summarize_comparison(results: Sequence[ConfigResult]) -> str:
     """Say which config is best, whether significantly, and what limits the comparison."""
     ranked = sort_by_loss(results)
-    failed = [f"{r.name} has no result: {r.failures[0]}." for r in results if not r.runs]
+    failed = [
+        f"{r.name} has no result: {' '.join(r.failures[0].split())}." for r in results if not r.runs
+    ]
     if not ranked:
         return " ".join(["No config finished.", *failed])
     best, *others = ranked
@@ -84,8 +86,8 @@ def summarize_comparison(results: Sequence[ConfigResult]) -> str:
     if len(set(tokens.values())) > 1:
         listed = _join([f"{name} {count:,}" for name, count in tokens.items()])
         sentences.append(
-            f"The configs were trained on different numbers of tokens ({listed}); use --tokens N to "
-            "compare them at equal tokens."
+            f"The configs were trained on different numbers of tokens ({listed}); use --tokens N "
+            "to compare them at equal tokens."
         )
     return " ".join([*sentences, _describe_basis(ranked)])
 

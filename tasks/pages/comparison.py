@@ -98,8 +98,8 @@ def render_markdown(name: str, results: Sequence[ConfigResult], summary: str) ->
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     over = "seeds" if any(len(r.runs) > 1 for r in results) else "sequences and examples"
     legend = (
-        f"± is one standard error over {over}. HellaSwag is the length-normalised accuracy, LAMBADA "
-        "the accuracy of the last word. Hours are training time, without evaluations. "
+        f"± is one standard error over {over}. HellaSwag is the length-normalised accuracy, "
+        "LAMBADA the accuracy of the last word. Hours are training time, without evaluations. "
         f"{NOT_AVAILABLE}: the benchmark is not configured, or the device does not measure it."
     )
     failures = [

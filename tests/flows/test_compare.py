@@ -1,4 +1,4 @@
-"""`overnight compare` through real processes, a real Prefect API and a real MLflow store."""
+"""`overnight compare` with real processes, a real Prefect API and a real MLflow store."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ STEPS = 6
 
 
 @pytest.fixture
-def variants(tiny_config: Path, tmp_path: Path, new_root: Path) -> list[Path]:
-    """Three copies of a config that differ in the width alone: the name is the same in all."""
+def config_paths(tiny_config: Path, tmp_path: Path, new_root: Path) -> list[Path]:
+    """Three configs that differ only in width; all have the same name."""
     text = tiny_config.read_text().replace("max_steps = 12", f"max_steps = {STEPS}")
     root = load_config(tiny_config).run.root
     text = text.replace(root.as_posix(), new_root.as_posix())
@@ -42,7 +42,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """With the suite's server, which saves starting one a command."""
+    """Use the test session's Prefect server, so that no command has to start one."""
     return os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
 
 
@@ -58,40 +58,40 @@ def overnight(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def steps_trained(root: Path) -> dict[str, int]:
-    """When each checkpoint of the last step was written, by run."""
+def final_checkpoint_times(root: Path) -> dict[str, int]:
+    """Return when the final checkpoint of each run was written, by config name."""
     return {
         path.parent.parent.name.rpartition("-")[0]: path.stat().st_mtime_ns
         for path in root.glob(f"train/*/checkpoints/step-*{STEPS}")
     }
 
 
-def test_three_widths_one_of_which_fails_killed_and_gone_on_with(
-    variants: list[Path], tmp_path: Path
+def test_comparison_resumes_after_kill_and_leaves_out_failed_config(
+    config_paths: list[Path], tmp_path: Path
 ) -> None:
-    broken = variants[1]
-    # Its device is not there: found out by the preflight, told, and the others go on.
+    broken = config_paths[1]
+    # The preflight reports the missing device, and the other configs are trained.
     broken.write_text(broken.read_text() + '\n[hardware]\ndevice = "cuda:7"\n')
     root = tmp_path / "runs"
 
-    process = subprocess.Popen(command(*variants), cwd=ROOT, env=environment())
+    process = subprocess.Popen(command(*config_paths), cwd=ROOT, env=environment())
     deadline = time.monotonic() + 200
     while "width-24" not in {path.name.rpartition("-")[0] for path in root.glob("train/*")}:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    process.kill()  # in the second, or just before it
+    process.kill()  # in the second run, or just before it
     process.wait()
-    first = steps_trained(root)
+    first = final_checkpoint_times(root)
     assert "width-8" in first
 
-    done = overnight(*variants)
-    assert done.returncode == 1, done.stderr  # something has no result
+    done = overnight(*config_paths)
+    assert done.returncode == 1, done.stderr  # a config has no result
     assert "cuda:7" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "width-8: finished before" in done.stdout
+    assert "width-8: already finished" in done.stdout
     assert "width-16 has no result" in done.stdout
-    assert steps_trained(root)["width-8"] == first["width-8"]
+    assert final_checkpoint_times(root)["width-8"] == first["width-8"]
     [page] = root.glob("compare/*/comparison.html")
     html = page.read_text()
     assert all(f"<td>width-{width}</td>" in html for width in (8, 24))
@@ -119,12 +119,12 @@ def test_three_widths_one_of_which_fails_killed_and_gone_on_with(
     assert points[0]["train/loss"] == list(range(1, STEPS + 1))
 
 
-def test_stopped_from_outside_it_stops_what_it_started(
-    variants: list[Path], tmp_path: Path
+def test_sigterm_stops_the_subprocess_with_a_checkpoint(
+    config_paths: list[Path], tmp_path: Path
 ) -> None:
     root = tmp_path / "runs"
     process = subprocess.Popen(
-        command(*variants[:2], "--tokens", 128 * 5_000),
+        command(*config_paths[:2], "--tokens", 128 * 5_000),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -150,12 +150,12 @@ def test_stopped_from_outside_it_stops_what_it_started(
     assert {found.info.status for found in client.search_runs(ids)} == {"KILLED"}
 
 
-def entrants(paths: list[Path], overrides=None, tokens=None, seeds=1):
+def expand(paths: list[Path], overrides=None, tokens=None, seeds=1):
     return expand_variants([str(path) for path in paths], overrides or {}, tokens, seeds)
 
 
-def test_names_seeds_and_lengths(variants: list[Path]) -> None:
-    found = entrants(variants[:2], tokens=1_000, seeds=2)
+def test_variants_have_names_seeds_and_lengths(config_paths: list[Path]) -> None:
+    found = expand(config_paths[:2], tokens=1_000, seeds=2)
     assert [e.config and e.config.run.name for e in found] == [
         "width-8",
         "width-16",
@@ -167,27 +167,29 @@ def test_names_seeds_and_lengths(variants: list[Path]) -> None:
         ("width-16", 1337),
         ("width-8", 1338),
     ]
-    assert {e.config.training.max_steps for e in found if e.config} == {8}  # 128 tokens a step
-    warm = entrants(variants[:2], {"schedule": {"warmup_steps": 3}}, tokens=250)
+    assert {e.config.training.max_steps for e in found if e.config} == {8}  # 128 tokens per step
+    warm = expand(config_paths[:2], {"schedule": {"warmup_steps": 3}}, tokens=250)
     assert [e.config and e.config.schedule.warmup_steps for e in warm] == [1, 1]  # 2 steps of 6
 
 
-def test_configs_on_other_data_are_not_compared(variants: list[Path]) -> None:
-    text = variants[0].read_text()
-    variants[0].write_text(text.replace("validation_fraction = 0.2", "validation_fraction = 0.3"))
+def test_configs_with_different_data_are_refused(config_paths: list[Path]) -> None:
+    text = config_paths[0].read_text()
+    config_paths[0].write_text(
+        text.replace("validation_fraction = 0.2", "validation_fraction = 0.3")
+    )
     with pytest.raises(ConfigError, match=r"--set data\.validation_fraction=") as refused:
-        entrants(variants)
+        expand(config_paths)
     assert len(refused.value.problems) == 2
-    assert entrants(variants, {"data": {"validation_fraction": 0.25}})
+    assert expand(config_paths, {"data": {"validation_fraction": 0.25}})
 
 
-def test_one_config_is_no_comparison(variants: list[Path]) -> None:
-    with pytest.raises(ConfigError, match="two configs or more"):
-        entrants(variants[:1])
-    with pytest.raises(ConfigError, match="n_head"):  # none of them can work
-        entrants(variants[:2], {"model": {"n_head": 5}})
-    with pytest.raises(ConfigError, match="1 problem") as refused:  # one cause is told once
-        entrants(variants[:2], {"evaluation": {"lambda": "x"}})
+def test_invalid_configs_are_refused(config_paths: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="at least two configs"):
+        expand(config_paths[:1])
+    with pytest.raises(ConfigError, match="n_head"):  # all of them are invalid
+        expand(config_paths[:2], {"model": {"n_head": 5}})
+    with pytest.raises(ConfigError, match="1 problem") as refused:  # the same problem once
+        expand(config_paths[:2], {"evaluation": {"lambda": "x"}})
     assert "did you mean lambada?" in str(refused.value)
-    [bad, good] = entrants([variants[0], variants[1]], {"model": {"n_head": 16}})
+    [bad, good] = expand([config_paths[0], config_paths[1]], {"model": {"n_head": 16}})
     assert (bad.config, bool(good.config)) == (None, True)

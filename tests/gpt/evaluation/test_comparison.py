@@ -1,4 +1,4 @@
-"""Whether two models differ, who becomes champion, what the page of a comparison says."""
+"""Significance of loss differences, promotion, the summary and the pages of a comparison."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from scipy import stats
 from gpt.artifacts import HellaSwagResult
 from gpt.evaluation.comparison import summarize_comparison
 from gpt.evaluation.significance import compare_reports, compare_seeds, compare_with_champion
-from tasks.pages.comparison import html_page, markdown_page, pictures
-
-"""How hard each sequence is for any model."""
+from tasks.pages.comparison import draw_charts, render_html, render_markdown
 
 
-def test_pairs_tell_apart_what_unpaired_losses_do_not():
+def test_paired_comparison_is_more_sensitive_than_unpaired():
     one, other = report(0.01), report(0.0)
     found = compare_reports(one, other)
     assert found.is_significantly_better
@@ -29,13 +27,13 @@ def test_pairs_tell_apart_what_unpaired_losses_do_not():
     assert not compare_reports(halved, other).is_significant
 
 
-def test_a_model_is_not_different_from_itself():
+def test_model_does_not_differ_from_itself():
     same = report()
     assert not compare_reports(same, same).is_significant
     assert not compare_seeds([3.0, 3.0], [3.0, 3.0]).is_significant
 
 
-def test_seeds_need_more_than_one_a_side():
+def test_comparison_over_seeds_needs_several_per_config():
     assert compare_seeds([3.1], [3.2, 3.3]).low is None
     assert compare_seeds([3.10, 3.11, 3.12], [3.20, 3.21, 3.22]).is_significantly_better
     assert not compare_seeds([3.0, 3.3, 3.6], [3.1, 3.4, 3.5]).is_significant
@@ -47,79 +45,79 @@ def test_seeds_need_more_than_one_a_side():
         (None, True, "no champion"),
         (report(0.0), True, "better: loss"),
         (report(0.10), False, "worse: loss"),
-        (report(0.05), False, "not different beyond chance"),
+        (report(0.05), False, "no significant difference: loss"),
         (report(0.0, slice_fingerprint="b" * 16), False, "evaluated on other text"),
-        (report(0.0, sequence_losses=()), False, "says nothing"),
+        (report(0.0, sequence_losses=()), False, "only one sequence"),
     ],
 )
-def test_a_champion_is_beaten_by_more_than_chance(champion, promoted, reason):
-    judgement = compare_with_champion(report(0.05), champion)
-    assert judgement.promoted == promoted
-    assert reason in judgement.reason
+def test_challenger_is_promoted_if_significantly_better(champion, promoted, reason):
+    decision = compare_with_champion(report(0.05), champion)
+    assert decision.promoted == promoted
+    assert reason in decision.reason
 
 
-def test_the_verdict_names_the_best_and_by_how_much():
-    said = summarize_comparison(
+def test_summary_names_the_best_config_and_its_lead():
+    summary = summarize_comparison(
         [
             config_result("a", run_result(0.0)),
             config_result("b", run_result(0.2)),
             config_result("c", run_result(0.1)),
         ]
     )
-    assert said.startswith("b is the best: ")
-    assert "lower than that of c and a by more than chance; it leads c by 0.1000 nats" in said
-    assert "--seeds 3" in said
+    assert summary.startswith("b has the lowest validation loss, ")
+    assert "significantly lower than c and a; its lead over c is 0.1000 nats per token" in summary
+    assert "--seeds 3" in summary
 
 
-def test_the_verdict_knows_when_two_are_not_different():
+def test_summary_says_if_the_lead_is_not_significant():
     small, large = run_result(0.1, parameters=10), run_result(0.1001, parameters=99)
-    said = summarize_comparison(
+    summary = summarize_comparison(
         [
             config_result("small", small),
             config_result("large", large),
             config_result("bad", run_result(0.0)),
         ]
     )
-    assert said.startswith("large has the lowest validation loss, ")
-    assert "small (by 0.0001 nats" in said
-    assert "is not different from it beyond chance; bad is worse." in said
-    assert "Of these small is the smallest" in said
+    assert summary.startswith("large has the lowest validation loss, ")
+    assert "but not significantly lower than small (0.0001 nats per token, 95% interval" in summary
+    assert "; bad is significantly worse." in summary
+    assert "Of large and small, small is the smallest" in summary
 
 
-def test_over_seeds_the_spread_of_seeds_decides():
+def test_significance_with_several_seeds_is_over_seeds():
     steady = config_result("a", *(run_result(0.1 + s / 1000, seed=s) for s in range(3)))
     wild = config_result("b", *(run_result(0.3 * s, seed=s) for s in range(3)))
-    said = summarize_comparison([steady, wild])
-    assert "not different" in said
-    assert "Chance is measured over seeds." in said
+    summary = summarize_comparison([steady, wild])
+    assert "not significantly lower" in summary
+    assert "Significance is computed over seeds." in summary
 
 
-def test_a_config_that_lost_its_other_seeds_is_not_called_worse():
+def test_config_with_one_finished_seed_is_not_called_worse():
     several = config_result("a", *(run_result(0.2 + s / 1000, seed=s) for s in range(3)))
     single = config_result("b", run_result(0.0), failures=("out of memory", "out of memory"))
-    said = summarize_comparison([several, single])
-    assert "b (by 0.2010 nats, an interval unknown) is not different from it" in said
-    assert "over seeds, of which b has one result alone." in said
+    summary = summarize_comparison([several, single])
+    assert "not significantly lower than b (0.2010 nats per token, interval unknown)" in summary
+    assert "over seeds (b: only one result)." in summary
 
 
-def test_the_verdict_tells_of_failures_and_of_unequal_tokens():
+def test_summary_reports_failures_and_unequal_tokens():
     failed = config_result("broken", failures=("out of memory",))
-    said = summarize_comparison(
+    summary = summarize_comparison(
         [
             failed,
             config_result("a", run_result(0.1)),
             config_result("b", run_result(0.0, tokens=99_000)),
         ]
     )
-    assert "broken has no result: out of memory." in said
-    assert "different numbers of tokens (a 50,000 and b 99,000)" in said
+    assert "broken has no result: out of memory." in summary
+    assert "different numbers of tokens (a 50,000 and b 99,000)" in summary
     assert summarize_comparison([failed, config_result("a", run_result())]).startswith(
-        "Only a came to an end"
+        "Only a finished"
     )
-    assert summarize_comparison([failed]).startswith("No config came to an end.")
+    assert summarize_comparison([failed]).startswith("No config finished.")
 
 
-def test_the_pages_hold_every_row_and_escape_what_a_model_wrote():
+def test_pages_show_every_config_and_escape_model_output():
     swag = HellaSwagResult(
         examples=100,
         accuracy=0.25,
@@ -129,23 +127,23 @@ def test_the_pages_hold_every_row_and_escape_what_a_model_wrote():
         fingerprint="c" * 16,
     )
     scored = run_result(0.2, report=report(0.2, hellaswag=swag), energy_joules=7.2e6)
-    entries = [
+    results = [
         config_result("a", run_result(0.0)),
         config_result("b", scored),
         config_result("c", failures=("<oom>",)),
     ]
-    markdown = markdown_page("three", entries, summarize_comparison(entries))
+    markdown = render_markdown("three", results, summarize_comparison(results))
     row = next(line for line in markdown.splitlines() if line.startswith("| b |"))
     for part in ("1,000", "50,000", "0.2612 ± 0.0439", "1,234", "0.20", "3.00", "2.000"):
         assert part in row
-    assert markdown.index("| b |") < markdown.index("| a |")  # the best first
-    drawn = pictures(entries)
-    assert set(drawn) == {"loss-by-tokens", "loss-by-hours", "loss-by-parameters", "throughput"}
-    html = html_page("three", entries, summarize_comparison(entries), drawn)
+    assert markdown.index("| b |") < markdown.index("| a |")  # best first
+    charts = draw_charts(results)
+    assert set(charts) == {"loss-by-tokens", "loss-by-hours", "loss-by-parameters", "throughput"}
+    html = render_html("three", results, markdown, charts)
     assert " &lt;b&gt;end&lt;/b&gt;" in html
     assert "&lt;oom&gt;" in html
     assert "<b>end" not in html
     assert html.count("<svg") == 4
     for outside in ("src=", 'href="http', "@import", "<script"):
         assert outside not in html
-    assert pictures(entries) == drawn  # the same bytes again
+    assert draw_charts(results) == charts
