@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from prefect.settings import PREFECT_API_URL
+from waiting import scaled
 
 from flows.runtime.variants import expand_variants
 from gpt.config.loading import load_config
 from gpt.errors import ConfigError
-
-pytestmark = pytest.mark.usefixtures("prefect_server")
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -53,7 +52,7 @@ def overnight(*arguments: object) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=scaled(300),
         check=False,
     )
 
@@ -66,6 +65,7 @@ def final_checkpoint_times(root: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_comparison_resumes_after_kill_and_leaves_out_failed_config(
     config_paths: list[Path], tmp_path: Path
 ) -> None:
@@ -75,7 +75,7 @@ def test_comparison_resumes_after_kill_and_leaves_out_failed_config(
     root = tmp_path / "runs"
 
     process = subprocess.Popen(command(*config_paths), cwd=ROOT, env=environment())
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + scaled(200)
     while "width-24" not in {path.name.rpartition("-")[0] for path in root.glob("train/*")}:
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -119,6 +119,7 @@ def test_comparison_resumes_after_kill_and_leaves_out_failed_config(
     assert points[0]["train/loss"] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_sigterm_stops_the_subprocess_with_a_checkpoint(
     config_paths: list[Path], tmp_path: Path
 ) -> None:
@@ -138,7 +139,7 @@ def test_sigterm_stops_the_subprocess_with_a_checkpoint(
                 break
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
-        assert process.wait(30) == 143, rest
+        assert process.wait(scaled(30)) == 143, rest
     finally:
         process.kill()
     assert "re-run the same command" in rest
