@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 
 from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
 from flows.runtime.outcome import find_finished_outcome, locate_mlflow_ui, locate_prefect_ui
-from flows.runtime.variant_process import train_in_subprocess
+from flows.runtime.variant_launcher import train_in_subprocess
 from flows.runtime.variants import Variant, comparison_folder, expand_variants
 from gpt.artifacts import Artifact
 from gpt.errors import ComparisonError, Problem
