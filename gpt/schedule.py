@@ -1,4 +1,4 @@
-"""The learning rate of each step: pure functions of the config and the step. No torch."""
+"""Learning rate and momentum schedules: pure functions of the config and the step. No torch."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ ADAMW_LEARNING_RATE = 6e-4
 MUON_LEARNING_RATE = 0.025
 EMBEDDING_LEARNING_RATE = 0.7
 HEAD_LEARNING_RATE = 0.004
-FIRST_MOMENTUM = 0.85
-LEAST_BATCH_SHARE = 1 / 8
-"""Below 2^16 tokens a step the rates fall no further: at 2^11 the rates of 2^16 and of 2^19 trained
-alike, and those that the square root asks for were far worse (tests/benchmarks/README.md)."""
+INITIAL_MOMENTUM = 0.85
+MIN_BATCH_RATIO = 1 / 8
+"""Below 2^16 tokens per step the rates stay the same: at 2^11 tokens, the rates for 2^16 and for
+2^19 trained equally well, and the square root rule's were far worse (tests/benchmarks/README.md).
+"""
 
 
 @dataclass(frozen=True)
 class PeakLearningRates:
-    """Highest learning rates of a run. With adamw all three are one."""
+    """Peak learning rates of a run. With adamw all three are equal."""
 
     matrices: float
     embedding: float
     head: float
-    """Of an untied head, of vectors, and of whatever else AdamW has beside Muon."""
+    """Of an untied head, of vectors, and of everything else that AdamW updates beside Muon."""
 
 
 def peak_learning_rates(config: RunConfig) -> PeakLearningRates:
-    """The rates that the config gives; those it leaves out by rule.
+    """Return the rates in the config; derive those it leaves out.
 
     adamw: 6e-4 at width 768 (Brown et al. 2020, arXiv:2005.14165, table 2.1), times
     sqrt(768 / n_embd). muon: 0.025 for matrices, 0.7 for the embedding, 0.004 for the head
-    (modded-nanogpt, track 3) at 2^19 tokens a step, all times sqrt(tokens_per_step / 2^19) down to
-    2^16 tokens, and AdamW's two times sqrt(768 / n_embd) (nanochat, scripts/base_train.py).
+    (modded-nanogpt, track 3) at 2^19 tokens per step, all times sqrt(tokens_per_step / 2^19) down
+    to 2^16 tokens, and AdamW's two times sqrt(768 / n_embd) (nanochat, scripts/base_train.py).
     """
     optimizer = config.optimizer
     width = math.sqrt(REFERENCE_N_EMBD / config.model.n_embd)
     if optimizer.name == "adamw":
         rate = optimizer.learning_rate or ADAMW_LEARNING_RATE * width
         return PeakLearningRates(rate, rate, rate)
-    share = max(LEAST_BATCH_SHARE, config.tokens_per_step / REFERENCE_TOKENS_PER_STEP)
-    batch = math.sqrt(share)
+    ratio = max(MIN_BATCH_RATIO, config.tokens_per_step / REFERENCE_TOKENS_PER_STEP)
+    batch = math.sqrt(ratio)
     return PeakLearningRates(
         matrices=optimizer.learning_rate or MUON_LEARNING_RATE * batch,
         embedding=optimizer.embedding_learning_rate or EMBEDDING_LEARNING_RATE * batch * width,
@@ -52,7 +53,7 @@ def peak_learning_rates(config: RunConfig) -> PeakLearningRates:
 
 
 def learning_rate_factor(schedule: ScheduleSection, step: int, max_steps: int) -> float:
-    """Share of the highest learning rate for `step` (0 is the first step), in [0, 1].
+    """Return the fraction of the peak learning rate for `step` (0 is the first step), in [0, 1].
 
     Linear warm-up that would reach 1 at step `warmup_steps`. Then, reaching
     `min_learning_rate_ratio` one step after the last: cosine, half a cosine (Loshchilov & Hutter
@@ -71,8 +72,8 @@ def learning_rate_factor(schedule: ScheduleSection, step: int, max_steps: int) -
 
 
 def muon_momentum(optimizer: OptimizerSection, step: int, max_steps: int) -> float:
-    """Muon's momentum for `step`: from 0.85 (or the config's, if lower) up in a straight line."""
+    """Return Muon's momentum for `step`: a linear warm-up from 0.85 (or the config's, if lower)."""
     warmup = min(optimizer.momentum_warmup_steps, max_steps // 10)
-    first = min(FIRST_MOMENTUM, optimizer.momentum)
+    first = min(INITIAL_MOMENTUM, optimizer.momentum)
     progress = min(1.0, step / warmup) if warmup else 1.0
     return first + (optimizer.momentum - first) * progress

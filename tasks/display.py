@@ -33,7 +33,7 @@ from gpt.config.schema import RunConfig
 from gpt.data.store import TransferProgress
 from gpt.data.tokenize.pipeline import TokenizeProgress
 from gpt.evaluation.progress import ProgressGenerator
-from gpt.training.loop import StepRecord
+from gpt.training.metrics import StepRecord
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

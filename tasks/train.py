@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.schema import RunConfig
+from gpt.preflight.sharding import resolve_sharding
 from gpt.training.checkpoint.retention import latest_checkpoint, latest_valid_checkpoint
 from gpt.training.distributed.launch import launch_training
 from tasks.display import log_info, train_display
@@ -36,7 +37,9 @@ def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> Checkpoin
         train_display(config) as display,
         stop_signals.graceful_stop(),
     ):
-        for record in launch_training(config, dataset, run.folder, stop_signals.requested):
+        for record in launch_training(
+            resolve_sharding(config), dataset, run.folder, stop_signals.requested
+        ):
             recorder.log_step(record)
             display.show(record)
     checkpoint = latest_checkpoint(run.folder)

@@ -33,7 +33,6 @@ MAY_IMPORT = {
     "gpt.model.section": CONFIG,
     "gpt.evaluation": ("gpt.evaluation", *LIBRARY),
     "gpt.training": ("gpt.training", "gpt.evaluation", *LIBRARY),
-    "gpt.training.step": ("gpt.training", "gpt.evaluation", "gpt.preflight.sharding", *LIBRARY),
     "gpt.preflight": ("gpt.preflight", "gpt.model.section", *HARDWARE),
     "gpt.exchange": ("gpt.exchange", *LIBRARY),
     "gpt.exchange.nanogpt": CONFIG,

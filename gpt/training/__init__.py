@@ -1,1 +1,1 @@
-"""The night: the loop with its optimizer, schedule and checkpoints."""
+"""Training: the loop, one step, optimizers, divergence, checkpoints and many devices."""

@@ -1,15 +1,16 @@
-"""When numbers go wrong: what counts as wrong, and how often a run may go back.
+"""Detect diverging training and roll back to a checkpoint.
 
-A step with a loss or gradient that is not finite is skipped. `CONSECUTIVE_SKIPS` of them in a row,
-weights that are not finite, or a loss spike send the run back to a sound checkpoint and over the
-batches that did it, as PaLM's training did by hand (Chowdhery et al. 2022, arXiv:2204.02311,
-section 5.1). A spike is a loss more than `training.spike_sigma` standard deviations above the mean
-of the last `WINDOW` losses: the rule, window and 6 deviations of OLMo-core's SkipStepOptimizer
-(github.com/allenai/OLMo-core), which skips such a step where we go back.
+A step whose loss or gradient is not finite is skipped. `MAX_SKIPS_IN_A_ROW` skipped steps, weights
+that are not finite, or a loss spike roll the run back to a valid checkpoint and exclude the batches
+in between, as was done by hand for PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). A
+spike is a loss more than `training.spike_sigma` standard deviations above the mean of the last
+`SPIKE_WINDOW` losses: the rule, window and default of OLMo-core's SkipStepOptimizer
+(github.com/allenai/OLMo-core), which skips such a step instead of rolling back.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,16 +18,27 @@ from statistics import fmean, stdev
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from gpt.errors import NonFiniteLossError, Problem
 from gpt.files import write_text
+from gpt.training.checkpoint.retention import (
+    abandon_latest,
+    checkpoint_step,
+    complete_checkpoints,
+    latest_valid_checkpoint,
+    restore_abandoned,
+)
+from gpt.training.checkpoint.writer import CheckpointWriter
+from gpt.training.step import TrainState
 
-WINDOW = 128
-CONSECUTIVE_SKIPS = 3
+logger = logging.getLogger(__name__)
+
+SPIKE_WINDOW = 128
+MAX_SKIPS_IN_A_ROW = 3
 RECOVERIES_FILE = "recoveries.json"
 
 
 class Recovery(BaseModel):
-    """One return to a checkpoint. `sequences_passed_over`: first and one after the last position
-    in the training data that is never trained on."""
+    """One rollback to a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,56 +46,162 @@ class Recovery(BaseModel):
     back_to_step: int
     reason: str
     sequences_passed_over: tuple[int, int]
+    """Positions in the training data that are excluded from now on: first, and one after the last.
+    """
 
 
-_Recoveries = TypeAdapter(tuple[Recovery, ...])
+_RECOVERIES = TypeAdapter(tuple[Recovery, ...])
 
 
 def read_recoveries(folder: Path) -> tuple[Recovery, ...]:
-    """Of the run in `folder`, oldest first."""
+    """Return the rollbacks of the run in `folder`, oldest first."""
     try:
-        return _Recoveries.validate_json((folder / RECOVERIES_FILE).read_bytes())
+        return _RECOVERIES.validate_json((folder / RECOVERIES_FILE).read_bytes())
     except FileNotFoundError:
         return ()
 
 
 def write_recoveries(folder: Path, recoveries: tuple[Recovery, ...]) -> None:
-    write_text(folder / RECOVERIES_FILE, _Recoveries.dump_json(recoveries, indent=2).decode())
+    write_text(folder / RECOVERIES_FILE, _RECOVERIES.dump_json(recoveries, indent=2).decode())
 
 
 class SpikeDetector:
-    """Judges one step after the other. `losses` are the last ones of an earlier start."""
+    """Compares each loss with the last `SPIKE_WINDOW` ones; `losses` are those of an earlier start.
+    A `sigma` of 0 detects nothing."""
 
-    def __init__(self, spike_sigma: float, losses: Iterable[float] = ()) -> None:
-        self._spike_sigma = spike_sigma
-        self._losses = deque(losses, maxlen=WINDOW)
-        self._bad_since: int | None = None
+    def __init__(self, sigma: float, losses: Iterable[float] = ()) -> None:
+        self._sigma = sigma
+        self._losses = deque(losses, maxlen=SPIKE_WINDOW)
 
     @property
     def losses(self) -> tuple[float, ...]:
         return tuple(self._losses)
 
-    def skipped(self, position: int) -> int | None:
-        """Tell of a skipped step whose sequences began at `position`. Gives the position at which
-        the run of skipped steps began once that is too long, else None."""
-        if self._bad_since is None:
-            self._bad_since, self._in_a_row = position, 0
-        self._in_a_row += 1
-        return self._bad_since if self._in_a_row >= CONSECUTIVE_SKIPS else None
-
-    def taken(self, loss: float) -> str | None:
-        """Tell of a step with finite numbers; what makes its loss a spike, else None."""
-        self._bad_since = None
-        if self._spike_sigma and len(self._losses) == WINDOW:
+    def find_spike(self, loss: float) -> str | None:
+        """Return why `loss` is a spike; None, and remember it, if it is not."""
+        if self._sigma and len(self._losses) == SPIKE_WINDOW:
             mean, deviation = fmean(self._losses), stdev(self._losses)
-            if loss > mean + self._spike_sigma * deviation:
+            if loss > mean + self._sigma * deviation:
                 return (
-                    f"loss {loss:.4f} is a spike: the last {WINDOW} have a mean of {mean:.4f} and "
-                    f"a standard deviation of {deviation:.4f}"
+                    f"loss {loss:.4f} is a spike: the last {SPIKE_WINDOW} have a mean of "
+                    f"{mean:.4f} and a standard deviation of {deviation:.4f}"
                 )
         self._losses.append(loss)
         return None
 
-    def forget(self) -> None:
-        """Judge no spike until `WINDOW` new losses are there."""
-        self._losses.clear()
+
+class DivergenceGuard:
+    """Checks every step of a run, and rolls back when training diverges."""
+
+    def __init__(self, state: TrainState, checkpoints: CheckpointWriter) -> None:
+        self._state, self._checkpoints = state, checkpoints
+        self._folder, self._group = checkpoints.folder, state.group
+        self.recoveries = self._group.broadcast_from_main(lambda: read_recoveries(self._folder))
+        self._watch_from_here()
+
+    def _watch_from_here(self) -> None:
+        state = self._state
+        self._spikes = SpikeDetector(state.config.training.spike_sigma, state.recent_losses)
+        self._skips_in_a_row = 0
+        self._first_skip = self._last_step = state.loader.position
+
+    def exclude_batches(self) -> None:
+        """Never train again on the sequences that rollbacks have excluded."""
+        excluded = [recovery.sequences_passed_over for recovery in self.recoveries]
+        self._state.loader.exclude_ranges(excluded)
+
+    def check_divergence(
+        self, loss: float, grad_norm: float, is_finite: bool, position: int
+    ) -> None:
+        """Check a step whose sequences begin at `position`; roll back if training has diverged.
+
+        Raises `NonFiniteLossError` after `training.recovery_attempts` rollbacks at the same place.
+        """
+        step_before, self._last_step = self._last_step, position
+        if is_finite:
+            self._skips_in_a_row = 0
+            spike = self._spikes.find_spike(loss)
+            self._state.recent_losses = self._spikes.losses
+            if spike:
+                self._rollback(spike, position, is_spike=True)
+            return
+        reason = f"loss {loss} and gradient norm {grad_norm} are not both finite"
+        logger.warning("step %d is skipped: %s", self._state.step, reason)
+        if not self._skips_in_a_row:
+            self._first_skip = position
+        self._skips_in_a_row += 1
+        if not self._state.weights_are_finite():  # the update before this step was bad
+            self._rollback(reason, step_before)
+        elif self._skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            self._rollback(reason, self._first_skip)
+
+    def rollback(self, reason: str) -> None:
+        """Roll back because of what the last step did. Raises `NonFiniteLossError`."""
+        self._rollback(reason, self._last_step)
+
+    def _rollback(self, reason: str, first_bad: int, is_spike: bool = False) -> None:
+        """Load the latest valid checkpoint, or the one before it if a rollback to the latest did
+        not help, and exclude the sequences from position `first_bad` up to here.
+
+        A spike that stays after `training.recovery_attempts` rollbacks is accepted.
+        """
+        state, step, folder = self._state, self._state.step, self._folder
+        self._checkpoints.wait()
+        attempts = self._group.broadcast_from_main(self._count_attempts)
+        max_attempts = state.config.training.recovery_attempts
+        if attempts >= max_attempts and is_spike:
+            logger.warning(
+                "step %d: %s. Rolling back did not help; training continues", step, reason
+            )
+            self._spikes = SpikeDetector(state.config.training.spike_sigma)
+            state.recent_losses = ()
+            return
+        if attempts >= max_attempts:
+            self._group.broadcast_from_main(lambda: restore_abandoned(folder))
+            raise self._diverged(reason, attempts)
+        if attempts:
+            self._group.broadcast_from_main(lambda: abandon_latest(folder))
+        excluded = (first_bad, state.loader.position)
+        state.zero_grad()
+        if checkpoint := self._group.broadcast_from_main(lambda: latest_valid_checkpoint(folder)):
+            state.resume(checkpoint)
+        else:
+            state.restart()
+        state.evaluated_step = state.step  # it was evaluated when it was reached first
+        self._watch_from_here()
+        logger.warning(
+            "step %d: %s. Rolling back to step %d and excluding %d sequences of the data, "
+            "rollback %d of %d",
+            step,
+            reason,
+            state.step,
+            excluded[1] - excluded[0],
+            attempts + 1,
+            max_attempts,
+        )
+        recovery = Recovery(
+            step=step, back_to_step=state.step, reason=reason, sequences_passed_over=excluded
+        )
+        self.recoveries = (*self.recoveries, recovery)
+        self._checkpoints.try_to_write(write_recoveries, self.recoveries)
+        self.exclude_batches()
+
+    def _count_attempts(self) -> int:
+        """Count the rollbacks since the latest checkpoint: none of them led to another one."""
+        complete = complete_checkpoints(self._folder)
+        latest = checkpoint_step(complete[0]) if complete else 0
+        return sum(recovery.step > latest for recovery in self.recoveries)
+
+    def _diverged(self, reason: str, attempts: int) -> NonFiniteLossError:
+        complete = complete_checkpoints(self._folder)
+        last = f"; the last good checkpoint is {complete[0]}" if complete else ""
+        return NonFiniteLossError(
+            Problem(
+                "training.recovery_attempts",
+                str(attempts),
+                f"step {self._state.step}: {reason}, and {attempts} rollbacks did not help",
+                "lower optimizer.learning_rate (and the other learning rates), lengthen "
+                "schedule.warmup_steps, set optimizer.grad_clip = 1.0 or training.dtype = "
+                f'"float32", or check the data{last}',
+            )
+        )

@@ -1,8 +1,8 @@
-"""What makes a run this run: everything that shapes its weights, at every step.
+"""The identity of a run: the settings that determine its weights at every step.
 
-Model, data, optimizer, schedule, seed and the tokens of a step. What may change on the way (steps,
-intervals, how a step is split into micro-batches, how memory is saved, device, tracking) is not
-part of it.
+These are model, data, optimizer, schedule, seed and the tokens per step. Settings that may change
+between two starts of a run are not part of it: steps, intervals, the split of a step into
+micro-batches, memory savings, device, tracking.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _FREE_KEYS = (
 
 
 def identity_values(config: RunConfig, dataset_fingerprint: str) -> dict[str, Any]:
-    """By dotted key; `sequences_per_step` stands for batch_size * grad_acc."""
-    kept = {
+    """Return these settings by dotted key; `sequences_per_step` is batch_size * grad_acc."""
+    values = {
         key: value
         for key, value in config.flatten().items()
         if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
-    if not kept["training.init_from"]:  # runs of before that key stay the runs they are
-        del kept["training.init_from"]
-    kept["sequences_per_step"] = config.sequences_per_step
-    kept["dataset"] = dataset_fingerprint
-    return kept
+    if not values["training.init_from"]:  # runs older than this key keep their identity
+        del values["training.init_from"]
+    values["sequences_per_step"] = config.sequences_per_step
+    values["dataset"] = dataset_fingerprint
+    return values
 
 
 def run_identity(config: RunConfig, dataset_fingerprint: str) -> str:
-    """Fingerprint of what shapes the weights."""
+    """Return the fingerprint of `identity_values`."""
     return fingerprint(identity_values(config, dataset_fingerprint))

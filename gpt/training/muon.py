@@ -1,4 +1,4 @@
-"""torch's Muon with its Newton-Schulz iteration in float32, for CPUs."""
+"""torch's Muon with the Newton-Schulz iteration in float32, for CPUs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Float32Muon(torch.optim.Muon):
-    """The update of `torch.optim.Muon` (Jordan et al. 2024, kellerjordan.github.io/posts/muon),
-    whose iteration is in bfloat16. Few CPUs multiply in that: at 4 layers of width 128 on two
-    cores torch's step took 0.80 s and this one 0.02 s (tests/benchmarks/README.md)."""
+    """`torch.optim.Muon` (Jordan et al. 2024, kellerjordan.github.io/posts/muon), which iterates in
+    bfloat16, in float32. Few CPUs multiply bfloat16 fast: with 4 layers of width 128 on two cores,
+    torch's step takes 0.80 s and this one 0.02 s (tests/benchmarks/README.md)."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the gradients are there already"
+        assert closure is None, "gradients are computed before the step"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -39,13 +39,13 @@ class Float32Muon(torch.optim.Muon):
 def orthogonalize(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float
 ) -> Tensor:
-    """`matrix` (rows, columns) with all its singular values brought near 1, by `steps` of the
-    quintic Newton-Schulz iteration aX + b(XX')X + c(XX')^2 X."""
+    """Bring all singular values of `matrix` (rows, columns) near 1, with `steps` quintic
+    Newton-Schulz iterations aX + b(XX')X + c(XX')^2 X."""
     a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
     x = x / x.norm().clamp(min=epsilon)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return x.T if is_tall else x

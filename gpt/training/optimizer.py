@@ -1,4 +1,4 @@
-"""Which parameters are updated how: every parameter belongs to exactly one group."""
+"""Parameter groups and their optimizers: every parameter belongs to exactly one group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt.model.base import GPT
 from gpt.schedule import PeakLearningRates, learning_rate_factor, muon_momentum, peak_learning_rates
 from gpt.training.muon import Float32Muon
 
-# What the speedrun's track 3 gives AdamW beside Muon.
+# AdamW beside Muon, as in the modded-nanogpt speedrun, track 3.
 _BETAS_BESIDE_MUON = (0.8, 0.95)
 _EPSILON_BESIDE_MUON = 1e-10
 _DECAY_BESIDE_MUON = 0.001
@@ -22,12 +22,14 @@ _DECAY_BESIDE_MUON = 0.001
 def build_optimizers(
     model: GPT, config: RunConfig, device: torch.device | None = None
 ) -> list[Optimizer]:
-    """adamw: fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decay on matrices alone.
+    """Build the optimizers of `optimizer.name`.
+
+    adamw: fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), weight decay on matrices only.
     muon: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside
     blocks, fused AdamW for embedding, head and vectors.
 
-    `device` is where the updates will be made; left out: where the model is. Each group keeps its
-    highest learning rate in `initial_lr`; `apply_schedule` scales from there.
+    `device` is where the updates run (default: the model's device). Each group keeps its peak
+    learning rate in `initial_lr`, which `apply_schedule` scales.
     """
     rates = peak_learning_rates(config)
     if config.optimizer.name == "muon":
@@ -42,15 +44,15 @@ def build_optimizers(
 
 
 def apply_schedule(optimizers: Iterable[Optimizer], config: RunConfig, step: int) -> float:
-    """Set learning rates and momentum for `step` (0 is the first); gives the share of the highest
-    learning rate."""
+    """Set learning rates and Muon's momentum for `step` (0 is the first); return the learning rate
+    of the matrices."""
     max_steps = config.training.max_steps
     factor = learning_rate_factor(config.schedule, step, max_steps)
     for group in _groups(optimizers):
         group["lr"] = group["initial_lr"] * factor
         if "momentum" in group:
             group["momentum"] = muon_momentum(config.optimizer, step, max_steps)
-    return factor
+    return peak_learning_rates(config).matrices * factor
 
 
 def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) -> list[Optimizer]:
@@ -68,15 +70,15 @@ def _muon_and_adamw(
     inside = [p for block in model.blocks for p in block.parameters()]
     blocks = {id(parameter) for parameter in inside}
     outside = [p for p in model.parameters() if id(p) not in blocks]
-    tied = [p for p in outside if p is model.head]
+    head = [p for p in outside if p is model.head]
     embeddings = [p for p in _matrices(outside) if p is not model.head]
     groups = [
         {"params": embeddings, "lr": rates.embedding, "weight_decay": _DECAY_BESIDE_MUON},
-        {"params": tied, "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
+        {"params": head, "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
         {"params": _vectors(inside + outside), "lr": rates.head, "weight_decay": 0.0},
     ]
-    kind = Float32Muon if on_cpu else Muon
-    muon = kind(
+    muon_class = Float32Muon if on_cpu else Muon
+    muon = muon_class(
         _matrices(inside),
         lr=rates.matrices,
         weight_decay=optimizer.weight_decay,
@@ -90,9 +92,9 @@ def _muon_and_adamw(
 
 def _assert_partition(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     grouped = [id(p) for group in _groups(optimizers) for p in group["params"]]
-    everything = {id(p) for p in model.parameters() if p.requires_grad}
+    all_parameters = {id(p) for p in model.parameters() if p.requires_grad}
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == everything, "a parameter is in no group"
+    assert set(grouped) == all_parameters, "a parameter is in no group"
 
 
 def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:

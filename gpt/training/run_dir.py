@@ -1,6 +1,6 @@
-"""Which folder a run lives in: starting is resuming, and a changed run is a new one by itself.
+"""Find or create the folder of a run: the same config resumes a run, a changed one starts another.
 
-A run's identity is its name and the fingerprint of what shapes its weights
+A run is identified by its name and the fingerprint of what determines its weights
 (`gpt.training.identity`).
 """
 
@@ -16,14 +16,14 @@ from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 from gpt.files import write_text
-from gpt.training.checkpoint.retention import latest_checkpoint
+from gpt.training.checkpoint.retention import latest_checkpoint, unused_path
 from gpt.training.identity import run_identity
 
 RUN_FILE = "run.json"
 
 
 class RunRecord(BaseModel):
-    """`run.json` in the run's folder: what the run is, for whoever starts it again."""
+    """`run.json` in the folder of a run."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -33,15 +33,15 @@ class RunRecord(BaseModel):
 
 
 def open_run_dir(config: RunConfig, dataset: DatasetManifest, fresh: bool = False) -> Path:
-    """`<root>/train/<name>-<8 hex>`: the folder of this run where it was started before, else new.
+    """Return the folder of this run, `<root>/train/<name>-<8 hex>`, created if it is a new run.
 
-    The same run is one of the same identity that asked for the same `max_steps`, or that was
-    interrupted before reaching them. `fresh` always begins a new folder and leaves the old alone.
+    A run is resumed if its identity is the same and it has the same `max_steps`, or was interrupted
+    before reaching them. With `fresh`, always create a new folder and leave the old one alone.
     """
     parent = config.run.root / "train"
     identity = run_identity(config, dataset.fingerprint)
-    folder = None if fresh else _started_before(parent, config, identity)
-    folder = folder or _unused(parent, f"{config.run.name}-{identity[:8]}")
+    folder = None if fresh else _find_resumable(parent, config, identity)
+    folder = folder or unused_path(parent / f"{config.run.name}-{identity[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
         identity=identity,
@@ -54,21 +54,21 @@ def open_run_dir(config: RunConfig, dataset: DatasetManifest, fresh: bool = Fals
 
 
 def find_run_dir(config: RunConfig, dataset: DatasetManifest) -> Path | None:
-    """The folder that `open_run_dir` would go on in, if there is one; writes nothing."""
+    """Return the folder that `open_run_dir` would resume, if any, without writing anything."""
     identity = run_identity(config, dataset.fingerprint)
-    return _started_before(config.run.root / "train", config, identity)
+    return _find_resumable(config.run.root / "train", config, identity)
 
 
 def find_run_dir_by_name(name: str, root: Path) -> Path:
-    """The folder that `name` is the path of, or the newest of a run of that name, or of that folder
-    name, below `root`. Raises `ConfigError` where there is none."""
+    """Return the folder with the path or name `name`, or the newest one of the runs called `name`
+    below `root`. Raises `ConfigError` if there is none."""
     parent = root / "train"
     candidates = [Path(name), parent / name, *_newest_first(parent.glob(f"{Path(name).name}-*"))]
     for folder in candidates:
         if (folder / RUN_FILE).is_file():
             return folder
     known = ", ".join(path.name for path in _newest_first(parent.glob("*"))) or "none"
-    rule = f"is neither a run's folder nor the name of a run in {parent}"
+    rule = f"is neither a run folder nor the name of a run in {parent}"
     raise ConfigError(Problem("RUN", name, rule, f"give one of: {known}, or another --root"))
 
 
@@ -76,26 +76,19 @@ def _newest_first(folders: Iterable[Path]) -> list[Path]:
     return sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def _started_before(parent: Path, config: RunConfig, identity: str) -> Path | None:
-    """The newest folder of this identity that `config` may go on in."""
-    wanted = config.training.max_steps
+def _find_resumable(parent: Path, config: RunConfig, identity: str) -> Path | None:
+    """Return the newest folder of this identity that `config` may resume."""
+    max_steps = config.training.max_steps
     candidates = []
     for path in parent.glob(f"{config.run.name}-*/{RUN_FILE}"):
         record = RunRecord.model_validate_json(path.read_text())
-        if record.identity == identity and _may_go_on(path.parent, record, wanted):
-            candidates.append((record.max_steps == wanted, path.stat().st_ctime_ns, path.parent))
+        if record.identity == identity and _may_resume(path.parent, record, max_steps):
+            candidates.append((record.max_steps == max_steps, path.stat().st_ctime_ns, path.parent))
     return max(candidates)[-1] if candidates else None
 
 
-def _may_go_on(folder: Path, record: RunRecord, max_steps: int) -> bool:
+def _may_resume(folder: Path, record: RunRecord, max_steps: int) -> bool:
     if record.max_steps == max_steps:
         return True
     checkpoint = latest_checkpoint(folder)
     return checkpoint is None or (not checkpoint.finished and checkpoint.step < max_steps)
-
-
-def _unused(parent: Path, name: str) -> Path:
-    number = 1
-    while (path := parent / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path

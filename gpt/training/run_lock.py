@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""Lock the folder of a run against a second process."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ HOLDER_FILE = ".lock-holder.json"
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the run of this folder; again in the same process, without effect.
+    """Hold the lock of a run folder; nested calls in one process are allowed.
 
-    The system lets go of the lock when its process ends, however that ends, so what a killed one
-    left behind does not count. Raises `RunLockedError` with the holder's pid and host.
+    The operating system releases the lock when the process ends, even if it is killed. Raises
+    `RunLockedError` with the holder's process id and host.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / LOCK_FILE, is_singleton=True, thread_local=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise RunLockedError(_held(folder)) from None
+        raise RunLockedError(_held_by(folder)) from None
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        with suppress(OSError):  # a full disk: the lock itself needs no room
+        with suppress(OSError):  # a full disk; the lock itself needs no space
             write_text(folder / HOLDER_FILE, json.dumps(holder))
         yield
     finally:
         lock.release()
 
 
-def _held(folder: Path) -> Problem:
+def _held_by(folder: Path) -> Problem:
     try:
         holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
         who = f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError):  # it has the lock and is about to say who it is
+    except (OSError, ValueError, KeyError):  # not written yet
         who = "another process"
     return Problem(
         str(folder),
         "",
         f"{who} is working on this run",
-        "wait for it or stop it; for a second run beside it, give another run.name or --fresh",
+        "wait for it or stop it; to start a second run, give another run.name or --fresh",
     )

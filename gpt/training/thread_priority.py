@@ -1,4 +1,4 @@
-"""Threads that work beside the training."""
+"""The priority of threads that run beside training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ LOWEST_PRIORITY = 19
 
 
 def lower_thread_priority() -> None:
-    """Let the calling thread have only what the others leave of the processors.
+    """Give the calling thread only the CPU time that other threads leave.
 
-    On two cores that train, a thread of equal rank takes its share from one of torch's, and the
-    others wait for that one. On Linux alone, where priorities are those of threads.
+    On a machine with few cores, a thread of equal priority delays one of torch's threads, and the
+    others wait for that one. Linux only, where each thread has its own priority.
     """
     if sys.platform == "linux":
         with contextlib.suppress(PermissionError):  # a container may forbid it

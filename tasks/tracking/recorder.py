@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from gpt.artifacts import EvaluationReport
-from gpt.training.loop import StepRecord
+from gpt.training.metrics import StepRecord
 from tasks.display import log_warning
 from tasks.tracking.journal import MetricsJournal, set_status
 from tasks.tracking.mlflow_api import CPUMonitor, DiskMonitor, GPUMonitor

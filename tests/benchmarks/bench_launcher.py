@@ -29,7 +29,8 @@ from gpt.config.loading import build_config
 from gpt.config.schema import RunConfig
 from gpt.data.shards import read_manifest
 from gpt.training.distributed.launch import RunSpec, WorkerSpec, launch_workers
-from gpt.training.loop import StepRecord, train
+from gpt.training.loop import train
+from gpt.training.metrics import StepRecord
 
 WARM_UP = 10
 

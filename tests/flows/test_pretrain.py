@@ -114,18 +114,18 @@ def test_fresh_begins_anew(tiny_config: Path, mlflow_client: MlflowClient) -> No
 def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(
     tiny_config: Path, mlflow_client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpt.training import loop
+    from gpt.training.step import TrainState
 
     overrides = {"run": {"name": "broken-off"}}
-    take = loop.Trainer._take_step
+    take = TrainState.micro_batches
 
-    def fails(self: loop.Trainer) -> Any:
+    def fails(self: TrainState) -> Any:
         if self.step == 8:
             raise RuntimeError("the machine went away")
         return take(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_take_step", fails)
+        patch.setattr(TrainState, "micro_batches", fails)
         with pytest.raises(RuntimeError, match="went away"):
             pretrain(str(tiny_config), overrides)
     [run] = named(mlflow_client, "broken-off")

@@ -23,8 +23,8 @@ from gpt.data.tokenize import pipeline
 from gpt.data.tokenize.tokenizer import load_tokenizer
 from gpt.errors import ConfigError, CorpusError, RegistryError
 from gpt.evaluation.significance import compare_with_champion
-from gpt.training import loop
 from gpt.training.checkpoint.retention import latest_checkpoint
+from gpt.training.step import TrainState
 from tasks import evaluate_slices
 from tasks.tracking import registry
 from tasks.tracking.mlflow_api import MlflowClient
@@ -180,14 +180,14 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
 
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    take: Callable[[Any], Any] = loop.Trainer._take_step
+    take: Callable[[Any], Any] = TrainState.micro_batches
 
-    def fails(self: loop.Trainer) -> Any:
+    def fails(self: TrainState) -> Any:
         if self.step == step:
             raise RuntimeError("the machine went away")
         return take(self)
 
-    monkeypatch.setattr(loop.Trainer, "_take_step", fails)
+    monkeypatch.setattr(TrainState, "micro_batches", fails)
 
 
 def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A run's state in memory and in a checkpoint's files: taken, written, loaded."""
+"""The format of a checkpoint: copy the state of a run to memory, write it to files, load it."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from gpt.training.checkpoint.retention import (
     RANDOM_FILE,
     TrainingProgress,
     check_free_space,
-    checkpoint_ref,
     damaged_error,
     is_complete,
     prune_checkpoints,
+    read_checkpoint_ref,
     read_progress,
     remove_partial_checkpoints,
 )
-from gpt.training.distributed.sharding import load_full_weights, shard_like, whole
+from gpt.training.distributed.sharding import full_tensor, load_full_weights, shard_like
 from gpt.training.identity import identity_values
 
 SMALL_FILES_BYTES = 1_000_000
-"""More than random states, progress, config and checksums take."""
+"""Upper bound for random states, progress, config and checksums."""
 
 Optimizers = Iterable[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A checkpoint in memory, on the CPU, sharing nothing with the network."""
+    """A checkpoint in CPU memory, which shares nothing with the model."""
 
     config: RunConfig
     progress: TrainingProgress
@@ -64,8 +64,8 @@ def take_snapshot(
     progress: TrainingProgress,
     keep: bool = True,
 ) -> Snapshot:
-    """Whole tensors, for which every process of a group must ask; those that do not `keep` them
-    get none."""
+    """Copy the state of a run to CPU memory. Every process of a group must call this, to gather
+    sharded tensors; the snapshot is empty in those that do not `keep` it."""
     tensors = {
         MODEL_FILE: model.state_dict(),
         OPTIMIZER_FILE: _optimizer_tensors(model, optimizers),
@@ -74,34 +74,30 @@ def take_snapshot(
     copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
     for file, named in tensors.items():
         for name, tensor in named.items():
-            gathered = whole(tensor.detach())  # one at a time: all of them may not fit
+            gathered = full_tensor(tensor.detach())  # one at a time: together they may not fit
             if keep:
                 copies[file][name] = gathered.to("cpu", copy=True)
     return Snapshot(config, progress, copies)
 
 
-# --- written -------------------------------------------------------------------------------------
-
-
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> CheckpointRef:
-    """Write a checkpoint below the run's `folder`, then remove those that need not be kept.
+    """Write a checkpoint of the run in `folder`, then remove those that need not be kept.
 
-    Raises `OSError` where the disk has no room for it or does not take it; what was there before
-    stays.
+    Raises `OSError` or `SafetensorError` if the disk is full or fails; older checkpoints stay.
     """
-    progress, parent = snapshot.progress, folder / "checkpoints"
-    final = parent / f"step-{progress.step:08d}"
+    parent = folder / "checkpoints"
+    final = parent / f"step-{snapshot.progress.step:08d}"
     writing = parent / f".writing-{final.name}"
     parent.mkdir(parents=True, exist_ok=True)
     remove_partial_checkpoints(folder)
     if not is_complete(final):
         check_free_space(parent, snapshot.size_bytes)
         _write_files(writing, snapshot)
-        shutil.rmtree(final, ignore_errors=True)  # it lacks its marker, so it counts for nothing
+        shutil.rmtree(final, ignore_errors=True)  # incomplete
         writing.rename(final)
         sync(parent)
     prune_checkpoints(folder, snapshot.config.training)
-    return checkpoint_ref(final, progress)
+    return read_checkpoint_ref(final)
 
 
 def _write_files(writing: Path, snapshot: Snapshot) -> None:
@@ -119,9 +115,6 @@ def _write_files(writing: Path, snapshot: Snapshot) -> None:
     sync(writing)
 
 
-# --- loaded --------------------------------------------------------------------------------------
-
-
 def load_checkpoint(
     checkpoint: Path,
     config: RunConfig,
@@ -129,21 +122,20 @@ def load_checkpoint(
     model: nn.Module,
     optimizers: Optimizers,
 ) -> TrainingProgress:
-    """Load weights, optimizer and random states of a checkpoint that `latest_valid_checkpoint`
-    gave.
+    """Load weights, optimizer states and random states of a verified checkpoint.
 
-    Raises `CheckpointError` naming what differs where it belongs to another model, data set or
-    optimizer than the config's.
+    Raises `CheckpointError` for each key in which its model, data set or optimizer differs from the
+    config.
     """
     progress = read_progress(checkpoint)
-    _refuse_another_run(checkpoint, progress, config, dataset_fingerprint)
+    _check_same_run(checkpoint, progress, config, dataset_fingerprint)
     load_full_weights(model, load_file(checkpoint / MODEL_FILE))
     _load_optimizers(load_file(checkpoint / OPTIMIZER_FILE), model, optimizers)
     set_random_states(load_file(checkpoint / RANDOM_FILE))
     return progress
 
 
-def _refuse_another_run(
+def _check_same_run(
     checkpoint: Path, progress: TrainingProgress, config: RunConfig, dataset_fingerprint: str
 ) -> None:
     path = checkpoint / CONFIG_FILE
@@ -151,24 +143,24 @@ def _refuse_another_run(
         written = RunConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise damaged_error(path, str(error).splitlines()[0]) from error
-    theirs = identity_values(written, progress.dataset_fingerprint)
-    ours = identity_values(config, dataset_fingerprint)
+    saved = identity_values(written, progress.dataset_fingerprint)
+    current = identity_values(config, dataset_fingerprint)
     problems = [
         Problem(
             key,
-            str(ours[key]),
-            f"the checkpoint {checkpoint} was made with {theirs[key]}",
-            "set it back to go on, or start anew with another run.name or --fresh",
+            str(current[key]),
+            f"the checkpoint {checkpoint} was written with {saved[key]}",
+            "set it back to resume, or start a new run with another run.name or --fresh",
         )
-        for key in ours
-        if ours[key] != theirs[key]
+        for key in current
+        if current[key] != saved[key]
     ]
     if problems:
         raise CheckpointError(*problems)
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """State by parameter name, as `h.0.attn.c_attn.weight/exp_avg`."""
+    """Return optimizer states by parameter name, e.g. `h.0.attn.c_attn.weight/exp_avg`."""
     names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
@@ -199,7 +191,7 @@ def _load_optimizers(
 
 
 def get_random_states() -> dict[str, Tensor]:
-    """torch's random states, of the CPU and of the current GPU."""
+    """Return torch's random states, of the CPU and of the current GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -207,7 +199,7 @@ def get_random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: Mapping[str, Tensor]) -> None:
-    """Put back what `get_random_states` gave."""
+    """Restore what `get_random_states` returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,9 +1,9 @@
-"""The checkpoints of a run: which there are, whether they are sound, which stay. Without torch.
+"""The checkpoints of a run: find the latest valid one, and keep the right ones. Without torch.
 
-A checkpoint is a folder `checkpoints/step-00000250`: safetensors and JSON, nothing pickled
-(`gpt.training.checkpoint.format`). It is written under a hidden name, every file fsynced,
-`COMPLETE` with the checksums last, then renamed; what has no `COMPLETE` under its final name does
-not exist. One that fails its checksums is set aside, and the one before it counts.
+A checkpoint is a folder `checkpoints/step-00000250` of safetensors and JSON files, nothing pickled
+(`gpt.training.checkpoint.format`). It is written under a hidden name, every file fsynced and
+`COMPLETE` with the checksums last, then renamed; a folder without `COMPLETE` does not count. A
+checkpoint that fails its checksums is set aside, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ABANDONED = "abandoned-"
 
 
 class TrainingProgress(BaseModel):
-    """How far the run has come. `position` counts training sequences taken or passed over."""
+    """How far a run is. `position` counts the training sequences that were used or excluded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,10 +45,10 @@ class TrainingProgress(BaseModel):
     finished: bool
     dataset_fingerprint: str
     scaler: dict[str, float] = {}
-    """State of the float16 gradient scaler; empty for the other types."""
+    """State of the gradient scaler for float16; empty for other types."""
     skipped_steps: int = 0
     recent_losses: tuple[float, ...] = ()
-    """What the next losses are held against (gpt.training.divergence)."""
+    """What the next losses are compared with (gpt.training.divergence)."""
 
 
 class Best(BaseModel):
@@ -60,90 +60,11 @@ class Best(BaseModel):
     loss: float
 
 
-# --- kept or not ----------------------------------------------------------------------------------
-
-
-def check_free_space(parent: Path, size_bytes: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if free < size_bytes:
-        rule = f"{os.strerror(errno.ENOSPC)}: {size_bytes:,} bytes are needed, {free:,} are free"
-        raise OSError(errno.ENOSPC, rule, str(parent))
-
-
-def remove_partial_checkpoints(folder: Path) -> None:
-    """What a process left behind that was killed while it wrote or removed a checkpoint."""
-    for path in (folder / "checkpoints").glob(".*-step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def prune_checkpoints(folder: Path, training: TrainingSection) -> None:
-    """Keeps the newest `checkpoints_kept`, every `checkpoint_keep_every`-th step, and the best."""
-    complete, best = complete_checkpoints(folder), read_best(folder)
-    for path in complete[training.checkpoints_kept :]:
-        step, every = checkpoint_step(path), training.checkpoint_keep_every
-        if not (best and step == best.step) and not (every and step % every == 0):
-            _remove_checkpoint(path)
-    for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
-        if path.name.removeprefix(ABANDONED) <= complete[0].name:
-            _remove_checkpoint(path)
-
-
-def abandon_latest(folder: Path) -> None:
-    """Set aside the newest checkpoint, if there is one before it, until a newer one is written."""
-    complete = complete_checkpoints(folder)
-    if len(complete) > 1:
-        complete[0].rename(complete[0].with_name(ABANDONED + complete[0].name))
-
-
-def restore_abandoned(folder: Path) -> None:
-    """Undo what `abandon_latest` did."""
-    for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
-        back = path.with_name(path.name.removeprefix(ABANDONED))
-        if not back.exists():
-            path.rename(back)
-
-
-def _remove_checkpoint(path: Path) -> None:
-    """Out of sight first: killed half-way, this leaves nothing that looks like a checkpoint."""
-    removing = path.with_name(f".removing-{path.name}")
-    path.rename(removing)
-    shutil.rmtree(removing, ignore_errors=True)
-
-
-def write_batch_size(folder: Path, batch_size: int) -> None:
-    """The micro-batch with which a group starts again that ran out of memory."""
-    write_text(folder / BATCH_SIZE_FILE, json.dumps(batch_size))
-
-
-def read_batch_size(folder: Path) -> int | None:
-    try:
-        return int(json.loads((folder / BATCH_SIZE_FILE).read_bytes()))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def record_best(folder: Path, step: int, loss: float) -> None:
-    """Tell of the validation loss of a step that has a checkpoint."""
-    best = read_best(folder)
-    if best is None or loss < best.loss or best.step == step:  # the same step after a return
-        path = folder / "checkpoints" / BEST_FILE
-        write_text(path, Best(step=step, loss=loss).model_dump_json(indent=2))
-
-
-def read_best(folder: Path) -> Best | None:
-    """The best so far of those that `record_best` was told of, where it is still there."""
-    try:
-        best = Best.model_validate_json((folder / "checkpoints" / BEST_FILE).read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
-    return best if is_complete(folder / "checkpoints" / f"step-{best.step:08d}") else None
-
-
-# --- found ---------------------------------------------------------------------------------------
+# --- find ----------------------------------------------------------------------------------------
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Below the run's `folder`, newest first; complete, but not checked."""
+    """List the complete checkpoints of the run in `folder`, newest first, not verified."""
     return sorted(filter(is_complete, (folder / "checkpoints").glob("step-*")), reverse=True)
 
 
@@ -156,51 +77,42 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(folder: Path) -> CheckpointRef | None:
-    """The newest complete checkpoint below the run's `folder`, if any; its files unchecked."""
-    for path in complete_checkpoints(folder):
-        return checkpoint_ref(path, read_progress(path))
-    return None
+    """Return the newest complete checkpoint of the run in `folder`, if any, not verified."""
+    complete = complete_checkpoints(folder)
+    return read_checkpoint_ref(complete[0]) if complete else None
 
 
 def latest_valid_checkpoint(folder: Path) -> CheckpointRef | None:
-    """The newest checkpoint whose files are what was written. A newer one that fails is set aside
-    under another name, with a warning."""
+    """Return the newest checkpoint that passes its checksums, if any. Those that fail are renamed,
+    with a warning."""
     for path in complete_checkpoints(folder):
         try:
             verify_checkpoint(path)
-            return checkpoint_ref(path, read_progress(path))
+            return read_checkpoint_ref(path)
         except CheckpointError as error:
-            aside = _unused(path.with_name(DAMAGED + path.name))
-            path.rename(aside)
+            damaged = unused_path(path.with_name(DAMAGED + path.name))
+            path.rename(damaged)
             problem = error.problems[0]
             logger.warning(
                 "%s: %s; the checkpoint is set aside as %s and the one before it is used",
                 problem.key,
                 problem.rule,
-                aside.name,
+                damaged.name,
             )
     return None
 
 
-def _unused(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
+def unused_path(path: Path) -> Path:
+    """Return `path`, or the first of `path`-2, `path`-3, ... that does not exist."""
+    number, unused = 1, path
+    while unused.exists():
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def read_progress(checkpoint: Path) -> TrainingProgress:
-    """Raises `CheckpointError` where the file is missing or unreadable."""
-    path = checkpoint / PROGRESS_FILE
-    try:
-        return TrainingProgress.model_validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
-        raise damaged_error(path, str(error).splitlines()[0]) from error
+        unused = path.with_name(f"{path.name}-{number}")
+    return unused
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
-    """Raises `CheckpointError` naming the first file that is missing or altered."""
+    """Raise `CheckpointError` if a file is missing or altered."""
     marker = checkpoint / MARKER_FILE
     try:
         checksums = json.loads(marker.read_text())
@@ -211,12 +123,22 @@ def verify_checkpoint(checkpoint: Path) -> None:
         if not path.is_file():
             raise damaged_error(path, "missing")
         if compute_sha256(path) != checksum:
-            raise damaged_error(path, "its sha256 is not the one written down when it was made")
+            raise damaged_error(path, f"its sha256 differs from the one in {MARKER_FILE}")
 
 
-def checkpoint_ref(path: Path, progress: TrainingProgress) -> CheckpointRef:
+def read_progress(checkpoint: Path) -> TrainingProgress:
+    """Read the progress of a checkpoint. Raises `CheckpointError` if it cannot be read."""
+    path = checkpoint / PROGRESS_FILE
+    try:
+        return TrainingProgress.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise damaged_error(path, str(error).splitlines()[0]) from error
+
+
+def read_checkpoint_ref(checkpoint: Path) -> CheckpointRef:
+    progress = read_progress(checkpoint)
     return CheckpointRef(
-        folder=path,
+        folder=checkpoint,
         step=progress.step,
         tokens_seen=progress.tokens_seen,
         finished=progress.finished,
@@ -224,5 +146,88 @@ def checkpoint_ref(path: Path, progress: TrainingProgress) -> CheckpointRef:
 
 
 def damaged_error(path: Path, what: str) -> CheckpointError:
-    remedy = f"remove {path.parent} to go on from the checkpoint before it"
+    remedy = f"remove {path.parent} to resume from the checkpoint before it"
     return CheckpointError(Problem(str(path), "", what, remedy))
+
+
+# --- keep or remove ------------------------------------------------------------------------------
+
+
+def prune_checkpoints(folder: Path, training: TrainingSection) -> None:
+    """Keep the newest `checkpoints_kept`, every `checkpoint_keep_every`-th step and the best."""
+    complete, best = complete_checkpoints(folder), read_best(folder)
+    for path in complete[training.checkpoints_kept :]:
+        step, every = checkpoint_step(path), training.checkpoint_keep_every
+        if not (best and step == best.step) and not (every and step % every == 0):
+            _remove_checkpoint(path)
+    for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
+        if path.name.removeprefix(ABANDONED) <= complete[0].name:
+            _remove_checkpoint(path)
+
+
+def abandon_latest(folder: Path) -> None:
+    """Set the newest checkpoint aside, unless it is the only one, until a newer one is written."""
+    complete = complete_checkpoints(folder)
+    if len(complete) > 1:
+        complete[0].rename(complete[0].with_name(ABANDONED + complete[0].name))
+
+
+def restore_abandoned(folder: Path) -> None:
+    """Undo `abandon_latest`."""
+    for path in (folder / "checkpoints").glob(f"{ABANDONED}step-*"):
+        original = path.with_name(path.name.removeprefix(ABANDONED))
+        if not original.exists():
+            path.rename(original)
+
+
+def remove_partial_checkpoints(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
+    for path in (folder / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_checkpoint(path: Path) -> None:
+    # Hidden first, so that a kill in between leaves nothing that looks like a checkpoint.
+    removing = path.with_name(f".removing-{path.name}")
+    path.rename(removing)
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def check_free_space(parent: Path, size_bytes: int) -> None:
+    """Raise OSError if the disk of `parent` has less than `size_bytes` free."""
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        rule = f"{os.strerror(errno.ENOSPC)}: {size_bytes:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC, rule, str(parent))
+
+
+# --- small files of a run ------------------------------------------------------------------------
+
+
+def record_best(folder: Path, step: int, loss: float) -> None:
+    """Note the validation loss of a step that has a checkpoint, if it is the lowest so far."""
+    best = read_best(folder)
+    if best is None or loss < best.loss or best.step == step:  # the same step after a rollback
+        path = folder / "checkpoints" / BEST_FILE
+        write_text(path, Best(step=step, loss=loss).model_dump_json(indent=2))
+
+
+def read_best(folder: Path) -> Best | None:
+    """Return the best checkpoint that `record_best` has noted, if it still exists."""
+    try:
+        best = Best.model_validate_json((folder / "checkpoints" / BEST_FILE).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return best if is_complete(folder / "checkpoints" / f"step-{best.step:08d}") else None
+
+
+def write_batch_size(folder: Path, batch_size: int) -> None:
+    """Note the micro-batch with which a group restarts after running out of memory."""
+    write_text(folder / BATCH_SIZE_FILE, json.dumps(batch_size))
+
+
+def read_batch_size(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / BATCH_SIZE_FILE).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,53 +1,78 @@
-"""Checkpoints written beside the training: a step waits for the copy in memory alone."""
+"""Write checkpoints on a thread: training waits only for the copy in memory."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from gpt.training.checkpoint.format import Snapshot, write_checkpoint
+from gpt.errors import NonFiniteLossError
+from gpt.training.checkpoint.format import Snapshot, take_snapshot, write_checkpoint
+from gpt.training.checkpoint.retention import record_best
+from gpt.training.distributed.process_group import ProcessGroup
+from gpt.training.step import TrainState
 from gpt.training.thread_priority import lower_thread_priority
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 10.0
-"""Pause between attempts while the disk takes no checkpoint."""
+"""Pause between attempts while the disk refuses a checkpoint."""
 POLL_SECONDS = 0.2
 
 
 class CheckpointWriter:
-    """Writes one snapshot at a time on a thread of its own.
+    """Writes the checkpoints of the run in `folder`, one at a time, from the main process.
 
-    While the disk is full or refuses, the checkpoints before stay as they are, `stalled` is true
-    and the write is tried again; whoever trains should wait, so that no more work is at risk.
+    While the disk is full or fails, older checkpoints stay, the write is retried, and training
+    waits in `wait_while_stalled`, so that no more work is at risk. `stop` ends that wait.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, group: ProcessGroup, stop: Callable[[], bool]) -> None:
+        self.folder = folder
+        self._group, self._stop = group, stop
         self._thread: threading.Thread | None = None
-        self._giving_up = threading.Event()
+        self._closing = threading.Event()
         self._error: BaseException | None = None
-        self.stalled = False
+        self._is_stalled = False
+        """Whether the disk has refused the checkpoint that is being written."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether something is being written."""
-        return self._thread is not None and self._thread.is_alive()
+    # --- called by the training loop, in every process ------------------------------------------
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Begin; waits for the one before. Raises what that one raised, unless the disk did."""
-        self.wait()
-        self._thread = threading.Thread(
-            target=self._run, args=(snapshot,), name="checkpoint-writer"
-        )
-        self._thread.start()
+    def save(self, state: TrainState) -> bool:
+        """Start to write a checkpoint of this step, unless it has one already.
+
+        Returns False, and writes nothing, if weights are not finite. Writes nothing either if the
+        disk still refuses the last checkpoint when the run is stopped.
+        """
+        return self._save(state, self._stop)
+
+    def record_best(self, state: TrainState, loss: float) -> None:
+        """Note the validation loss of this step, if it has a checkpoint."""
+        if state.saved_step == state.step > 0:
+            self.try_to_write(record_best, state.step, loss)
+
+    def try_to_write(self, write: Callable[..., None], *values: Any) -> None:
+        """Call `write(folder, *values)` in the main process; a disk that refuses is not fatal."""
+        if not self._group.is_main_process:
+            return
+        try:
+            write(self.folder, *values)
+        except OSError as error:
+            logger.warning("a file in %s could not be written: %s", self.folder, error)
+
+    def wait_while_stalled(self) -> None:
+        """Wait until the disk accepts the checkpoint, or until a stop."""
+        while self._group.any_process(self._is_stalled and not self._stop()):
+            self._pause()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what the writing raised."""
+        """Wait until nothing is being written. Raises what the writing raised."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -55,50 +80,98 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def pause(self) -> None:
-        """A moment, while the disk does not take the checkpoint."""
+    @contextmanager
+    def save_on_exit(self, state: TrainState) -> Iterator[None]:
+        """Save `state` when the block ends or fails, and finish the writing."""
+        try:
+            yield
+            self.save(state)
+            self._wait_for_disk(self._stop)
+        except NonFiniteLossError:
+            raise
+        except BaseException:  # an error, a signal, or a consumer that closes the generator
+            self._save_after_error(state)
+            raise
+        finally:
+            self._closing.set()
+            self.wait()
+
+    def _save(self, state: TrainState, stop: Callable[[], bool]) -> bool:
+        if state.step == state.saved_step:
+            return True
+        if not state.weights_are_finite():
+            return False
+        self._wait_for_disk(stop)
+        if not self._group.any_process(self._is_stalled):
+            is_main = self._group.is_main_process
+            snapshot = take_snapshot(
+                state.config, state.model, state.optimizers, state.progress(), keep=is_main
+            )
+            if is_main:
+                self._start(snapshot)
+            state.saved_step = state.step
+        return True
+
+    def _wait_for_disk(self, stop: Callable[[], bool]) -> None:
+        """Wait until the last checkpoint is written; if the disk refuses it, until a stop."""
+        while self._group.any_process(self._is_busy() and not (self._is_stalled and stop())):
+            self._pause()
+
+    def _save_after_error(self, state: TrainState) -> None:
+        """Save what can be saved, without hiding the error that is being raised."""
+        try:
+            # A group that lost a process can gather nothing any more.
+            if state.is_consistent and not self._group.is_distributed:
+                self._save(state, lambda: True)
+        except Exception as error:  # e.g. a device that no longer answers
+            logger.warning("no checkpoint of step %d could be written: %s", state.step, error)
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _start(self, snapshot: Snapshot) -> None:
+        self.wait()
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot,), name="checkpoint-writer"
+        )
+        self._thread.start()
+
+    def _is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _pause(self) -> None:
         if self._thread:
             self._thread.join(POLL_SECONDS)
         else:
             time.sleep(POLL_SECONDS)
 
-    def close(self) -> None:
-        """Let what is being written become complete; give up where the disk does not take it."""
-        self._giving_up.set()
-        self.wait()
-
     def _run(self, snapshot: Snapshot) -> None:
         lower_thread_priority()
         try:
-            while not self._tried(snapshot):
-                if self._giving_up.wait(RETRY_SECONDS):
-                    logger.warning(
-                        "the checkpoint of step %d was not written", snapshot.progress.step
-                    )
+            while not self._try_write(snapshot):
+                if self._closing.wait(RETRY_SECONDS):
+                    step = snapshot.progress.step
+                    logger.warning("the checkpoint of step %d was not written", step)
                     return
-        except BaseException as error:  # raised again where the run waits for it
+        except BaseException as error:  # raised again in `wait`
             self._error = error
         finally:
-            self.stalled = False
+            self._is_stalled = False
 
-    def _tried(self, snapshot: Snapshot) -> bool:
+    def _try_write(self, snapshot: Snapshot) -> bool:
         step = snapshot.progress.step
-        try:  # safetensors tells of a disk in an error of its own
-            write_checkpoint(self._folder, snapshot)
-        except (
-            OSError,
-            SafetensorError,
-        ) as error:
-            if not self.stalled:
+        try:
+            write_checkpoint(self.folder, snapshot)
+        except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk
+            if not self._is_stalled:
                 logger.warning(
                     "the checkpoint of step %d cannot be written to %s: %s. Training waits and "
-                    "tries again; make room there, or stop it and nothing before is lost",
+                    "retries: free some space, or stop the run, which keeps older checkpoints",
                     step,
-                    self._folder,
+                    self.folder,
                     error,
                 )
-            self.stalled = True
+            self._is_stalled = True
             return False
-        if self.stalled:
-            logger.warning("the checkpoint of step %d is written; training goes on", step)
+        if self._is_stalled:
+            logger.warning("the checkpoint of step %d is written; training continues", step)
         return True

@@ -1,6 +1,6 @@
-"""The processes that train one network together, one a device, as torch's elastic launcher starts
-them (`gpt.training.distributed.launch`). A run on one device is a group of one, for which all of
-this is nothing."""
+"""The processes that train one model together, one per device, started by torch's elastic launcher
+(`gpt.training.distributed.launch`). On one device, the group is a single process and its operations
+do nothing."""
 
 from __future__ import annotations
 
@@ -20,71 +20,70 @@ from gpt.hardware.device import pick_device
 
 T = TypeVar("T")
 
-IS_MAIN_MACHINE = "OVERNIGHT_LEADS"
-"""Set to 1 for the processes of the machine that keeps the run's records."""
+IS_MAIN_MACHINE = "OVERNIGHT_MAIN_MACHINE"
+"""Environment variable: 1 in the processes of the machine that keeps the run's records."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
     rank: int = 0
-    size: int = 1
-    leader: int = 0
-    """The rank that writes checkpoints and tells of the run."""
+    world_size: int = 1
+    main_rank: int = 0
+    """The process that writes checkpoints and reports records."""
 
     @property
-    def alone(self) -> bool:
-        return self.size == 1
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
 
     @property
     def is_main_process(self) -> bool:
-        return self.rank == self.leader
+        return self.rank == self.main_rank
 
-    def broadcast_from_main(self, decide: Callable[[], T]) -> T:
-        """The leader's `decide()`, in every process; a `GPTError` that it raises likewise."""
-        if self.alone:
-            return decide()
+    def broadcast_from_main(self, compute: Callable[[], T]) -> T:
+        """Return the main process's `compute()`, or raise its `GPTError`, in every process."""
+        if not self.is_distributed:
+            return compute()
         answer: list[Any] = [None, None]
         if self.is_main_process:
             try:
-                answer[0] = decide()
+                answer[0] = compute()
             except GPTError as error:
                 answer[1] = error
-        dist.broadcast_object_list(answer, src=self.leader)
+        dist.broadcast_object_list(answer, src=self.main_rank)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is set in any of the processes. The device is not waited for."""
-        if self.alone:
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process. Does not wait for the device."""
+        if not self.is_distributed:
             return flag
-        raised = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised.item())
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
 
-    def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
-        if not self.alone:
-            dist.all_reduce(value)
-        return value
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the processes, in place."""
+        if self.is_distributed:
+            dist.all_reduce(tensor)
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
 def join_process_group(device_type: str, timeout_seconds: float) -> ProcessGroup:
-    """Meet the other processes, in one that the launcher started."""
+    """Join the other processes, in one that the launcher has started."""
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mine = os.environ.get(IS_MAIN_MACHINE) == "1" and os.environ["LOCAL_RANK"] == "0"
-    is_main_process: list[Any] = [None] * size
-    dist.all_gather_object(is_main_process, mine)
-    return ProcessGroup(rank, size, is_main_process.index(True))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    is_main = os.environ.get(IS_MAIN_MACHINE) == "1" and os.environ["LOCAL_RANK"] == "0"
+    are_main: list[Any] = [None] * world_size
+    dist.all_gather_object(are_main, is_main)
+    return ProcessGroup(rank, world_size, are_main.index(True))
 
 
 def local_device(name: str) -> torch.device:
-    """The device that `hardware.device` names; in a group on GPUs each process has its own."""
+    """Return the device that `hardware.device` names; each process of a group has its own GPU."""
     device = pick_device(name)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -93,5 +92,5 @@ def local_device(name: str) -> torch.device:
 
 
 def leave_process_group() -> None:
-    with suppress(RuntimeError):  # the others may be gone already
+    with suppress(RuntimeError):  # the others may have left already
         dist.destroy_process_group()

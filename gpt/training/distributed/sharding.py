@@ -1,6 +1,6 @@
-"""How a network lies on the devices of a group, by torch's own means: whole on each
-(`DistributedDataParallel`, Li et al. 2020, arXiv:2006.15704) or in shares (`fully_shard`, FSDP2;
-Zhao et al. 2023, arXiv:2304.11277)."""
+"""Spread a model over the devices of a process group with torch's own means: replicated
+(`DistributedDataParallel`, Li et al. 2020, arXiv:2006.15704) or sharded (`fully_shard`, FSDP2; Zhao
+et al. 2023, arXiv:2304.11277)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from gpt.model.base import GPT
 from gpt.training.distributed.process_group import ProcessGroup
 
 
-def shard(model: GPT, group: ProcessGroup) -> None:
-    """Keep this process's share of each parameter alone. The rest of a block is gathered when the
-    block is reached, and let go of after it."""
-    kind = next(model.parameters()).device.type
-    mesh = init_device_mesh(kind, (group.size,))
+def apply_fsdp(model: GPT, group: ProcessGroup) -> None:
+    """Keep only this process's shard of each parameter. A block is gathered when it is reached, and
+    resharded after it."""
+    device_type = next(model.parameters()).device.type
+    mesh = init_device_mesh(device_type, (group.world_size,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    # The head is used after forward, by the loss: what is outside of blocks stays until backward.
+    # The loss uses the head after forward, so parameters outside of blocks stay until backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
-def replicate(model: GPT) -> DistributedDataParallel:
+def apply_ddp(model: GPT) -> DistributedDataParallel:
+    """Keep the whole model on each device."""
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
@@ -37,45 +38,46 @@ def replicate(model: GPT) -> DistributedDataParallel:
 
 
 @contextmanager
-def gradient_sync(network: nn.Module, exchange: bool) -> Iterator[None]:
-    """Add up the gradients of all devices after the backward inside, or not yet."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(exchange)
-        network.set_is_last_backward(exchange)
+def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
+    """Average the gradients of all processes after the backward pass in this block, if `sync`."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+        model.set_is_last_backward(sync)
         yield
-    elif isinstance(network, DistributedDataParallel) and not exchange:
-        with network.no_sync():
+    elif isinstance(model, DistributedDataParallel) and not sync:
+        with model.no_sync():
             yield
     else:
         yield
 
 
-def keeps_gradient_buckets(network: nn.Module) -> bool:
-    """Whether gradients stay where they are between steps: in the buckets that are exchanged, of
-    which there would be a second set else."""
-    return isinstance(network, DistributedDataParallel)
+def keeps_gradient_buckets(model: nn.Module) -> bool:
+    """Whether gradients stay allocated between steps: DDP's are views of its buckets, and setting
+    them to None would allocate a second set."""
+    return isinstance(model, DistributedDataParallel)
 
 
 def reshard(model: nn.Module) -> None:
-    """Of what a forward without a backward gathered."""
+    """Free what a forward pass without a backward pass has gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may have a share; every process must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be sharded; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_full_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Whole tensors into a network that may be sharded."""
-    here = model.state_dict()
-    model.load_state_dict({name: shard_like(t, here[name]) for name, t in tensors.items()})
+    """Load full tensors into a model that may be sharded."""
+    current = model.state_dict()
+    model.load_state_dict({name: shard_like(t, current[name]) for name, t in tensors.items()})
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor, which every process has, what this one keeps of `like`."""
+    """Return this process's shard of a tensor that every process has in full, if `like` is
+    sharded."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
-    there = tensor.to(like.device)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    on_device = tensor.to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,8 +1,7 @@
-"""One process of a training group; started by torch's elastic launcher, for
-`gpt.training.distributed.launch`.
+"""One process of a training group, started by torch's elastic launcher.
 
-`python -m gpt.training.distributed.worker TASK`, with TASK a JSON file
-(`gpt.training.distributed.launch.WorkerSpec`).
+`python -m gpt.training.distributed.worker SPEC`, where SPEC is a JSON file with a `WorkerSpec`
+(gpt.training.distributed.launch).
 """
 
 from __future__ import annotations
@@ -22,44 +21,46 @@ from gpt.training.distributed.process_group import (
     leave_process_group,
     local_device,
 )
-from gpt.training.loop import Trainer
-from gpt.training.step import SmallerBatchNeeded
+from gpt.training.loop import fit, setup
+from gpt.training.out_of_memory import BatchSizeHalved
 
 
 def main() -> None:
-    task = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
-    speaker = IPCClient()
-    hardware = task.config.hardware
+    spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    client = IPCClient()
+    hardware = spec.config.hardware
     try:
         group = join_process_group(local_device(hardware.device).type, hardware.timeout_seconds)
-        _train(task, group, speaker)
+        _train(spec, group, client)
     except GPTError as error:
-        speaker.send(error)  # no other attempt mends it: it ends the run
+        client.send(error)  # a restart would not help, so it ends the run
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        speaker.send(WorkerFailed(f"{type(error).__name__}: {reason}"))
+        first_line = (str(error).splitlines() or [""])[0]
+        client.send(WorkerFailed(f"{type(error).__name__}: {first_line}"))
         raise
     leave_process_group()
-    # All is done: threads of gloo's that are still there abort a process that takes itself apart,
-    # and the launcher would start the group again.
+    # Threads of gloo that still run abort the interpreter's normal exit, and the launcher would
+    # restart the group.
     logging.shutdown()
     os._exit(0)
 
 
-def _train(task: WorkerSpec, group: ProcessGroup, speaker: IPCClient) -> None:
-    work = group.broadcast_from_main(lambda: task.work)
-    assert work, "the leader knows"
+def _train(spec: WorkerSpec, group: ProcessGroup, client: IPCClient) -> None:
+    run = group.broadcast_from_main(lambda: spec.run)
+    assert run, "the main machine's spec has it"
+    hardware = spec.config.hardware.model_copy(update={"sharding": run.sharding})
+    config = spec.config.model_copy(update={"hardware": hardware})
     if group.is_main_process:
-        logging.getLogger("gpt").addHandler(speaker)
+        logging.getLogger("gpt").addHandler(client)
     try:
-        trainer = Trainer(task.config, work.dataset, work.folder, speaker.stop_requested, group)
+        state = setup(config, run.dataset, run.folder, group)
         if group.is_main_process:
-            speaker.send(GroupStarted(trainer.step))
-        for record in trainer.run():
+            client.send(GroupStarted(state.step))
+        for record in fit(state, run.folder, client.stop_requested):
             if group.is_main_process:
-                speaker.send(record)
-    except SmallerBatchNeeded as needed:
-        write_batch_size(work.folder, needed.batch_size)
+                client.send(record)
+    except BatchSizeHalved as error:
+        write_batch_size(run.folder, error.batch_size)
         raise
 
 

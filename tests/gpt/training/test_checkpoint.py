@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, the damaged set aside, the right ones kept, the disk full."""
+"""Checkpoints: atomic writes, damaged files, retention, full disks, and the lock of a run."""
 
 import errno
 import os
@@ -47,14 +47,14 @@ def write(folder, step, **training):
     return write_checkpoint(folder, snapshot_of(folder, step, **training))
 
 
-def assert_sound(folder, steps):
-    """There is a checkpoint of one of `steps`, and it is what was written."""
+def assert_valid(folder, steps):
+    """The latest valid checkpoint is of one of `steps`, and holds what was written."""
     found = latest_valid_checkpoint(folder)
     assert found.step in steps
     assert torch.all(weights(folder)["weight"] == found.step)
 
 
-# --- killed at every boundary --------------------------------------------------------------------
+# --- killed while writing ------------------------------------------------------------------------
 
 
 def write_and_die(folder, nth, calls):
@@ -63,14 +63,14 @@ def write_and_die(folder, nth, calls):
         if n == nth:
             faults.kill_self()
 
-    taken = snapshot_of(folder, 2, checkpoints_kept=1)
+    snapshot = snapshot_of(folder, 2, checkpoints_kept=1)
     faults.count_file_calls(folder, at)
-    write_checkpoint(folder, taken)
+    write_checkpoint(folder, snapshot)
 
 
-def test_killed_at_every_call_a_complete_checkpoint_is_left(tmp_path):
-    """Before each call that touches files: the writing of one checkpoint and the removal of
-    another, until a process comes through."""
+def test_kill_at_any_file_call_leaves_a_complete_checkpoint(tmp_path):
+    """Kill before each call that touches files while one checkpoint is written and another removed,
+    until a process survives."""
     nth, killed = 0, True
     while killed:
         nth += 1
@@ -82,30 +82,30 @@ def test_killed_at_every_call_a_complete_checkpoint_is_left(tmp_path):
         process.join()
         killed = process.exitcode == -9
         assert killed or process.exitcode == 0
-        assert_sound(folder, {1, 2} if killed else {2})
-        # What the dead process left is in nobody's way.
+        assert_valid(folder, {1, 2} if killed else {2})
+        # What the killed process left does not disturb the next one.
         write(folder, 3, checkpoints_kept=1)
-        assert_sound(folder, {3})
+        assert_valid(folder, {3})
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert nth == calls.value + 1
     assert nth > 15
 
 
 def save_and_die(folder, nth, share):
-    taken = snapshot_of(folder, 2)
+    snapshot = snapshot_of(folder, 2)
     checkpoint_format.save_file = faults.die_while_saving(nth, share)
-    write_checkpoint(folder, taken)
+    write_checkpoint(folder, snapshot)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("nth", [1, 2, 3])
-def test_killed_inside_a_file_the_one_before_is_left(tmp_path, nth, share):
+def test_kill_inside_a_file_leaves_the_checkpoint_before(tmp_path, nth, share):
     write(tmp_path, 1)
     process = PROCESSES.Process(target=save_and_die, args=(tmp_path, nth, share))
     process.start()
     process.join()
     assert process.exitcode == -9
-    assert_sound(tmp_path, {1})
+    assert_valid(tmp_path, {1})
 
 
 # --- damaged -------------------------------------------------------------------------------------
@@ -116,44 +116,44 @@ DAMAGES = [faults.flip_byte, faults.cut_in_half, faults.delete]
 
 @pytest.mark.parametrize("name", [*FILES, "config.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_one_is_set_aside_by_name(tmp_path, damage, name, caplog):
+def test_damaged_checkpoint_is_set_aside(tmp_path, damage, name, caplog):
     write(tmp_path, 1)
     damage(write(tmp_path, 2).folder / name)
-    assert_sound(tmp_path, {1})
+    assert_valid(tmp_path, {1})
     assert name in caplog.text
     assert "damaged-step-00000002" in caplog.text
     assert (tmp_path / "checkpoints" / "damaged-step-00000002").is_dir()
 
 
-def test_a_marker_that_is_cut_short_does_not_stand(tmp_path):
+def test_truncated_marker_is_not_a_checkpoint(tmp_path):
     write(tmp_path, 1)
     faults.cut_in_half(write(tmp_path, 2).folder / "COMPLETE")
-    assert_sound(tmp_path, {1})
+    assert_valid(tmp_path, {1})
 
 
-def test_with_nothing_sound_left_it_starts_from_scratch(dataset, tmp_path, caplog):
+def test_without_a_valid_checkpoint_training_restarts(dataset, tmp_path, caplog):
     config = small_config(tmp_path)
     list(train(config, dataset, tmp_path / "run"))
-    whole = {name: tensor.clone() for name, tensor in weights(tmp_path / "run").items()}
+    expected = {name: tensor.clone() for name, tensor in weights(tmp_path / "run").items()}
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
         faults.flip_byte(path / "model.safetensors")
     list(train(config, dataset, tmp_path / "run"))
     assert caplog.text.count("set aside") == 2
-    assert all(torch.equal(tensor, weights(tmp_path / "run")[n]) for n, tensor in whole.items())
+    assert all(torch.equal(tensor, weights(tmp_path / "run")[n]) for n, tensor in expected.items())
 
 
-def test_training_goes_on_from_the_one_before(dataset, tmp_path):
+def test_training_resumes_from_the_checkpoint_before_a_damaged_one(dataset, tmp_path):
     config = small_config(tmp_path)
-    whole = numbers(train(config, dataset, tmp_path / "run"))
+    expected = numbers(train(config, dataset, tmp_path / "run"))
     ours = weights(tmp_path / "run")
     faults.flip_byte(latest_checkpoint(tmp_path / "run").folder / "optimizer.safetensors")
     rest = numbers(train(config, dataset, tmp_path / "run"))
     assert rest[0].step == 10
-    assert rest == [record for record in whole if record.step > 10 or record == rest[0]]
+    assert rest == [record for record in expected if record.step > 10 or record == rest[0]]
     assert all(torch.equal(tensor, weights(tmp_path / "run")[n]) for n, tensor in ours.items())
 
 
-# --- of another run ------------------------------------------------------------------------------
+# --- another run ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,14 @@ def test_training_goes_on_from_the_one_before(dataset, tmp_path):
         ({"training__grad_acc": 4}, "sequences_per_step"),
     ],
 )
-def test_a_changed_run_is_refused_by_key(dataset, tmp_path, change, key):
+def test_changed_config_is_refused_by_key(dataset, tmp_path, change, key):
     list(train(small_config(tmp_path, training__max_steps=4), dataset, tmp_path / "run"))
     with pytest.raises(CheckpointError) as caught:
         list(train(small_config(tmp_path, **change), dataset, tmp_path / "run"))
     assert [problem.key for problem in caught.value.problems] == [key]
 
 
-def test_a_changed_data_set_is_refused(dataset, tmp_path):
+def test_changed_dataset_is_refused(dataset, tmp_path):
     list(train(small_config(tmp_path, training__max_steps=4), dataset, tmp_path / "run"))
     other = dataset.model_copy(update={"fingerprint": "e" * 64})
     with pytest.raises(CheckpointError, match=f"dataset = {'e' * 64}"):
@@ -188,41 +188,42 @@ def test_a_changed_data_set_is_refused(dataset, tmp_path):
         {"training__max_steps": 30},
     ],
 )
-def test_what_may_change_on_resume(dataset, tmp_path, change):
+def test_settings_that_may_change_on_resume(dataset, tmp_path, change):
     def stop():
-        return bool(told) and told[-1].step == 10
+        return bool(records) and records[-1].step == 10
 
-    told = []
-    told.extend(train(small_config(tmp_path), dataset, tmp_path / "run", stop))
+    records = []
+    records.extend(train(small_config(tmp_path), dataset, tmp_path / "run", stop))
     changed = small_config(tmp_path, **change)
     rest = [r.step for r in train(changed, dataset, tmp_path / "run") if r.loss]
     assert rest == list(range(11, changed.training.max_steps + 1))
 
 
-# --- which stay ----------------------------------------------------------------------------------
+# --- retention -----------------------------------------------------------------------------------
 
 
 def names(folder):
     return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_newest_checkpoints_are_kept(tmp_path):
     for step in range(1, 7):
         write(tmp_path, step, checkpoints_kept=2)
     assert names(tmp_path) == ["step-00000005", "step-00000006"]
 
 
-def test_every_nth_is_kept_for_good(tmp_path):
+def test_every_nth_checkpoint_is_kept(tmp_path):
     for step in range(1, 8):
         write(tmp_path, step, checkpoints_kept=1, checkpoint_keep_every=3)
     assert names(tmp_path) == ["step-00000003", "step-00000006", "step-00000007"]
 
 
-def test_the_best_is_kept(dataset, tmp_path, monkeypatch):
+def test_best_checkpoint_is_kept(dataset, tmp_path, monkeypatch):
     losses = iter([11.0, 5.0, 3.0, 4.0, 4.0, 4.0])
     real = retention.record_best
     monkeypatch.setattr(
-        "gpt.training.loop.record_best", lambda folder, step, _: real(folder, step, next(losses))
+        "gpt.training.checkpoint.writer.record_best",
+        lambda folder, step, _: real(folder, step, next(losses)),
     )
     config = small_config(
         tmp_path,
@@ -240,7 +241,7 @@ def test_the_best_is_kept(dataset, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_retry_pause(monkeypatch):
     monkeypatch.setattr(writer, "RETRY_SECONDS", 0.05)
 
 
@@ -256,31 +257,31 @@ DISK_FAULTS = [
 ]
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_retry_pause")
 @pytest.mark.parametrize(("owner", "name", "error"), DISK_FAULTS)
-def test_training_waits_for_the_disk_and_goes_on(
+def test_training_waits_for_the_disk_and_continues(
     dataset, tmp_path, monkeypatch, caplog, owner, name, error
 ):
-    whole = numbers(train(small_config(tmp_path), dataset, tmp_path / "whole"))
+    expected = numbers(train(small_config(tmp_path), dataset, tmp_path / "expected"))
     with faults.failing(monkeypatch, owner, name, error, times=3) as refused:
-        told = numbers(train(small_config(tmp_path), dataset, tmp_path / "run"))
+        records = numbers(train(small_config(tmp_path), dataset, tmp_path / "run"))
     assert len(refused) == 3
-    assert told == whole
+    assert records == expected
     assert "cannot be written" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     verify_checkpoint(latest_checkpoint(tmp_path / "run").folder)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_full_disk_keeps_the_older_ones_and_a_stop_ends_the_waiting(
+@pytest.mark.usefixtures("short_retry_pause")
+def test_full_disk_keeps_older_checkpoints_and_stop_ends_the_wait(
     dataset, tmp_path, monkeypatch, caplog
 ):
     config = small_config(tmp_path, training__checkpoint_interval=5)
-    asked = []
+    calls = []
 
     def stop():
-        asked.append(1)
-        return "cannot be written" in caplog.text and len(asked) > 40
+        calls.append(1)
+        return "cannot be written" in caplog.text and len(calls) > 40
 
     real = retention.shutil.disk_usage
 
@@ -293,21 +294,21 @@ def test_a_full_disk_keeps_the_older_ones_and_a_stop_ends_the_waiting(
         )
 
     monkeypatch.setattr(retention.shutil, "disk_usage", full)
-    told = list(train(config, dataset, tmp_path / "run", stop))
-    assert told[-1].step in (10, 11)
+    records = list(train(config, dataset, tmp_path / "run", stop))
+    assert records[-1].step in (10, 11)
     assert "bytes are needed, 0 are free" in caplog.text
     assert latest_checkpoint(tmp_path / "run").step == 5
     monkeypatch.undo()
     assert next(iter(train(config, dataset, tmp_path / "run"))).step == 6
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("leaves", [False, True])
-def test_a_disk_found_full_some_steps_later_holds_up_no_stop(
-    dataset, tmp_path, monkeypatch, caplog, leaves
+@pytest.mark.usefixtures("short_retry_pause")
+@pytest.mark.parametrize("closes", [False, True])
+def test_disk_that_fills_up_later_does_not_delay_a_stop(
+    dataset, tmp_path, monkeypatch, caplog, closes
 ):
-    """The checkpoint of step 10 is refused when step 12 is through: there is a newer one to write
-    when the stop comes, or whoever trains leaves."""
+    """The disk refuses the checkpoint of step 10 after step 12: a newer one is due when the run is
+    stopped or its consumer closes the generator."""
     config = small_config(tmp_path, training__checkpoint_interval=5)
     later = threading.Event()
     real = retention.shutil.disk_usage
@@ -321,7 +322,7 @@ def test_a_disk_found_full_some_steps_later_holds_up_no_stop(
     monkeypatch.setattr(retention.shutil, "disk_usage", full)
 
     def stop():
-        return not leaves and "cannot be written" in caplog.text
+        return not closes and "cannot be written" in caplog.text
 
     steps = []
     for record in train(config, dataset, tmp_path / "run", stop):
@@ -329,33 +330,33 @@ def test_a_disk_found_full_some_steps_later_holds_up_no_stop(
         if record.step == 12:
             later.set()
             wait_for("the refusal", lambda: "cannot be written" in caplog.text)
-            if leaves:
+            if closes:
                 break
     assert steps[-1] == 12
     assert "the checkpoint of step 10 was not written" in caplog.text
     assert latest_checkpoint(tmp_path / "run").step == 5
 
 
-def test_on_a_file_system_that_is_really_full(tmp_path, monkeypatch):
-    """A memory-backed one of 200 kB, where the machine allows to mount it."""
+def test_write_fails_on_a_really_full_file_system(tmp_path, monkeypatch):
+    """A tmpfs of 200 kB, if the machine allows mounting one."""
     small = tmp_path / "small"
     small.mkdir()
     if os.geteuid() or os.system(f"mount -t tmpfs -o size=200k tmpfs {small} 2>/dev/null"):
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("file systems cannot be mounted here")
     monkeypatch.setattr(
         checkpoint_format, "SMALL_FILES_BYTES", 0
-    )  # the check beforehand lets it pass
+    )  # so that the check of free space passes
     try:
         write(small, 1)
         (small / "filler").write_bytes(bytes(shutil.disk_usage(small).free - 8192))
         with pytest.raises((OSError, SafetensorError), match="No space left"):
             write(small, 2)
-        assert_sound(small, {1})
+        assert_valid(small, {1})
     finally:
         os.system(f"umount {small}")
 
 
-# --- one at a time -------------------------------------------------------------------------------
+# --- the lock ------------------------------------------------------------------------------------
 
 
 def hold(folder, ready, done):
@@ -364,7 +365,7 @@ def hold(folder, ready, done):
         done.wait()
 
 
-def test_a_run_has_one_process_and_a_dead_holder_does_not_count(tmp_path):
+def test_run_lock_excludes_other_processes_until_the_holder_dies(tmp_path):
     ready, done = PROCESSES.Event(), PROCESSES.Event()
     process = PROCESSES.Process(target=hold, args=(tmp_path, ready, done))
     process.start()

@@ -1,4 +1,4 @@
-"""Numbers going wrong: skipped, gone back from, passed over, and given up in the end."""
+"""Diverging training: skipped steps, rollbacks, excluded batches, and giving up in the end."""
 
 import math
 
@@ -8,15 +8,14 @@ from training_data import make_token_dataset, numbers, small_config, weights
 
 from gpt.errors import NonFiniteLossError
 from gpt.training import divergence
-from gpt.training import step as stepper
 from gpt.training.checkpoint.retention import latest_checkpoint, latest_valid_checkpoint
-from gpt.training.divergence import SpikeDetector, read_recoveries
+from gpt.training.divergence import DivergenceGuard, SpikeDetector, read_recoveries
 from gpt.training.loop import train
-from gpt.training.step import Stepper
+from gpt.training.step import TrainState
 
 NAN = float("nan")
-A_STEP = 8
-"""Sequences a step in `small_config`."""
+PER_STEP = 8
+"""Sequences per step in `small_config`."""
 
 
 @pytest.fixture(scope="module")
@@ -24,59 +23,60 @@ def dataset(tmp_path_factory):
     return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
-class Injected:
-    """What goes wrong in a step, given the position at which its sequences end."""
+def inject(monkeypatch, spoil, when):
+    """Replace the loss of each micro-batch by `spoil(state, loss)` if `when(state)`."""
+    real = TrainState.forward_backward
 
-    def __init__(self, monkeypatch, spoil, when):
-        real = Stepper.micro_step
+    def forward_backward(self, batch, **named):
+        loss = real(self, batch, **named)
+        return spoil(self, loss) if when(self) else loss
 
-        def micro_step(self, batch):
-            share = real(self, batch)
-            return spoil(self, share) if when(self) else share
-
-        monkeypatch.setattr(Stepper, "micro_step", micro_step)
+    monkeypatch.setattr(TrainState, "forward_backward", forward_backward)
 
 
-def spoil_loss(_, share):
-    return share * NAN
+def nan_loss(_, loss):
+    return loss * NAN
 
 
-def spoil_gradients(one, share):
-    one.model.head.grad[0, 0] = NAN
-    return share
+def nan_gradient(state, loss):
+    state.model.head.grad[0, 0] = NAN
+    return loss
 
 
-def spoil_to_infinity(one, share):
-    one.model.head.grad[0, 0] = math.inf
-    return share
+def infinite_gradient(state, loss):
+    state.model.head.grad[0, 0] = math.inf
+    return loss
 
 
-SPOILERS = [spoil_loss, spoil_gradients, spoil_to_infinity]
+SPOILERS = [nan_loss, nan_gradient, infinite_gradient]
 
 
-def sequences_of(*steps):
-    """Where the sequences of these steps are read, by their places in the data."""
-    return lambda one: math.ceil(one.batches.position / A_STEP) in steps
+def reads_data_of(*steps):
+    """Whether the sequences being read are those of `steps`, counted by position in the data."""
+    return lambda state: math.ceil(state.loader.position / PER_STEP) in steps
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)
-def test_one_bad_step_is_skipped_and_counted(dataset, tmp_path, monkeypatch, caplog, spoil):
-    Injected(monkeypatch, spoil, sequences_of(7))
-    told = [r for r in train(small_config(tmp_path), dataset, tmp_path / "run") if not r.validation]
-    assert [record.step for record in told] == list(range(1, 21))
-    assert [record.step for record in told if record.loss is None] == [7]
-    assert told[-1].skipped_steps == 1
-    assert told[-1].recoveries == 0
+def test_single_non_finite_step_is_skipped(dataset, tmp_path, monkeypatch, caplog, spoil):
+    inject(monkeypatch, spoil, reads_data_of(7))
+    records = train(small_config(tmp_path), dataset, tmp_path / "run")
+    steps = [record for record in records if not record.validation]
+    assert [record.step for record in steps] == list(range(1, 21))
+    assert [record.step for record in steps if record.loss is None] == [7]
+    assert steps[-1].skipped_steps == 1
+    assert steps[-1].recoveries == 0
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     assert "step 7 is skipped" in caplog.text
 
 
-def test_a_skipped_step_leaves_weights_and_states_alone(dataset, tmp_path, monkeypatch):
-    config = small_config(tmp_path, training__max_steps=4, training__checkpoint_interval=1)
-    config = config.model_copy(
-        update={"training": config.training.model_copy(update={"checkpoints_kept": 4})}
+def test_skipped_step_changes_no_weights_or_optimizer_states(dataset, tmp_path, monkeypatch):
+    config = small_config(
+        tmp_path,
+        training__max_steps=4,
+        training__checkpoint_interval=1,
+        training__checkpoints_kept=4,
     )
-    Injected(monkeypatch, spoil_loss, sequences_of(3))
+    inject(monkeypatch, nan_loss, reads_data_of(3))
     list(train(config, dataset, tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoints"
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -85,43 +85,42 @@ def test_a_skipped_step_leaves_weights_and_states_alone(dataset, tmp_path, monke
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)
-def test_repeated_ones_are_passed_over_from_a_checkpoint(
+def test_repeated_skips_roll_back_and_exclude_batches(
     dataset, tmp_path, monkeypatch, caplog, spoil
 ):
-    """Three steps' sequences are bad: the run goes back to step 10 and over them."""
-    Injected(monkeypatch, spoil, sequences_of(13, 14, 15))
-    told = list(train(small_config(tmp_path), dataset, tmp_path / "run"))
-    steps = [record.step for record in told if not record.validation]
+    """The data of three steps is bad: the run rolls back to step 10 and excludes it."""
+    inject(monkeypatch, spoil, reads_data_of(13, 14, 15))
+    records = list(train(small_config(tmp_path), dataset, tmp_path / "run"))
+    steps = [record.step for record in records if not record.validation]
     assert steps == [*range(1, 16), *range(11, 21)]
-    found = read_recoveries(tmp_path / "run")
-    assert [(r.step, r.back_to_step, r.sequences_passed_over) for r in found] == [
-        (15, 10, (12 * A_STEP, 15 * A_STEP))
+    assert [record.step for record in records if record.validation] == [0, 10, 20]
+    recoveries = read_recoveries(tmp_path / "run")
+    assert [(r.step, r.back_to_step, r.sequences_passed_over) for r in recoveries] == [
+        (15, 10, (12 * PER_STEP, 15 * PER_STEP))
     ]
-    assert told[-2].recoveries == 1
-    assert "Going back to step 10 and over 24 sequences" in caplog.text
+    assert records[-2].recoveries == 1
+    assert "Rolling back to step 10 and excluding 24 sequences" in caplog.text
     assert latest_valid_checkpoint(tmp_path / "run").finished
 
 
-def test_before_the_first_checkpoint_it_goes_back_to_the_start(dataset, tmp_path, monkeypatch):
-    Injected(monkeypatch, spoil_loss, sequences_of(3, 4, 5))
+def test_rollback_before_the_first_checkpoint_restarts(dataset, tmp_path, monkeypatch):
+    inject(monkeypatch, nan_loss, reads_data_of(3, 4, 5))
     steps = [r.step for r in train(small_config(tmp_path), dataset, tmp_path / "run") if r.loss]
     assert steps == [1, 2, *range(1, 21)]
 
 
-def test_the_way_on_is_that_of_a_run_without_those_batches(dataset, tmp_path, monkeypatch):
-    """As if the data had never held them; and the same again after a kill on the way."""
+def test_run_after_rollback_equals_a_run_without_those_batches(dataset, tmp_path, monkeypatch):
+    """As if the data had never contained them; the same if the run is interrupted after it."""
     config = small_config(tmp_path)
-    real = Stepper.__init__
-
-    def without(self, *rest):
-        real(self, *rest)
-        self.batches.exclude_ranges([(12 * A_STEP, 15 * A_STEP)])
-
+    excluded = [(12 * PER_STEP, 15 * PER_STEP)]
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "__init__", without)
-        patch.setattr("gpt.training.loop.Trainer._pass_over", lambda _: None)
+        patch.setattr(
+            DivergenceGuard,
+            "exclude_batches",
+            lambda self: self._state.loader.exclude_ranges(excluded),
+        )
         list(train(config, dataset, tmp_path / "without"))
-    Injected(monkeypatch, spoil_loss, sequences_of(13, 14, 15))
+    inject(monkeypatch, nan_loss, reads_data_of(13, 14, 15))
     list(train(config, dataset, tmp_path / "run"))
     parts = train(config, dataset, tmp_path / "parts")
     for record in parts:
@@ -135,16 +134,15 @@ def test_the_way_on_is_that_of_a_run_without_those_batches(dataset, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("spoil", "attempts"), [(spoil_loss, 0), (spoil_gradients, 1), (spoil_to_infinity, 3)]
+    ("spoil", "attempts"), [(nan_loss, 0), (nan_gradient, 1), (infinite_gradient, 3)]
 )
-def test_for_good_it_stops_with_the_last_good_checkpoint_intact(
+def test_lasting_divergence_fails_and_keeps_the_last_good_checkpoint(
     dataset, tmp_path, monkeypatch, spoil, attempts
 ):
-    config = small_config(tmp_path, training__recovery_attempts=attempts)
-    config = config.model_copy(
-        update={"training": config.training.model_copy(update={"checkpoint_interval": 5})}
+    config = small_config(
+        tmp_path, training__recovery_attempts=attempts, training__checkpoint_interval=5
     )
-    Injected(monkeypatch, spoil, lambda one: one.batches.position > 12 * A_STEP)
+    inject(monkeypatch, spoil, lambda state: state.loader.position > 12 * PER_STEP)
     with pytest.raises(NonFiniteLossError, match=r"optimizer\.learning_rate"):
         list(train(config, dataset, tmp_path / "run"))
     assert len(read_recoveries(tmp_path / "run")) == attempts
@@ -152,22 +150,22 @@ def test_for_good_it_stops_with_the_last_good_checkpoint_intact(
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
-def test_weights_that_are_not_finite_are_never_written(dataset, tmp_path, monkeypatch):
-    """The update of step 10, whose checkpoint is due, spoils them."""
-    real, spoiled = Stepper.update, []
+def test_non_finite_weights_are_never_saved(dataset, tmp_path, monkeypatch):
+    """The update of step 10, whose checkpoint is due, makes a weight NaN."""
+    real, has_spoiled = TrainState.update_weights, []
 
-    def update(self):
+    def update_weights(self):
         real(self)
-        if self.batches.position == 10 * A_STEP and not spoiled:
-            spoiled.append(True)
+        if self.loader.position == 10 * PER_STEP and not has_spoiled:
+            has_spoiled.append(True)
             with torch.no_grad():
                 self.model.head[0, 0] = NAN
 
-    monkeypatch.setattr(Stepper, "update", update)
+    monkeypatch.setattr(TrainState, "update_weights", update_weights)
     list(train(small_config(tmp_path), dataset, tmp_path / "run"))
-    assert spoiled
-    (found,) = read_recoveries(tmp_path / "run")
-    assert found.sequences_passed_over == (9 * A_STEP, 10 * A_STEP)
+    assert has_spoiled
+    (recovery,) = read_recoveries(tmp_path / "run")
+    assert recovery.sequences_passed_over == (9 * PER_STEP, 10 * PER_STEP)
     assert latest_checkpoint(tmp_path / "run").finished
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
@@ -175,63 +173,67 @@ def test_weights_that_are_not_finite_are_never_written(dataset, tmp_path, monkey
 class TestSpikes:
     @pytest.fixture(autouse=True)
     def short_window(self, monkeypatch):
-        monkeypatch.setattr(divergence, "WINDOW", 8)
+        monkeypatch.setattr(divergence, "SPIKE_WINDOW", 8)
 
     @staticmethod
-    def raised(one, share):
-        return share + 100.0
+    def high_loss(_, loss):
+        return loss + 100.0
 
-    def test_a_spike_goes_back_and_over_its_batch(self, dataset, tmp_path, monkeypatch, caplog):
-        Injected(monkeypatch, self.raised, sequences_of(14))
-        told = list(train(small_config(tmp_path), dataset, tmp_path / "run"))
-        assert [r.step for r in told if r.loss] == [*range(1, 15), *range(11, 21)]
-        (found,) = read_recoveries(tmp_path / "run")
-        assert found.sequences_passed_over == (13 * A_STEP, 14 * A_STEP)
+    def test_spike_rolls_back_and_excludes_its_batch(self, dataset, tmp_path, monkeypatch, caplog):
+        inject(monkeypatch, self.high_loss, reads_data_of(14))
+        records = list(train(small_config(tmp_path), dataset, tmp_path / "run"))
+        assert [r.step for r in records if r.loss] == [*range(1, 15), *range(11, 21)]
+        (recovery,) = read_recoveries(tmp_path / "run")
+        assert recovery.sequences_passed_over == (13 * PER_STEP, 14 * PER_STEP)
         assert "is a spike" in caplog.text
 
-    def test_one_that_stays_is_lived_with(self, dataset, tmp_path, monkeypatch, caplog):
-        Injected(monkeypatch, self.raised, lambda one: one.batches.position > 12 * A_STEP)
-        told = list(train(small_config(tmp_path), dataset, tmp_path / "run"))
-        assert told[-1].step == 20
+    def test_lasting_spike_is_accepted(self, dataset, tmp_path, monkeypatch, caplog):
+        inject(monkeypatch, self.high_loss, lambda state: state.loader.position > 12 * PER_STEP)
+        records = list(train(small_config(tmp_path), dataset, tmp_path / "run"))
+        assert records[-1].step == 20
         assert len(read_recoveries(tmp_path / "run")) == 3
-        assert "going on" in caplog.text
+        assert "training continues" in caplog.text
 
-    def test_0_turns_it_off(self, dataset, tmp_path, monkeypatch):
-        Injected(monkeypatch, self.raised, sequences_of(14))
+    def test_sigma_0_disables_detection(self, dataset, tmp_path, monkeypatch):
+        inject(monkeypatch, self.high_loss, reads_data_of(14))
         config = small_config(tmp_path, training__spike_sigma=0.0)
-        told = list(train(config, dataset, tmp_path / "run"))
-        assert [r.step for r in told if r.loss] == list(range(1, 21))
+        records = list(train(config, dataset, tmp_path / "run"))
+        assert [r.step for r in records if r.loss] == list(range(1, 21))
 
 
-def test_a_falling_loss_with_noise_is_no_spike():
+def test_falling_loss_with_noise_is_not_a_spike():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(5_000, generator=generator) * 0.05
-    watch = SpikeDetector(6.0)
+    detector = SpikeDetector(6.0)
     losses = [11 * 0.999**step + 3 + float(noise[step]) for step in range(5_000)]
-    assert [watch.taken(loss) for loss in losses] == [None] * 5_000
-    assert "is a spike" in watch.taken(losses[-1] + 1.0)
+    assert [detector.find_spike(loss) for loss in losses] == [None] * 5_000
+    assert "is a spike" in detector.find_spike(losses[-1] + 1.0)
 
 
-def test_float16_overflow_is_the_scaler_s_business(dataset, tmp_path, monkeypatch):
-    """It skips the update and lowers its scale; only a scale under 1 is trouble."""
-    one = Stepper(small_config(tmp_path), dataset)
-    one.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
-    monkeypatch.setattr(
-        stepper.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf)
-    )
-    before = [parameter.detach().clone() for parameter in one.model.parameters()]
+def test_float16_overflow_is_left_to_the_scaler(dataset, tmp_path):
+    """The scaler skips the update and halves its scale; only a scale below 1 is a problem."""
+    state = TrainState(small_config(tmp_path), dataset)
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
+    before = [parameter.detach().clone() for parameter in state.model.parameters()]
+
+    def overflow():
+        state.forward_backward(state.loader.next_batch(4))
+        state.model.head.grad[0, 0] = math.inf
+        return state.clip_gradients(torch.tensor(5.0))
+
     for scale in (4.0, 2.0, 1.0):
-        assert one.scaler.get_scale() == scale
-        one.micro_step(one.batches.next_batch(4))
-        one.model.head.grad[0, 0] = math.inf
-        assert one._clipped(torch.tensor(5.0)).usable
-        one.update()
-    assert all(map(torch.equal, before, one.model.parameters()))
-    one.micro_step(one.batches.next_batch(4))
-    assert not one._clipped(torch.tensor(5.0)).usable
+        assert state.scaler.get_scale() == scale
+        loss, grad_norm = overflow()
+        assert loss == 5.0
+        assert not math.isfinite(grad_norm)
+        assert state.scaler_skips_overflow()
+        state.update_weights()
+    assert all(map(torch.equal, before, state.model.parameters()))
+    overflow()
+    assert not state.scaler_skips_overflow()
 
 
-def test_numbers_come_out_the_same_without_trouble(dataset, tmp_path):
+def test_spike_detection_does_not_change_a_normal_run(dataset, tmp_path):
     config, off = small_config(tmp_path), small_config(tmp_path, training__spike_sigma=0.0)
     assert numbers(train(config, dataset, tmp_path / "a")) == numbers(
         train(off, dataset, tmp_path / "b")

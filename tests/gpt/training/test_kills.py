@@ -1,6 +1,6 @@
-"""kill -9 at random moments of a tracked run: the weights and the curve of one left alone.
+"""A tracked run killed at random moments ends with the weights and metrics of one that is not.
 
-OVERNIGHT_KILLS=50 deals more of them than the few that the suite has time for.
+OVERNIGHT_KILLS=50 kills it more often than the test suite has time for.
 """
 
 import os
@@ -35,7 +35,7 @@ def config_of(root):
 
 
 def tracked_run(root, dataset_folder):
-    """What the flow does between tokenising and evaluating."""
+    """Run the part of the flow between tokenising and evaluating."""
     torch.set_num_threads(1)
     config, dataset = config_of(root), read_manifest(dataset_folder)
     run = open_run(config, dataset, open_run_dir(config, dataset))
@@ -50,7 +50,7 @@ def start(root, dataset):
 
 
 def curve(root):
-    """Every metric's points in MLflow: (key, step) -> values."""
+    """Return every metric point in MLflow: (key, step) -> values."""
     client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'overnight'")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -64,10 +64,10 @@ def curve(root):
 
 @pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
+def test_kills_at_random_moments_change_nothing(tmp_path, mlflow_database):
     dataset = make_token_dataset(tmp_path / "tokens")
     for name in ("whole", "killed"):
-        # With a store that is there, the kills come in the training: making one has its own test.
+        # With an existing store, the kills hit training; creating one has its own test below.
         (tmp_path / name / "mlflow").mkdir(parents=True)
         shutil.copy(mlflow_database, tmp_path / name / "mlflow")
     process = start(tmp_path / "whole", dataset)
@@ -83,7 +83,7 @@ def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
     process = start(tmp_path / "killed", dataset)
     process.join()
     assert process.exitcode == 0
-    assert hit > KILLS // 2, "too many came after the end"
+    assert hit > KILLS // 2, "too many kills came after the end"
     (folder,) = (tmp_path / "killed" / "train").iterdir()
     (whole,) = (tmp_path / "whole" / "train").iterdir()
     assert latest_checkpoint(folder).finished
@@ -98,7 +98,7 @@ def test_killed_at_random_moments_nothing_shows(tmp_path, mlflow_database):
     assert {step for key, step in ours if key == "train/loss"} == set(range(1, STEPS + 1))
 
 
-def test_killed_while_mlflow_s_store_is_made_the_next_start_makes_it(tmp_path):
+def test_kill_while_mlflow_store_is_created_is_repaired_by_the_next_start(tmp_path):
     database = tmp_path / "mlflow.db"
     process = PROCESSES.Process(target=create_sqlite_store, args=(database,))
     process.start()

@@ -1,4 +1,4 @@
-"""The loop: what a step is, and that stopping and starting changes nothing."""
+"""The training loop: its steps and records, stop and resume, and the folder of a run."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from training_data import make_token_dataset, numbers, small_config, tiny_config
 from gpt.errors import ConfigError
 from gpt.training import loop
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.loop import Trainer, train
+from gpt.training.checkpoint.writer import CheckpointWriter
+from gpt.training.loop import setup, train
 from gpt.training.run_dir import open_run_dir
-from gpt.training.step import Stepper
+from gpt.training.step import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def dataset(tmp_path_factory):
     return make_token_dataset(tmp_path_factory.mktemp("tokens"))
 
 
-def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
+def test_loss_falls_and_every_step_has_a_record(dataset, tmp_path):
     records = list(train(tiny_config(tmp_path), dataset, tmp_path / "run"))
     steps = [record for record in records if record.loss]
     assert [record.step for record in steps] == list(range(1, 21))
@@ -30,44 +31,47 @@ def test_loss_falls_and_every_step_is_told(dataset, tmp_path):
     assert all(record.grad_norm > 0 for record in steps)
 
 
-def test_a_step_s_time_is_its_own(dataset, tmp_path, monkeypatch):
-    """By a clock that only work moves: a micro-step takes 1 s, and what stands between steps, a
-    checkpoint or an evaluation, takes 100 s that are in no step's time."""
+def test_throughput_excludes_checkpoints_and_evaluations(dataset, tmp_path, monkeypatch):
+    """The clock advances by 1 s per micro-batch, and by 100 s per checkpoint, evaluation or record
+    that the consumer handles."""
     now = 0.0
 
     def slow(owner, name, seconds):
         real = getattr(owner, name)
 
-        def taking(self, *rest):
+        def taking(self, *rest, **named):
             nonlocal now
             now += seconds
-            return real(self, *rest)
+            return real(self, *rest, **named)
 
         monkeypatch.setattr(owner, name, taking)
 
-    slow(Stepper, "micro_step", 1.0)
-    slow(Trainer, "_write", 100.0)
-    slow(Trainer, "_validate", 100.0)
+    slow(TrainState, "forward_backward", 1.0)
+    slow(TrainState, "evaluate", 100.0)
+    slow(CheckpointWriter, "save", 100.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
     config = small_config(tmp_path, training__max_steps=9, training__checkpoint_interval=3)
-    records = [r for r in train(config, dataset, tmp_path / "run") if r.loss]
-    seconds = [config.tokens_per_step / record.tokens_per_second for record in records]
+    seconds = []
+    for record in train(config, dataset, tmp_path / "run"):
+        now += 100.0
+        if record.loss:
+            seconds.append(config.tokens_per_step / record.tokens_per_second)
     assert seconds == pytest.approx([config.training.grad_acc] * 9)
 
 
 @pytest.fixture(scope="module")
-def left_alone(dataset, tmp_path_factory):
-    """The numbers and the folder of a run that nothing happens to."""
-    root = tmp_path_factory.mktemp("whole")
+def uninterrupted(dataset, tmp_path_factory):
+    """The numbers and the folder of a run that is not interrupted."""
+    root = tmp_path_factory.mktemp("uninterrupted")
     return numbers(train(small_config(root), dataset, root / "run")), root / "run"
 
 
 @pytest.mark.parametrize("stopped_after", [1, 7, 10, 13])
-def test_stopped_and_started_again_is_bit_for_bit_the_same(
-    dataset, left_alone, tmp_path, stopped_after
+def test_resume_after_a_stop_is_bit_for_bit_the_same(
+    dataset, uninterrupted, tmp_path, stopped_after
 ):
     config = small_config(tmp_path)
-    whole, whole_folder = left_alone
+    expected, expected_folder = uninterrupted
     first = []
 
     def stop():
@@ -77,48 +81,55 @@ def test_stopped_and_started_again_is_bit_for_bit_the_same(
     assert latest_checkpoint(tmp_path / "parts").step == stopped_after
     rest = numbers(train(config, dataset, tmp_path / "parts"))
     first = numbers(first)
-    if stopped_after == 10:  # an evaluation is done again after a start
+    if stopped_after == 10:  # an evaluation is repeated after a resume
         assert rest[0] == first.pop()
-    assert first + rest == whole
-    ours, theirs = weights(tmp_path / "parts"), weights(whole_folder)
+    assert first + rest == expected
+    ours, theirs = weights(tmp_path / "parts"), weights(expected_folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_stop_inside_a_step_drops_that_step(dataset, left_alone, tmp_path):
+def test_stop_inside_a_step_drops_that_step(dataset, uninterrupted, tmp_path):
     config = small_config(tmp_path)
-    asked = 0
+    calls = 0
 
     def stop():
-        nonlocal asked
-        asked += 1
-        return asked > 2 * 5 + 1  # before the second micro-batch of step 6
+        nonlocal calls
+        calls += 1
+        return calls > 3 * 5 + 2  # once per step and micro-batch: the second one of step 6
 
-    told = list(train(config, dataset, tmp_path / "parts", stop))
-    assert told[-1].step == 5
+    records = list(train(config, dataset, tmp_path / "parts", stop))
+    assert records[-1].step == 5
     rest = list(train(config, dataset, tmp_path / "parts"))
-    assert numbers(told + rest) == left_alone[0]
+    assert numbers(records + rest) == uninterrupted[0]
 
 
-def test_an_error_and_a_consumer_that_leaves_keep_what_is_done(dataset, tmp_path, monkeypatch):
+def test_error_or_closed_generator_saves_the_last_step(
+    dataset, uninterrupted, tmp_path, monkeypatch
+):
     config = small_config(tmp_path)
-    for record in train(config, dataset, tmp_path / "left"):
+    for record in train(config, dataset, tmp_path / "closed"):
         if record.step == 7:
             break
-    assert latest_checkpoint(tmp_path / "left").step == 7
-    real = Stepper.micro_step
+    assert latest_checkpoint(tmp_path / "closed").step == 7
+    real = TrainState.forward_backward
 
-    def failing(self, batch):
-        if self.batches.position > 6 * 8:
+    def failing(self, batch, **named):
+        if self.loader.position > 6 * 8:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, batch, **named)
 
-    monkeypatch.setattr(Stepper, "micro_step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        list(train(config, dataset, tmp_path / "thrown"))
-    assert latest_checkpoint(tmp_path / "thrown").step == 6
+    folder = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "forward_backward", failing)
+        with pytest.raises(KeyboardInterrupt):
+            list(train(config, dataset, folder))
+    assert latest_checkpoint(folder).step == 6
+    list(train(config, dataset, folder))
+    ours, theirs = weights(folder), weights(uninterrupted[1])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
+def test_finished_run_yields_no_records(dataset, tmp_path):
     config = tiny_config(tmp_path, training__max_steps=4, schedule__warmup_steps=1)
     list(train(config, dataset, tmp_path / "run"))
     assert latest_checkpoint(tmp_path / "run").finished
@@ -126,7 +137,7 @@ def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "grad_acc"), [(1, 8), (2, 4), (4, 2)])
-def test_micro_batches_add_up_to_one_big_batch(dataset, tmp_path, batch_size, grad_acc):
+def test_gradient_accumulation_equals_one_large_batch(dataset, tmp_path, batch_size, grad_acc):
     def first_steps(**split):
         config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4, **split)
         return [r for r in train(config, dataset, tmp_path / str(split)) if r.loss]
@@ -138,44 +149,44 @@ def test_micro_batches_add_up_to_one_big_batch(dataset, tmp_path, batch_size, gr
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
 
 
-def test_the_first_loss_and_gradient_are_those_of_plain_torch(dataset, tmp_path):
+def test_first_loss_and_gradient_equal_those_of_plain_torch(dataset, tmp_path):
     config = tiny_config(tmp_path, model__dropout=0.0, training__max_steps=4)
     record = list(train(config, dataset, tmp_path / "run"))[1]
-    stepper = Stepper(config, dataset)
-    inputs, targets = stepper.batches.next_batch(8)
-    logits = stepper.model(inputs) @ stepper.model.head.T
+    state = TrainState(config, dataset)
+    inputs, targets = state.loader.next_batch(8)
+    logits = state.model(inputs) @ state.model.head.T
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    gradients = torch.autograd.grad(loss, list(stepper.model.parameters()))
+    gradients = torch.autograd.grad(loss, list(state.model.parameters()))
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert record.loss == pytest.approx(loss.item(), rel=1e-6)
     assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_a_device_that_is_not_there_is_a_config_error(dataset, tmp_path):
+def test_missing_device_is_a_config_error(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"hardware.device = cuda:99"):
-        Trainer(tiny_config(tmp_path, hardware__device="cuda:99"), dataset, tmp_path / "run")
+        setup(tiny_config(tmp_path, hardware__device="cuda:99"), dataset, tmp_path / "run")
 
 
-class TestRunFolder:
-    def test_starting_is_resuming(self, dataset, tmp_path):
+class TestRunDir:
+    def test_same_config_resumes_in_the_same_folder(self, dataset, tmp_path):
         config = tiny_config(tmp_path)
         folder = open_run_dir(config, dataset)
         assert open_run_dir(config, dataset) == folder
         assert folder.parent == tmp_path / "train"
         assert folder.name.startswith("t-")
 
-    def test_what_does_not_shape_the_weights_may_change(self, dataset, tmp_path):
+    def test_settings_that_do_not_change_the_weights_keep_the_folder(self, dataset, tmp_path):
         folder = open_run_dir(tiny_config(tmp_path), dataset)
         split = {"training__batch_size": 2, "training__grad_acc": 4}
         for change in (split, {"training__log_interval": 3}, {"evaluation__interval": 5}):
             assert open_run_dir(tiny_config(tmp_path, **change), dataset) == folder
 
-    def test_an_interrupted_run_may_be_given_more_steps(self, dataset, tmp_path):
+    def test_interrupted_run_may_get_more_steps(self, dataset, tmp_path):
         folder = open_run_dir(tiny_config(tmp_path), dataset)
         longer = tiny_config(tmp_path, training__max_steps=30)
         assert open_run_dir(longer, dataset) == folder
 
-    def test_a_finished_run_stays_as_it_is(self, dataset, tmp_path):
+    def test_finished_run_is_not_extended(self, dataset, tmp_path):
         config = tiny_config(tmp_path, training__max_steps=4)
         folder = open_run_dir(config, dataset)
         list(train(config, dataset, folder))
@@ -194,6 +205,6 @@ class TestRunFolder:
             {"training__grad_acc": 3},
         ],
     )
-    def test_another_model_or_optimizer_is_another_run(self, dataset, tmp_path, change):
+    def test_another_model_or_optimizer_gets_another_folder(self, dataset, tmp_path, change):
         folder = open_run_dir(tiny_config(tmp_path), dataset)
         assert open_run_dir(tiny_config(tmp_path, **change), dataset) != folder

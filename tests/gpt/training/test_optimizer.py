@@ -1,4 +1,4 @@
-"""Groups that cover every parameter once; rates, momentum and schedules by rule."""
+"""Parameter groups, learning rates, momentum and schedules."""
 
 import math
 
@@ -44,14 +44,14 @@ def test_every_parameter_is_in_exactly_one_group(architecture, optimizer, bias):
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters()}
 
 
-def test_adamw_decays_matrices_alone():
+def test_adamw_decays_only_matrices():
     config = config_of("gpt2", "adamw", model={"bias": True}.items())
     (optimizer,) = build_optimizers(build_model(config.model), config)
     for group in optimizer.param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_nothing_else():
+def test_muon_gets_only_the_matrices_of_the_blocks():
     config = config_of()
     model = build_model(config.model)
     muon, adamw = build_optimizers(model, config)
@@ -62,7 +62,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_nothing_else():
     assert beside == {"embed_tokens.weight", "lm_head.weight"}
 
 
-def test_rates_left_out_follow_batch_and_width_by_the_written_rule():
+def test_default_learning_rates_scale_with_batch_and_width():
     full = config_of(
         model={"n_embd": 768, "n_head": 12, "block_size": 1024}.items(), batch_size=16, grad_acc=32
     )
@@ -79,17 +79,19 @@ def test_rates_left_out_follow_batch_and_width_by_the_written_rule():
     assert peak_learning_rates(least).matrices == pytest.approx(0.025 * math.sqrt(1 / 8))
 
 
-def test_rates_that_are_given_stay_as_they_are():
+def test_configured_learning_rates_are_not_scaled():
     given = {"learning_rate": 0.1, "embedding_learning_rate": 0.2, "head_learning_rate": 0.3}
     rates = peak_learning_rates(config_of(optimizer_keys=given.items()))
     assert (rates.matrices, rates.embedding, rates.head) == (0.1, 0.2, 0.3)
 
 
-def test_a_step_sets_rates_and_momentum():
+def test_apply_schedule_sets_learning_rates_and_momentum():
     config = config_of(max_steps=100)
     optimizers = build_optimizers(build_model(config.model), config)
     for step in (0, 5, 99):
-        factor = apply_schedule(optimizers, config, step)
+        learning_rate = apply_schedule(optimizers, config, step)
+        assert learning_rate == optimizers[0].param_groups[0]["lr"]
+        factor = learning_rate_factor(config.schedule, step, 100)
         for group in (g for o in optimizers for g in o.param_groups):
             assert group["lr"] == pytest.approx(group["initial_lr"] * factor)
         expected = muon_momentum(config.optimizer, step, 100)
@@ -111,7 +113,7 @@ class TestSchedule:
         assert learning_rate_factor(schedule, int(middle), 100) == pytest.approx(expected)
         assert 0.1 < factors[-1] < 0.101
 
-    def test_linear_is_constant_and_then_falls_straight(self):
+    def test_linear_is_constant_then_decays_linearly(self):
         schedule = ScheduleSection(
             name="linear", cooldown_fraction=0.4, min_learning_rate_ratio=0.0
         )
@@ -121,8 +123,8 @@ class TestSchedule:
         assert factors[99] == pytest.approx(1 / 40)
 
 
-def test_the_update_of_muon_has_the_size_that_its_rate_says():
-    """An orthogonalised update has singular values near 1, so its norm says the rate."""
+def test_muon_update_has_the_size_of_its_learning_rate():
+    """An orthogonalised update has singular values near 1, so its norm gives the learning rate."""
     config = config_of(optimizer_keys={"weight_decay": 0.0}.items())
     torch.manual_seed(0)
     model = build_model(config.model)
@@ -137,7 +139,7 @@ def test_the_update_of_muon_has_the_size_that_its_rate_says():
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 48)])
-def test_muon_in_float32_is_torch_s_but_for_rounding(shape):
+def test_float32_muon_equals_torch_muon_up_to_rounding(shape):
     generator = torch.Generator().manual_seed(1)
     start, *gradients = (torch.randn(shape, generator=generator) for _ in range(4))
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -150,7 +152,7 @@ def test_muon_in_float32_is_torch_s_but_for_rounding(shape):
     assert (ours - theirs).norm() / (start - theirs).norm() < 0.02
 
 
-def test_orthogonalized_has_singular_values_near_one():
+def test_orthogonalize_brings_singular_values_near_one():
     matrix = torch.randn(24, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     values = torch.linalg.svdvals(orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
     assert values.min() > 0.6

@@ -1,5 +1,5 @@
-"""Two machines, as network namespaces with a cable between them, that train one network: the
-command line on both, one cut off in the middle and back, then stopped and started again."""
+"""Two machines train one model with the command line on both; one loses its network and gets it
+back, then is stopped and started again. The machines are network namespaces with a link between."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 60
 
 @dataclass
 class Host:
-    """`ip netns`: a network of its own, on the same disk."""
+    """A network namespace (`ip netns`) on the same disk."""
 
     name: str
     link: str
@@ -76,14 +76,14 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
 
 
-def told(log: Path, what: str) -> Callable[[], bool]:
+def has_logged(log: Path, what: str) -> Callable[[], bool]:
     return lambda: what in log.read_text()
 
 
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2's ip"
 )
-def test_a_host_cut_off_and_back_then_stopped_and_started_again(
+def test_host_that_loses_its_network_or_is_stopped_rejoins(
     tmp_path: Path, tiny_config: Path, hosts: tuple[Host, Host]
 ) -> None:
     root = tmp_path / "runs"
@@ -105,19 +105,21 @@ def test_a_host_cut_off_and_back_then_stopped_and_started_again(
     logs = [tmp_path / f"{name}.log" for name in "abc"]
     processes = [host.overnight(log, *words) for host, log in zip(hosts, logs[:2], strict=True)]
     try:
-        wait_for("the first machine", told(logs[1], f"the run that {ADDRESSES[0]}:29400 leads"))
+        wait_for(
+            "the main machine", has_logged(logs[1], f"the main machine at {ADDRESSES[0]}:29400")
+        )
         (folder,) = wait_for("a run", lambda: list(root.glob("train/*")))
         wait_for("a checkpoint", lambda: latest_checkpoint(folder))
         hosts[1].plug("down")
-        wait_for("that it is missed", told(logs[0], "the process of a device ended"))
-        stood = latest_checkpoint(folder)
-        assert stood
-        assert not stood.finished
+        wait_for("the loss of a process", has_logged(logs[0], "a training process failed"))
+        before = latest_checkpoint(folder)
+        assert before
+        assert not before.finished
         hosts[1].plug("up")
-        again = f"all devices started again, after step {stood.step}"
-        wait_for("both", told(logs[0], again))
+        restarted = f"all processes restarted from step {before.step}"
+        wait_for("both", has_logged(logs[0], restarted))
 
-        # Ctrl-C on the machine that only lends its devices.
+        # Ctrl-C on the machine that is not the main one.
         processes[1].send_signal(signal.SIGINT)
         assert processes[1].wait(60) == 130, logs[1].read_text()
         assert processes[0].poll() is None, logs[0].read_text()
@@ -127,7 +129,7 @@ def test_a_host_cut_off_and_back_then_stopped_and_started_again(
     finally:
         for process in processes:
             process.kill()
-    assert logs[0].read_text().count("all devices started again") >= 2
+    assert logs[0].read_text().count("all processes restarted") >= 2
     assert "the run has ended" in logs[2].read_text()
     assert "Traceback" not in "".join(log.read_text() for log in logs)
     finished = latest_checkpoint(folder)

@@ -16,7 +16,7 @@ from training_data import make_token_dataset
 
 from gpt.config.loading import load_config
 from gpt.evaluation.heldout import HeldoutLoss
-from gpt.training.loop import StepRecord
+from gpt.training.metrics import StepRecord
 from gpt.training.run_dir import open_run_dir
 from tasks.tracking.journal import METRICS_FILE, read_metrics
 from tasks.tracking.runs import RunRef, open_recorder, open_run, track_run_status

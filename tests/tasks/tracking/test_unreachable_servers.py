@@ -11,7 +11,7 @@ from training_data import make_token_dataset, small_config
 from waiting import free_port
 
 from gpt.config.schema import RunConfig
-from gpt.training.loop import StepRecord
+from gpt.training.metrics import StepRecord
 from gpt.training.run_dir import open_run_dir
 from tasks.tracking import journal
 from tasks.tracking.mlflow_api import MlflowClient
