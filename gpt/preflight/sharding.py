@@ -40,7 +40,7 @@ def fits_memory(config: RunConfig, memory_bytes: int | None) -> bool | None:
 
 def resolve_sharding(config: RunConfig) -> RunConfig:
     """Replace `hardware.sharding = "auto"` by the value that this machine's GPUs call for."""
-    if config.hardware.sharding != "auto":
+    if config.hardware.sharding != "auto" or config.hardware.world_size == 1:
         return config
     on_cpu = config.hardware.device == "cpu"
     chosen = choose_sharding(config, None if on_cpu else find_target_gpu().memory_bytes)

@@ -97,7 +97,7 @@ def launch_training(
     After a restart of the group, the steps since its checkpoint are yielded again. Raises
     `ConfigError` if this machine has fewer GPUs, `DistributedError` after `hardware.restarts`.
     """
-    if config.hardware.devices * config.hardware.nodes == 1:
+    if config.hardware.world_size == 1:
         yield from train(config, dataset, folder, stop)
         return
     _check_devices(config)
