@@ -199,5 +199,5 @@ def test_workers_end_when_their_launcher_is_killed(dataset, tmp_path):
 def test_step_that_cannot_be_split_over_devices_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"set training.grad_acc to 3 or 6"):
         group_config(tmp_path, 3)
-    with pytest.raises(ConfigError, match=r"host:port with hardware.nodes = 2"):
+    with pytest.raises(ConfigError, match=r"is not host:port, which hardware.nodes = 2 needs"):
         group_config(tmp_path, 1, hardware__nodes=2)
