@@ -54,7 +54,8 @@ class DatasetManifest(Artifact):
     """
 
     fingerprint: str
-    folder: Path
+    folder: Path = Path()
+    """Where the dataset is; not stored in the file, so that it can be moved."""
     tokenizer: str
     ranks_sha256: str
     text_column: str

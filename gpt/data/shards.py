@@ -173,7 +173,7 @@ def build_header(tokens: int) -> bytes:
 
 
 def write_manifest(manifest: DatasetManifest) -> None:
-    """Write `manifest.json` to the manifest's folder, without the folder, so that it can move."""
+    """Write `manifest.json` to the manifest's folder."""
     text = manifest.model_dump_json(indent=2, exclude={"folder"})
     write_text(manifest.folder / MANIFEST, text)
 
@@ -244,18 +244,9 @@ def read_manifest(folder: Path) -> DatasetManifest:
     raise DatasetError(problem)
 
 
-class _Manifest(DatasetManifest):
-    """The manifest as stored, without its folder."""
-
-    folder: Path = Path()
-
-
 def parse_manifest(text: bytes, folder: Path) -> DatasetManifest:
     """Parse a stored manifest that lies in `folder`. Raises pydantic's `ValidationError`."""
-    manifest = _Manifest.model_validate_json(text)
-    # Not validated again: there can be hundreds of thousands of shards.
-    values = {name: getattr(manifest, name) for name in DatasetManifest.model_fields}
-    return DatasetManifest.model_construct(**values | {"folder": folder})
+    return DatasetManifest.model_validate_json(text).model_copy(update={"folder": folder})
 
 
 def describe_invalid_manifest(error: ValidationError) -> str:

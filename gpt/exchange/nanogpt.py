@@ -18,60 +18,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 
-DEFAULTS: dict[str, Any] = {
-    "eval_interval": 2000,
-    "log_interval": 1,
-    "eval_iters": 200,
-    "wandb_project": "owt",
-    "gradient_accumulation_steps": 40,
-    "batch_size": 12,
-    "block_size": 1024,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
-    "dropout": 0.0,
-    "bias": False,
-    "learning_rate": 6e-4,
-    "max_iters": 600_000,
-    "weight_decay": 1e-1,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "grad_clip": 1.0,
-    "decay_lr": True,
-    "warmup_iters": 2000,
-    "min_lr": 6e-5,
-    "device": "cuda",
-    "dtype": "bfloat16",
-    "compile": True,
+SETTINGS: dict[str, tuple[str, Any]] = {
+    "out_dir": ("run.root", None),
+    "wandb_project": ("tracking.experiment", "owt"),
+    "n_layer": ("model.n_layer", 12),
+    "n_head": ("model.n_head", 12),
+    "n_embd": ("model.n_embd", 768),
+    "block_size": ("model.block_size", 1024),
+    "dropout": ("model.dropout", 0.0),
+    "bias": ("model.bias", False),
+    "learning_rate": ("optimizer.learning_rate", 6e-4),
+    "weight_decay": ("optimizer.weight_decay", 1e-1),
+    "beta1": ("optimizer.beta1", 0.9),
+    "beta2": ("optimizer.beta2", 0.95),
+    "grad_clip": ("optimizer.grad_clip", 1.0),
+    "warmup_iters": ("schedule.warmup_steps", 2000),
+    "decay_lr": ("", True),
+    "min_lr": ("", 6e-5),
+    "batch_size": ("training.batch_size", 12),
+    "gradient_accumulation_steps": ("training.grad_acc", 40),
+    "max_iters": ("training.max_steps", 600_000),
+    "dtype": ("training.dtype", "bfloat16"),
+    "compile": ("training.compile", True),
+    "seed": ("training.seed", None),
+    "log_interval": ("training.log_interval", 1),
+    "eval_interval": ("evaluation.interval", 2000),
+    "eval_iters": ("", 200),
+    "device": ("", "cuda"),
+    "wandb_run_name": ("", None),
 }
-
-RENAMED = {
-    "out_dir": "run.root",
-    "n_layer": "model.n_layer",
-    "n_head": "model.n_head",
-    "n_embd": "model.n_embd",
-    "block_size": "model.block_size",
-    "dropout": "model.dropout",
-    "bias": "model.bias",
-    "learning_rate": "optimizer.learning_rate",
-    "weight_decay": "optimizer.weight_decay",
-    "beta1": "optimizer.beta1",
-    "beta2": "optimizer.beta2",
-    "grad_clip": "optimizer.grad_clip",
-    "warmup_iters": "schedule.warmup_steps",
-    "batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.grad_acc",
-    "max_iters": "training.max_steps",
-    "dtype": "training.dtype",
-    "compile": "training.compile",
-    "seed": "training.seed",
-    "log_interval": "training.log_interval",
-    "eval_interval": "evaluation.interval",
-    "wandb_project": "tracking.experiment",
-}
-"""nanoGPT's key -> our key with the same meaning."""
+"""nanoGPT's key -> our key with the same meaning, if there is one, and nanoGPT's default."""
 
 NO_COUNTERPART = {
     "dataset": "nanoGPT's folder of prepared tokens; set data.source to Parquet files instead",
@@ -82,14 +61,6 @@ NO_COUNTERPART = {
     "backend": "chosen by the device",
     "lr_decay_iters": "the learning rate decays until training.max_steps",
 }
-
-SECTIONS = (
-    *("run", "model", "data", "optimizer", "schedule"),
-    *("training", "evaluation", "tracking", "hardware"),
-)
-"""In the order of the shipped configs."""
-FLOATS = ("learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2")
-"""Keys whose type is float here, and which may be an int in Python."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +91,13 @@ def convert_nanogpt(path: Path, data_source: str) -> ConvertedConfig:
     Raises `ConfigError` for a file that is missing, unreadable or not Python.
     """
     assigned, unsupported = _read_assignments(_parse_python(path))
-    known = DEFAULTS.keys() | RENAMED.keys() | {"wandb_run_name"}
     for key in assigned:
-        if key not in known:
+        if key not in SETTINGS:
             unsupported[key] = NO_COUNTERPART.get(key, "nanoGPT has no such setting")
     if assigned.get("init_from", "scratch") == "scratch":
         unsupported.pop("init_from", None)
-    settings = DEFAULTS | assigned
+    defaults = {key: default for key, (_, default) in SETTINGS.items() if default is not None}
+    settings = defaults | assigned
     if settings.get("lr_decay_iters") == settings["max_iters"]:
         unsupported.pop("lr_decay_iters", None)
     return ConvertedConfig(
@@ -211,10 +182,9 @@ def _convert_settings(
 ) -> dict[str, dict[str, Any]]:
     name = settings.get("wandb_run_name", stem)
     flat: dict[str, Any] = {"run.name": _clean_run_name(name) or _clean_run_name(stem) or "nanogpt"}
-    for theirs, ours in RENAMED.items():
-        if theirs in settings:
-            value = settings[theirs]
-            flat[ours] = float(value) if theirs in FLOATS and type(value) is int else value
+    for key, (our_key, _) in SETTINGS.items():
+        if our_key and key in settings:
+            flat[our_key] = settings[key]
     flat["model.architecture"] = "gpt2"
     flat["data.source"] = data_source
     flat["schedule.name"] = "cosine"
@@ -223,7 +193,7 @@ def _convert_settings(
     flat["evaluation.batch_size"] = settings["batch_size"]
     flat["evaluation.tokens"] = _product(settings, "eval_iters", "batch_size", "block_size")
     flat["hardware.device"] = _convert_device(settings["device"], unsupported)
-    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in RunConfig.model_fields}
     for key, value in flat.items():
         section, _, entry = key.partition(".")
         sections[section][entry] = value
