@@ -87,17 +87,6 @@ class _LibraryWarnings(logging.Handler):
 logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
 
 
-@contextmanager
-def print_to_stderr(enabled: bool) -> Iterator[None]:
-    """Print to standard error if standard output is read by a program."""
-    before = console.stderr
-    console.stderr = enabled
-    try:
-        yield
-    finally:
-        console.stderr = before
-
-
 def format_duration(seconds: float) -> str:
     """Format seconds as 0:01:23."""
     return str(timedelta(seconds=round(seconds)))

@@ -67,7 +67,7 @@ def evaluate(
     from flows.cli.model_choice import evaluation_config, find_model, read_model_facts
     from gpt.evaluation.report import check_benchmarks
     from gpt.exchange.model_card import render_evaluation
-    from tasks.display import print_to_stderr
+    from tasks.display import console
     from tasks.evaluate import evaluate_saved_model, render_samples
     from tasks.tokenize_parquet import find_or_tokenize
 
@@ -75,10 +75,10 @@ def evaluate(
     facts = read_model_facts(folder)
     target = evaluation_config(folder, facts, config, merge_overrides({}, overrides or []))
     check_benchmarks(target)
-    with print_to_stderr(as_json):
-        same_data = facts.config and facts.config.data == target.data
-        dataset = (facts.dataset if same_data else None) or find_or_tokenize(target)
-        report = evaluate_saved_model(folder, target, dataset, facts.step or 0)
+    console.stderr = as_json  # standard output is for the JSON alone
+    same_data = facts.config and facts.config.data == target.data
+    dataset = (facts.dataset if same_data else None) or find_or_tokenize(target)
+    report = evaluate_saved_model(folder, target, dataset, facts.step or 0)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

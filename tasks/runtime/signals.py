@@ -48,18 +48,14 @@ class StopSignals:
     `signal`, the first one received, can be read until the next entry.
     """
 
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.signal: int | None = None
-        self._last = -REPEATED_SECONDS
-        self._is_graceful = False
-        self._repeat: threading.Timer | None = None
-        self._previous: dict[int, Any] = {}
+    signal: int | None = None
+    _is_graceful = False
+    _repeat: threading.Timer | None = None
 
     def __enter__(self) -> StopSignals:
-        self._reset()
+        self.signal = None
+        self._last = -REPEATED_SECONDS
+        self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             behaviour = os.environ.get(PREFECT_DECIDES, "").lower()
             handled = SIGNALS[:1] if behaviour in ("reschedule", "relinquish") else SIGNALS

@@ -29,7 +29,7 @@ from tasks.tracking.metadata import (
 from tasks.tracking.mlflow_api import MlflowClient, error_summary
 from tasks.tracking.recorder import Recorder
 from tasks.tracking.registry import UPLOAD_SECONDS
-from tasks.tracking.sync_thread import sync_folder, sync_in_background
+from tasks.tracking.sync_thread import SyncThread, sync_folder
 
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; creating a SQLite store takes about 10 s."""
@@ -85,7 +85,7 @@ def _open(config: RunConfig, folder: Path, metadata: PendingMetadata) -> RunRef:
         if uri == f"sqlite:///{store / 'mlflow.db'}":
             create_sqlite_store(store / "mlflow.db")
     journal.write_metadata(folder, metadata)
-    with sync_in_background(folder, uri, OPEN_SECONDS, warn=True):
+    with SyncThread(folder, uri, OPEN_SECONDS, warn=True):
         pass
     state = journal.read_sync_state(folder)
     return RunRef(folder=folder, uri=uri, run_id=state.run_id if state else None)
@@ -110,7 +110,7 @@ def set_parent_run(folder: Path, parent: Path) -> None:
     """Make a finished run a child of the run in the folder `parent`."""
     state = journal.read_sync_state(folder)
     metadata = journal.update_metadata(folder, parent=parent.resolve())
-    with sync_in_background(folder, state.uri if state else metadata.uri, FLUSH_SECONDS):
+    with SyncThread(folder, state.uri if state else metadata.uri, FLUSH_SECONDS):
         pass
 
 
@@ -120,7 +120,7 @@ def set_parent_run(folder: Path, parent: Path) -> None:
 @contextmanager
 def open_recorder(run: RunRef) -> Iterator[Recorder]:
     """Record metrics and sync them in the background; at the end wait up to `FLUSH_SECONDS`."""
-    with sync_in_background(run.folder, run.uri, FLUSH_SECONDS, warn=run.run_id is not None):
+    with SyncThread(run.folder, run.uri, FLUSH_SECONDS, warn=run.run_id is not None):
         yield Recorder(run.folder)
 
 
@@ -147,7 +147,7 @@ def register_last_model(run: RunRef, name: str) -> RegisteredVersion | None:
     """
     metadata = journal.update_metadata(run.folder, registered_model=name)
     seconds = UPLOAD_SECONDS if journal.read_sync_state(run.folder) else FLUSH_SECONDS
-    with sync_in_background(run.folder, run.uri, seconds, warn=run.run_id is not None):
+    with SyncThread(run.folder, run.uri, seconds, warn=run.run_id is not None):
         pass
     return _registered_version(metadata, journal.read_sync_state(run.folder), run.uri)
 
@@ -180,7 +180,7 @@ def track_run_status(run: RunRef) -> Iterator[None]:
 
 def _finish(run: RunRef, status: str, error: str = "") -> None:
     journal.set_status(run.folder, status, error)
-    with sync_in_background(run.folder, run.uri, FLUSH_SECONDS):
+    with SyncThread(run.folder, run.uri, FLUSH_SECONDS):
         pass
     state, metadata = journal.read_sync_state(run.folder), journal.require_metadata(run.folder)
     unsent = journal.count_unsent_lines(run.folder, state)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gpt.training.thread_priority import lower_thread_priority
@@ -39,28 +37,23 @@ def sync_folder(folder: Path, uri: str) -> None:
         send_registration(sync)
 
 
-@contextmanager
-def sync_in_background(
-    folder: Path, uri: str, flush_seconds: float, warn: bool = False
-) -> Iterator[None]:
-    """Sync while the block runs, then wait up to `flush_seconds` for what is unsent."""
-    thread = SyncThread(folder, uri, warn)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.close(STOPPED_FLUSH_SECONDS if stop_signals.requested() else flush_seconds)
-
-
 class SyncThread(threading.Thread):
-    """Syncs a run folder until closed. A failed attempt is repeated, and the first one is logged
-    if `warn` is set."""
+    """Context manager that syncs a run folder in the background, and at the end waits up to
+    `flush_seconds` for what is unsent. A failed attempt is repeated; the first one is logged if
+    `warn` is set."""
 
-    def __init__(self, folder: Path, uri: str, warn: bool) -> None:
+    def __init__(self, folder: Path, uri: str, flush_seconds: float, warn: bool = False) -> None:
         super().__init__(name="mlflow-sync", daemon=True)
         self._folder, self._uri = folder, uri
+        self._flush_seconds, self._warn = flush_seconds, warn
         self._closing = threading.Event()
-        self._warn = warn
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self.join(STOPPED_FLUSH_SECONDS if stop_signals.requested() else self._flush_seconds)
 
     def run(self) -> None:
         lower_thread_priority()
@@ -76,11 +69,6 @@ class SyncThread(threading.Thread):
             if last:
                 return
             self._closing.wait(pause)
-
-    def close(self, timeout: float) -> None:
-        """Try once more and wait up to `timeout` seconds for it."""
-        self._closing.set()
-        self.join(timeout)
 
     def _warn_once(self, error: Exception) -> None:
         if self._warn:
