@@ -1,78 +1,69 @@
-"""Parquet files that appear in a folder: each is told once, when it is whole.
+"""Find new Parquet files in a folder, each as soon as it is complete.
 
-A file is whole when its size and time are the same at two looks and its footer can be read; so one
-that is still being copied is waited for. A look does not wait: who looks, decides how often.
+A file is complete if it has not changed since the last scan and its footer can be read. A file that
+is still being copied is found by a later scan.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass
 class NewFileScanner:
-    """What of a folder is known. `known` is by path, to the stamp under which a file was taken
-    for known: one that is written anew arrives again."""
-
     folder: Path
     pattern: str = "*.parquet"
     known: dict[str, str] = field(default_factory=dict)
+    """Path -> size and time of the files seen so far. A file that changes is new again."""
     _last: dict[str, str] = field(default_factory=dict)
-    """Stamps at the last look."""
     _broken: dict[str, str] = field(default_factory=dict)
-    """Stamps under which a file was told to be broken."""
 
     def mark_existing_as_seen(self) -> int:
-        """All that is there now, whole or not; how many. One that changes after that arrives."""
-        self.known |= self._stamps()
+        """Mark all current files as known, complete or not, and return their number."""
+        self.known |= self._list_stamps()
         return len(self.known)
 
     def scan(self) -> tuple[list[Path], dict[Path, str]]:
-        """The files that have become whole since the last look, which are known from now on; and
-        those that stand still and cannot be read, each told once, with the reason. Raises `OSError`
-        where the folder cannot be read."""
-        whole: list[Path] = []
+        """Return new complete files, and files that no longer change but cannot be read, with the
+        reason. Each is returned once. Raises `OSError` if the folder cannot be read."""
+        complete: list[Path] = []
         broken: dict[Path, str] = {}
-        now = self._stamps()
-        for name, stamp in now.items():
-            still = self._last.get(name) == stamp
-            if self.known.get(name) == stamp or not still:
+        stamps = self._list_stamps()
+        for name, stamp in stamps.items():
+            path = Path(name)
+            if self.known.get(name) == stamp or self._last.get(name) != stamp:
                 continue
-            if reason := why_not_whole(Path(name)):
-                if self._broken.get(name) != stamp:
-                    broken[Path(name)] = reason
-                    self._broken[name] = stamp
-                continue
-            if self._stamp(Path(name)) == stamp:  # it did not change while it was read
-                whole.append(Path(name))
+            error = _find_footer_error(path)
+            if error and self._broken.get(name) != stamp:
+                broken[path] = error
+                self._broken[name] = stamp
+            elif not error and _stamp(path) == stamp:  # unchanged while it was read
+                complete.append(path)
                 self.known[name] = stamp
-        self._last = now
-        return whole, broken
+        self._last = stamps
+        return complete, broken
 
-    def _stamps(self) -> dict[str, str]:
-        next(self.folder.iterdir(), None)  # rglob says nothing of a folder that is away
-        found = {str(path): self._stamp(path) for path in self._matches()}
-        return {name: stamp for name, stamp in sorted(found.items()) if stamp}
-
-    def _matches(self) -> Iterator[Path]:
-        """Not hidden ones: that is how many programs name a file that they are still writing."""
-        return (path for path in self.folder.rglob(self.pattern) if not path.name.startswith("."))
-
-    @staticmethod
-    def _stamp(path: Path) -> str:
-        """Empty for what is no file, or gone by now."""
-        with contextlib.suppress(OSError):
-            if path.is_file():
-                status = path.stat()
-                return f"{status.st_size}:{status.st_mtime_ns}"
-        return ""
+    def _list_stamps(self) -> dict[str, str]:
+        next(self.folder.iterdir(), None)  # raises if the folder is gone; rglob does not
+        # Hidden files are skipped: many programs use them for files that they are still writing.
+        paths = (p for p in self.folder.rglob(self.pattern) if not p.name.startswith("."))
+        stamps = {str(path): _stamp(path) for path in sorted(paths)}
+        return {name: stamp for name, stamp in stamps.items() if stamp}
 
 
-def why_not_whole(path: Path) -> str:
-    """Why the footer of a Parquet file cannot be read; empty where it can."""
+def _stamp(path: Path) -> str:
+    """Return size and time of a file; empty if it is not a regular file or is gone."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            status = path.stat()
+            return f"{status.st_size}:{status.st_mtime_ns}"
+    return ""
+
+
+def _find_footer_error(path: Path) -> str:
+    """Return why the footer of a Parquet file cannot be read; empty if it can."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
