@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import queue
+import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, NamedTuple, Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 from gpt.data.tokenize.encoders import (
     Chunk,
@@ -25,7 +27,7 @@ from gpt.data.tokenize.encoders import (
     EngineName,
     encode_chunk,
 )
-from gpt.data.tokenize.worker import PipeClosedError, load_encoder, receive_encoded, send_chunk
+from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError, Problem
 
 Item = TypeVar("Item")
@@ -43,8 +45,6 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "67108864",
 }
-PIPE_BYTES = 1 << 20
-"""Room for a whole chunk, so that the writer does not wait for the reader; Linux only."""
 
 
 class Pool(Protocol[Request, Result]):
@@ -137,20 +137,13 @@ class _InProcessPool:
         return future
 
 
-class _Worker(NamedTuple):
-    """The pipes to and from a worker process."""
-
-    chunks: IO[bytes]
-    ids: IO[bytes]
-
-
 class _ProcessPool:
-    """One thread per worker process; it sends a chunk, waits and reads the ids."""
+    """One thread per worker process; it sends a chunk and waits for the ids."""
 
     def __init__(self, engine: EngineName, workers: int) -> None:
         self.max_pending = CHUNKS_PER_WORKER * workers
         self._process, self._workers = _start_workers(engine, workers)
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[IO[bytes]] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, "tokenize")
@@ -161,12 +154,16 @@ class _ProcessPool:
     def _encode(self, chunk: Chunk) -> EncodedChunk:
         worker = self._idle.get()
         try:
-            send_chunk(worker.chunks, chunk)
-            return receive_encoded(worker.ids, chunk)
-        except (PipeClosedError, OSError) as error:
+            pickle.dump(chunk, worker, pickle.HIGHEST_PROTOCOL)
+            worker.flush()
+            answer: EncodedChunk | Exception = pickle.load(worker)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise _worker_died(self._process) from error
         finally:
             self._idle.put(worker)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def close(self) -> None:
         """Stop the workers and drop whatever they were doing."""
@@ -175,49 +172,31 @@ class _ProcessPool:
         self._threads.shutdown(wait=True)
         self._process.wait(STOP_SECONDS)
         for worker in self._workers:
-            for pipe in worker:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+            with contextlib.suppress(OSError):
+                worker.close()
 
 
 def _start_workers(
     engine: EngineName, workers: int
-) -> tuple[subprocess.Popen[bytes], list[_Worker]]:
-    """Start the program of `gpt.data.tokenize.worker`, with two pipes per worker."""
-    theirs: list[tuple[int, int]] = []
-    ours = []
-    for _ in range(workers):
-        chunks_out, chunks_in = _open_pipe()
-        ids_out, ids_in = _open_pipe()
-        theirs.append((chunks_out, ids_in))
-        ours.append(_Worker(os.fdopen(chunks_in, "wb"), os.fdopen(ids_out, "rb")))
+) -> tuple[subprocess.Popen[bytes], list[IO[bytes]]]:
+    """Start the program of `gpt.data.tokenize.worker`, with a socket to each of its workers."""
+    ours, theirs = zip(*(socket.socketpair() for _ in range(workers)), strict=True)
+    descriptors = [each.fileno() for each in theirs]
     # -c and not -m: the parent's own sys.path decides which gpt is imported, wherever it runs.
     program = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); "
     program += "from gpt.data.tokenize.worker import main; main()"
-    pairs = [f"{incoming},{outgoing}" for incoming, outgoing in theirs]
-    descriptors = [descriptor for pair in theirs for descriptor in pair]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", program, engine, *pairs, "\n".join(sys.path)],
+            [sys.executable, "-c", program, engine, *map(str, descriptors), "\n".join(sys.path)],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a library prints is not part of our output
             pass_fds=descriptors,
             env=os.environ | WORKER_ENVIRONMENT,
         )
+        return process, [each.makefile("rwb") for each in ours]
     finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-    return process, ours
-
-
-def _open_pipe() -> tuple[int, int]:
-    ends = os.pipe()
-    if sys.platform == "linux":
-        import fcntl
-
-        with contextlib.suppress(OSError):  # beyond the user's limit: the default size will do
-            fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    return ends
+        for each in (*ours, *theirs):
+            each.close()
 
 
 def _worker_died(process: subprocess.Popen[bytes]) -> CorpusError:

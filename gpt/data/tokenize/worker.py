@@ -1,10 +1,10 @@
-"""Worker processes: chunks in through one pipe, ids out through another.
+"""Worker processes: pickled chunks in, encoded chunks out, through one socket per worker.
 
 The workers are a program of their own, neither a fork of the parent nor a `multiprocessing` child:
 the parent's threads, CUDA contexts and main module stay out of it, and only numpy and the encoder
-are imported (about 80 MB). The program loads these once, forks one process per pair of pipes and
-waits for them, so the start is paid once and not per worker. When the parent dies, by any signal,
-the pipes close and all of them exit.
+are imported (about 80 MB). The program loads these once, forks one process per socket and waits for
+them, so the start is paid once and not per worker. When the parent dies, by any signal, the sockets
+close and all of them exit.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import signal
+import socket
 import sys
 import traceback
-from typing import IO
-
-import numpy as np
 
 from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.encoders import (
-    PART,
-    Chunk,
     EncodedChunk,
     Encoder,
     EncoderMismatchError,
@@ -30,10 +27,6 @@ from gpt.data.tokenize.encoders import (
     TiktokenEncoder,
     encode_chunk,
 )
-
-
-class PipeClosedError(Exception):
-    """The other side has closed its pipe: the ordinary end."""
 
 
 def load_encoder(engine: EngineName) -> Encoder:
@@ -46,116 +39,51 @@ def load_encoder(engine: EngineName) -> Encoder:
     return TiktokenEncoder()
 
 
-def send_chunk(pipe: IO[bytes], chunk: Chunk) -> None:
-    _send(pipe, chunk.parts.tobytes(), chunk.text)
-
-
-def receive_chunk(pipe: IO[bytes]) -> Chunk:
-    """Raises `PipeClosedError`."""
-    parts, text = _receive(pipe), _receive(pipe)
-    return Chunk(bytes(text), np.frombuffer(parts, PART))
-
-
-def send_encoded(pipe: IO[bytes], encoded: EncodedChunk) -> None:
-    _send(pipe, b"ok", encoded.parts.tobytes(), encoded.ids.tobytes())
-
-
-def receive_encoded(pipe: IO[bytes], chunk: Chunk) -> EncodedChunk:
-    """Raises `PipeClosedError`, `EncoderMismatchError`, and `RuntimeError` with the worker's own
-    traceback."""
-    status, parts, content = (_receive(pipe) for _ in range(3))
-    if status == b"mismatch":
-        raise EncoderMismatchError(content.decode())
-    if status == b"error":
-        raise RuntimeError(f"in a tokenizing worker:\n{content.decode()}")
-    return chunk.with_ids(np.frombuffer(content, "<u2"), np.frombuffer(parts, PART))
-
-
-def _send(pipe: IO[bytes], *fields: bytes) -> None:
-    for field in fields:
-        pipe.write(len(field).to_bytes(8, "little"))
-        pipe.write(field)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> bytearray:
-    return _fill(pipe, bytearray(int.from_bytes(_fill(pipe, bytearray(8)), "little")))
-
-
-def _fill(pipe: IO[bytes], field: bytearray) -> bytearray:
-    view = memoryview(field)
-    while view:
-        count = pipe.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise PipeClosedError
-        view = view[count:]
-    return field
-
-
-# --- the program ---------------------------------------------------------------------------------
-
-
 def main() -> None:
-    """Run the workers. Arguments: the engine, then per worker the descriptors to read from and to
-    write to, e.g. `5,8`."""
-    # Ctrl-C reaches the whole process group; the parent decides and closes the pipes.
+    """Run the workers. Arguments: the engine, then the descriptor of each worker's socket."""
+    # Ctrl-C reaches the whole process group; the parent decides and closes the sockets.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine: EngineName = "gigatoken" if sys.argv[1] == "gigatoken" else "tiktoken"
-    pipes = [tuple(map(int, pair.split(","))) for pair in sys.argv[2:]]
+    descriptors = [int(descriptor) for descriptor in sys.argv[2:]]
     encoder = None
     with contextlib.suppress(Exception):  # reported with the first chunk, which tries again
         encoder = load_encoder(engine)
     gc.freeze()  # a collection would write to pages that the workers share
     workers: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: _kill(workers))
-    for own in pipes:
+    while descriptors:
         pid = os.fork()
         if not pid:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            others = [fd for pair in pipes for fd in pair if fd not in own]
-            _run_worker(engine, encoder, own, others)
+            _run_worker(engine, encoder, *descriptors)
         workers.append(pid)
-        for descriptor in own:
-            os.close(descriptor)
+        os.close(descriptors.pop(0))
     _wait_for(workers)
 
 
-def _run_worker(
-    engine: EngineName, encoder: Encoder | None, own: tuple[int, ...], others: list[int]
-) -> None:
-    """Answer chunks until the parent closes the pipe, then exit; does not return."""
+def _run_worker(engine: EngineName, encoder: Encoder | None, own: int, *others: int) -> None:
+    """Answer chunks until the parent closes the socket, then exit; does not return."""
     for descriptor in others:
-        with contextlib.suppress(OSError):  # closed before this worker was forked
-            os.close(descriptor)
+        os.close(descriptor)
     try:
-        with (
-            contextlib.suppress(PipeClosedError, BrokenPipeError),
-            os.fdopen(own[0], "rb") as incoming,
-            os.fdopen(own[1], "wb") as outgoing,
-        ):
+        stream = socket.socket(fileno=own).makefile("rwb")
+        with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                encoder = _answer(engine, encoder, incoming, outgoing)
+                chunk = pickle.load(stream)
+                answer: EncodedChunk | Exception
+                try:
+                    encoder = encoder or load_encoder(engine)
+                    answer = encode_chunk(encoder, chunk)
+                except EncoderMismatchError as mismatch:
+                    answer = mismatch
+                except Exception:
+                    answer = RuntimeError(f"in a tokenizing worker:\n{traceback.format_exc()}")
+                pickle.dump(answer, stream, pickle.HIGHEST_PROTOCOL)
+                stream.flush()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
-
-
-def _answer(
-    engine: EngineName, encoder: Encoder | None, incoming: IO[bytes], outgoing: IO[bytes]
-) -> Encoder | None:
-    """Encode one chunk. Returns the encoder, loaded if it was not."""
-    chunk = receive_chunk(incoming)
-    try:
-        encoder = encoder or load_encoder(engine)
-        encoded = encode_chunk(encoder, chunk)
-    except EncoderMismatchError as difference:
-        _send(outgoing, b"mismatch", b"", str(difference).encode())
-    except Exception:
-        _send(outgoing, b"error", b"", traceback.format_exc().encode())
-    else:
-        send_encoded(outgoing, encoded)
-    return encoder
 
 
 def _wait_for(workers: list[int]) -> None:
