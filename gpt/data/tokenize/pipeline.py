@@ -21,6 +21,7 @@ dataset finds it in any other's. Memory depends on the number of workers and the
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator
@@ -30,7 +31,7 @@ from itertools import groupby
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.data.filters import SeenTexts
-from gpt.data.parquet import ParquetSource, check_has_text
+from gpt.data.parquet import ParquetSource, check_all_rows, check_has_text, inspect_parquet
 from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.build import (
     DatasetBuild,
@@ -40,7 +41,7 @@ from gpt.data.tokenize.build import (
 )
 from gpt.data.tokenize.chunks import read_chunks
 from gpt.data.tokenize.encoders import Chunk, EncodedChunk, EncoderMismatchError
-from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, inspect_sources, make_plan
+from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, make_plan
 from gpt.data.tokenize.pool import Pool, available_cpus, map_in_order, open_pool
 from gpt.data.tokenize.requests import OpenCluster, encode_on_cluster
 from gpt.data.tokenize.units import SPLITS, StoredUnit, UnitCounts
@@ -50,6 +51,8 @@ from gpt.errors import CorpusError, Problem
 TEXT_BYTES_PER_WORKER = 8_000_000
 """Bytes of text for which another process pays off."""
 SEEN_DATABASE = "seen.sqlite"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def tokenize_corpus(config: RunConfig, open_cluster: OpenCluster | None = None) 
     plan = make_plan(config)
     if found := plan.find_existing():
         return found
-    sources, skipped_files = yield from _inspect(plan)
+    sources, skipped_files = yield from _inspect_sources(plan)
     plan.identities.save()
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(plan.folder.parent), dataset_lock(plan.folder):
@@ -105,15 +108,31 @@ def tokenize_corpus(config: RunConfig, open_cluster: OpenCluster | None = None) 
         return (yield from _run(DatasetBuild(plan, sources, skipped_files), open_cluster))
 
 
-def _inspect(
+def _inspect_sources(
     plan: DatasetPlan,
 ) -> Generator[TokenizeProgress, None, tuple[list[ParquetSource], list[Problem]]]:
-    inspection = inspect_sources(plan)
-    while True:
+    """Return the files that can be used, and the problems of those that on_bad_file = "skip" leaves
+    out: these are found before tokenizing, by reading every file completely. Raises `CorpusError`
+    with every problem found."""
+    started = time.monotonic()
+    sources: list[ParquetSource] = []
+    problems = list(plan.identities.problems)
+    skips_bad_files = plan.data.on_bad_file == "skip"
+    plan.row_filter.check_condition()
+    for file in plan.identities.by_file:
         try:
-            yield TokenizeProgress(0, 0, 0, next(inspection))
-        except StopIteration as done:
-            return done.value
+            source = inspect_parquet(file, plan.row_filter)
+            if skips_bad_files:
+                check_all_rows(source, plan.row_filter)
+                yield TokenizeProgress(0, 0, 0, time.monotonic() - started)
+            sources.append(source)
+        except CorpusError as error:
+            problems += error.problems
+    if problems and (not skips_bad_files or not sources):
+        raise CorpusError(*problems)
+    for problem in problems:
+        logger.warning("file skipped: %s", problem)
+    return sources, problems
 
 
 def _run(build: DatasetBuild, open_cluster: OpenCluster | None) -> Progress:

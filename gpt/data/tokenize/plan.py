@@ -8,20 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.artifacts import DatasetManifest
 from gpt.config.schema import DataSection, RunConfig, fingerprint
 from gpt.data.filters import RowFilter, collect_partition_values, find_integer_partitions
-from gpt.data.parquet import ParquetSource, check_all_rows, inspect_parquet
+from gpt.data.parquet import ParquetSource
 from gpt.data.shards import MANIFEST, read_manifest, verify_if_changed
 from gpt.data.sources import HASHES, CorpusFile, FileIdentities, find_sources
 from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.units import Unit, split_into_units
-from gpt.errors import CorpusError, DatasetError, Problem
+from gpt.errors import DatasetError
 
 FORMAT_VERSION = 2
 """Raised when the same sources and settings would give different shards."""
@@ -96,36 +95,6 @@ def non_default_settings(data: DataSection) -> dict[str, str | int | bool]:
     datasets made before a setting existed keep their name."""
     names = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
     return {name: getattr(data, name) for name in names if getattr(data, name)}
-
-
-def inspect_sources(
-    plan: DatasetPlan,
-) -> Generator[float, None, tuple[list[ParquetSource], list[Problem]]]:
-    """Return the files that can be used, and the problems of those that on_bad_file = "skip" leaves
-    out: these are found before tokenizing, by reading every file completely.
-
-    Yields the seconds since the start after each file read so. Raises `CorpusError` with every
-    problem found.
-    """
-    started = time.monotonic()
-    sources: list[ParquetSource] = []
-    problems = list(plan.identities.problems)
-    skips_bad_files = plan.data.on_bad_file == "skip"
-    plan.row_filter.check_condition()
-    for file in plan.identities.by_file:
-        try:
-            source = inspect_parquet(file, plan.row_filter)
-            if skips_bad_files:
-                check_all_rows(source, plan.row_filter)
-                yield time.monotonic() - started
-            sources.append(source)
-        except CorpusError as error:
-            problems += error.problems
-    if problems and (not skips_bad_files or not sources):
-        raise CorpusError(*problems)
-    for problem in problems:
-        logger.warning("file skipped: %s", problem)
-    return sources, problems
 
 
 @dataclass(frozen=True)
