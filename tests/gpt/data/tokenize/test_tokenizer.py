@@ -108,7 +108,7 @@ def test_white_space_too_long_for_the_regex_is_still_encoded():
 @pytest.mark.parametrize("space", [" ", "\n", "\t\u3000", "\r\n"])
 def test_cutting_long_white_space_changes_no_id(monkeypatch, space):
     text = f"some text{space * 150_000}x{space * 120_000}\x1cThen, 12{space * 100_001}"
-    pieces = list(tokenizer._cut_in_long_space(text))
+    pieces = list(tokenizer._split_long_whitespace(text))
     assert len(pieces) == 3
     assert "".join(pieces) == text
     separately = np.concatenate([encode(piece) for piece in pieces])
