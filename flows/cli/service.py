@@ -36,7 +36,7 @@ def up(
     Ctrl-C stops everything. If PREFECT_API_URL or MLFLOW_TRACKING_URI names a server, that one is
     used.
     """
-    from flows.service.supervisor import ServiceSettings, check_project
+    from flows.service.settings import ServiceSettings, check_project
 
     check_project()
     settings = ServiceSettings(root, host, prefect_port, mlflow_port, *_external_servers())
@@ -58,7 +58,7 @@ def doctor(root: ServiceRoot = Path("runs"), as_json: Json = False) -> None:
     environment.prepare(root)
     has_server = "PREFECT_API_URL" in os.environ
     from flows.service.doctor import FAULT, check_machine
-    from flows.service.supervisor import ServiceSettings
+    from flows.service.settings import ServiceSettings
 
     settings = ServiceSettings(root, "127.0.0.1", 4200, 5000, *_external_servers())
     findings = []

@@ -1,8 +1,6 @@
-"""Settings that Prefect and torch read as they are imported, put into the environment before.
+"""Environment variables that Prefect and torch read when they are imported.
 
-Nothing has to be installed or started beside the Python packages: Prefect's own API runs for the
-length of a run, on SQLite under the run's root. Whatever is in the environment already wins, so
-that `PREFECT_API_URL` points the same code at a server.
+Variables that are set already win, so `PREFECT_API_URL` points the same code at another server.
 """
 
 from __future__ import annotations
@@ -16,66 +14,70 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 EMBEDDED_API = "OVERNIGHT_EMBEDDED_API"
-"""Set where PREFECT_API_URL names the embedded server of a process above, which ends with it."""
+"""Set if PREFECT_API_URL names the embedded API of this process or of its parent."""
 EMBEDDED = {
-    # Types of blocks are for its pages: it imported every Prefect package for them, each time.
+    # Block types are only needed by the UI; registering them imports every Prefect package.
     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    # A server that is away is given up after 6 s, one that is silent after 66 s, at each call; by
-    # Prefect's own settings after one minute and after seven.
+    # Give up on a server that is down after 6 s, on one that hangs after 66 s; by default it takes
+    # one minute and seven minutes per call.
     "PREFECT_CLIENT_MAX_RETRIES": "2",
     "PREFECT_API_REQUEST_TIMEOUT": "20",
-    # The terminal belongs to the run's own lines; the run's page still gets every log line.
+    # The terminal shows the run's own lines; the flow run's page still gets every log line.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    # What it says of an API that is away, we say in one line.
+    # `local_run` reports an unreachable API on one line instead.
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
 }
 COMPUTE = {
-    # Threads that wait for work sleep instead of spinning, which takes the cores from whoever has
-    # some: with both cores shared the loss took 1.7 times as long without it.
+    # Waiting threads sleep instead of spinning: on two shared cores, spinning made the loss take
+    # 1.7 times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Segments that grow hardly fragment, so that more of a small card can be used.
+    # Growing segments fragment less, which leaves more of a small GPU's memory usable.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # On a CPU, blocks of 2 MB and more in huge pages of their own: a step is faster by a tenth and
-    # more, and what is freed goes back instead of leaving holes in the heap (tests/benchmarks).
+    # On a CPU, huge pages for blocks of 2 MB and more: steps are over 10 % faster, and freed memory
+    # returns to the system instead of leaving holes in the heap (tests/benchmarks).
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 SERVICE_LOCK = ".service.lock"
-"""Below a root: held by the `overnight up` that runs there."""
+"""File below a root that the `overnight up` running there holds locked."""
 SERVICE_RECORD = "service.json"
-"""Below a root: where that one's servers are."""
+"""File below a root with the addresses of its service."""
 
 
 def prepare(root: Path) -> None:
-    """Point Prefect and MLflow at the servers of an `overnight up` that runs on this root, else
-    Prefect at `root`/prefect, and tell torch how to wait and to allocate. Too late once Prefect or
-    torch has been imported: asserts that."""
+    """Set up Prefect, MLflow and torch for this root. Call it before importing Prefect or torch.
+
+    Prefect and MLflow use the servers of the `overnight up` that runs on the root, if any, and
+    otherwise keep their data below the root.
+    """
     assert not {"prefect", "torch"} & sys.modules.keys(), "settings have been read already"
     use_running_service(root)
     home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
-    home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder alone
+    home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
     for name, value in (EMBEDDED | COMPUTE).items():
         os.environ.setdefault(name, value)
 
 
 def prefect_home(root: Path) -> Path:
-    """Absolute, because Prefect's server is a process of its own."""
+    """Return PREFECT_HOME for a root: absolute, because the server is another process."""
     return root.resolve() / "prefect"
 
 
 def use_running_service(root: Path) -> None:
-    """Take the servers of an `overnight up` that runs on this root, unless others are named."""
+    """Use the servers of the `overnight up` that runs on this root, unless others are set."""
     for name, value in service_environment(root).items():
         os.environ.setdefault(name, value)
 
 
 def service_environment(root: Path) -> dict[str, str]:
-    """Where the servers are of the `overnight up` that runs on this root; empty where none does.
-    What one that was killed has left is removed."""
+    """Return the variables that point at the service running on this root; empty if none runs.
+
+    Removes the record of a service that was killed.
+    """
     record = root / SERVICE_RECORD
     if not record.exists():
         return {}
@@ -83,7 +85,7 @@ def service_environment(root: Path) -> dict[str, str]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # as it ends this moment
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it may be ending right now
             return dict(json.loads(record.read_text(encoding="utf-8"))["environment"])
         return {}
     with lock:
@@ -92,7 +94,7 @@ def service_environment(root: Path) -> dict[str, str]:
 
 
 def remove_service_record(root: Path) -> None:
-    """Remove what leads to the servers of this root."""
+    """Remove the record of a service, and the prefect.toml that it wrote."""
     record = root / SERVICE_RECORD
     with contextlib.suppress(OSError, ValueError, KeyError):
         written = json.loads(record.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`overnight up`: from a checkout to a service on this machine, in the order that it comes up."""
+"""`overnight up`: from a checkout to a running service on this machine."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import signal
 import time
 from pathlib import Path
 
-from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from flows.service import deployments
+from flows.service.settings import (
+    ServiceSettings,
+    hold_service_lock,
+    publish_service,
+    redact_password,
+)
 from flows.service.supervisor import (
     POLL_SECONDS,
     START_SECONDS,
     ManagedProcess,
-    ServiceSettings,
     build_processes,
-    hold_service_lock,
-    publish_service,
-    redact_password,
     stop_processes,
     supervise,
     wait_until_healthy,
@@ -29,14 +31,13 @@ from tasks.runtime.prefect_api import is_api_unreachable
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE = Path("data/sample.parquet")
-"""What configs/tiny.toml trains on."""
+"""Source of configs/tiny.toml."""
 
 
 def up(settings: ServiceSettings) -> None:
-    """Start everything, say where it is, keep it running until Ctrl-C or SIGTERM, end everything.
+    """Start and supervise the service until Ctrl-C or SIGTERM, then stop everything.
 
-    Raises `ServiceError` for a service that runs already, ports in use, and servers that do not
-    come up.
+    Raises `ServiceError` if a service runs already, a port is in use or a server does not come up.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
@@ -44,16 +45,16 @@ def up(settings: ServiceSettings) -> None:
     with hold_service_lock(settings), publish_service(settings):
         try:
             _start(settings, servers, worker)
-            _tell(settings)
-            supervise([*servers, worker], lambda part: _may_start(part, worker, settings))
+            _print_addresses(settings)
+            supervise([*servers, worker], lambda ended: _may_restart(ended, worker, settings))
         except KeyboardInterrupt:
             pass
         finally:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             print("stopping: runs write a checkpoint first", flush=True)
-            stop_processes(_runs(settings), [*servers, worker])
-    print("stopped; a run that was going on goes on when it is started again", flush=True)
+            stop_processes(_running_pids(settings), [*servers, worker])
+    print("stopped; start an interrupted run again to resume it", flush=True)
 
 
 def _start(
@@ -62,25 +63,23 @@ def _start(
     for server in servers:
         print(f"starting {server.name}, log in {server.log}", flush=True)
         if server.name.startswith("MLflow"):
-            _make_mlflow_store(settings)  # while Prefect's server takes its time
+            _create_mlflow_store(settings)  # while Prefect's server starts
         server.start()
-    if not SAMPLE.exists():  # while the servers take their time
+    if not SAMPLE.exists():  # while the servers start
         SAMPLE.parent.mkdir(parents=True, exist_ok=True)
         print(f"{SAMPLE}: written, {write_sample_corpus(SAMPLE).documents:,} documents", flush=True)
-    addresses = {"Prefect": settings.api_url, "MLflow": settings.mlflow_uri}
-    for name, url in addresses.items():
-        if not url.startswith("http"):  # a store without a server
-            continue
-        own = [server for server in servers if server.name.startswith(name)]
-        wait_until_healthy(url, own[0] if own else None)
-    with deployments.api() as client:
-        deployments.make_pool(client)
+    for name, url in (("Prefect", settings.api_url), ("MLflow", settings.mlflow_uri)):
+        if url.startswith("http"):  # else a database, used without a server
+            own = [server for server in servers if server.name.startswith(name)]
+            wait_until_healthy(url, own[0] if own else None)
+    with get_client(sync_client=True) as client:
+        deployments.create_work_pool(client)
         print(f"deployed {', '.join(deployments.deploy(client))}", flush=True)
         _start_worker(client, worker, settings)
 
 
-def _make_mlflow_store(settings: ServiceSettings) -> None:
-    """Whole, whenever this is killed: half a store is one that MLflow never works with again."""
+def _create_mlflow_store(settings: ServiceSettings) -> None:
+    """Create the database atomically: MLflow cannot repair one whose creation was interrupted."""
     if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
         from tasks.tracking.metadata import mlflow_folder
         from tasks.tracking.runs import create_sqlite_store
@@ -93,61 +92,59 @@ def _make_mlflow_store(settings: ServiceSettings) -> None:
 def _start_worker(
     client: SyncPrefectClient, worker: ManagedProcess, settings: ServiceSettings
 ) -> None:
-    _start_lost_runs_again(client, settings)
+    _reschedule_lost_runs(client, settings)
     print(f"starting {worker.name}, log in {worker.log}", flush=True)
     worker.start()
-    end = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while settings.worker not in deployments.read_online_workers(client):
-        if worker.ended() or time.monotonic() > end:
-            rule = "does not come up"
-            raise ServiceError(Problem(worker.name, "", rule, f"read the end of {worker.log}"))
+        if worker.has_exited() or time.monotonic() > deadline:
+            remedy = f"read the end of {worker.log}"
+            raise ServiceError(Problem(worker.name, "", "does not come online", remedy))
         time.sleep(POLL_SECONDS)
 
 
-def _may_start(part: ManagedProcess, worker: ManagedProcess, settings: ServiceSettings) -> bool:
-    """Whether a part that has ended by itself can be started again: the worker not while nobody
-    knows which runs were lost with it."""
-    assert part.process
-    if part is worker:
+def _may_restart(ended: ManagedProcess, worker: ManagedProcess, settings: ServiceSettings) -> bool:
+    """Return whether to restart a process now: the worker only once the runs that were lost with
+    it are rescheduled, which needs Prefect's server."""
+    assert ended.process
+    if ended is worker:
         try:
-            with deployments.api() as client:
-                _start_lost_runs_again(client, settings)
+            with get_client(sync_client=True) as client:
+                _reschedule_lost_runs(client, settings)
         except Exception as error:
             if not is_api_unreachable(error):
                 raise
             return False
-    code = part.process.returncode
-    print(f"{part.name} has ended (exit {code}, see {part.log}); started again", flush=True)
+    code = ended.process.returncode
+    print(f"{ended.name} ended with exit code {code} (see {ended.log}); restarting it", flush=True)
     return True
 
 
-def _start_lost_runs_again(client: SyncPrefectClient, settings: ServiceSettings) -> None:
+def _reschedule_lost_runs(client: SyncPrefectClient, settings: ServiceSettings) -> None:
     for run in deployments.reschedule_lost_runs(client, settings.worker):
-        print(f"the process of run {run.name} was lost; it goes on from its checkpoint", flush=True)
+        print(f"the process of run {run.name} is gone; it resumes from its checkpoint", flush=True)
 
 
-def _runs(settings: ServiceSettings) -> list[int]:
-    """The processes of the runs."""
+def _running_pids(settings: ServiceSettings) -> list[int]:
     try:
-        with deployments.api() as client:
-            runs = deployments.running(client, settings.worker)
-    except Exception:  # the server is what has failed; the worker's own children are ended anyway
+        with get_client(sync_client=True) as client:
+            runs = deployments.read_running(client, settings.worker)
+    except Exception:  # the server has failed; the worker's children are stopped anyway
         return []
     return [pid for run in runs if (pid := deployments.find_process(run))]
 
 
-def _tell(settings: ServiceSettings) -> None:
-    addresses = {"PREFECT_API_URL": settings.api_url, "MLFLOW_TRACKING_URI": settings.mlflow_uri}
-    exports = " ".join(f"{name}={redact_password(uri)}" for name, uri in addresses.items())
+def _print_addresses(settings: ServiceSettings) -> None:
+    mlflow_uri = redact_password(settings.mlflow_uri)
     print(
         f"""
 ready. In a browser:
   Prefect  {settings.api_url.removesuffix("/api")}
-  MLflow   {redact_password(settings.mlflow_uri)}
+  MLflow   {mlflow_uri}
 In another terminal, in this folder:
   prefect deployment run pretrain/tiny --watch
-elsewhere after
-  export {exports}
+In other folders, first:
+  export PREFECT_API_URL={redact_password(settings.api_url)} MLFLOW_TRACKING_URI={mlflow_uri}
 Ctrl-C stops everything.""",
         flush=True,
     )

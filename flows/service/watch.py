@@ -1,11 +1,10 @@
-"""Watch a folder and tell Prefect of each Parquet file that has come, once, whatever is away."""
+"""Watch a folder and send Prefect one event per new Parquet file, across restarts and outages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -20,7 +19,7 @@ from tasks.display import log_info, log_warning
 
 
 class PendingEvent(BaseModel):
-    """An event that the server does not have yet, under the id that it keeps."""
+    """An event that the server does not have yet; every attempt to send it uses the same id."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,58 +27,58 @@ class PendingEvent(BaseModel):
     path: Path
 
 
-class State(BaseModel):
-    """What a watcher remembers over its restarts."""
+class WatchState(BaseModel):
+    """What a watcher remembers across restarts."""
 
     known: dict[str, str] = Field(default_factory=dict)
     unsent: list[PendingEvent] = Field(default_factory=list)
 
 
 class Watcher:
-    """A folder, what is known of it, and what is still to be told.
+    """A folder, its known files, and the events still to be sent.
 
-    An event is written down before it is sent and crossed out after, so that a kill between the two
-    sends it again under the same id, which the server takes for one.
+    An event is saved before it is sent and removed afterwards. After a kill in between it is sent
+    again under the same id, which the server counts once.
     """
 
-    def __init__(self, folder: Path, pattern: str, memory: Path, existing: bool) -> None:
-        self._memory = memory
-        first = not memory.exists()
-        state = State() if first else _read(memory)
-        self._arrivals = NewFileScanner(folder, pattern, state.known)
+    def __init__(self, folder: Path, pattern: str, state_file: Path, existing: bool) -> None:
+        self._state_file = state_file
+        is_first_start = not state_file.exists()
+        state = WatchState() if is_first_start else _load_state(state_file)
+        self._scanner = NewFileScanner(folder, pattern, state.known)
         self._unsent = state.unsent
-        self._away = self._gone = False
-        if first and not existing:
-            self._arrivals.mark_existing_as_seen()
-        self._remember()
+        self._server_is_down = self._folder_is_gone = False
+        if is_first_start and not existing:
+            self._scanner.mark_existing_as_seen()
+        self._save_state()
 
     @property
     def known(self) -> int:
-        return len(self._arrivals.known)
+        return len(self._scanner.known)
 
     def step(self) -> None:
-        """One look, and one attempt to send what has not been."""
-        self._look()
+        """Scan once, and try once to send what has not been sent."""
+        self._scan()
         self._send()
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         try:
-            whole, broken = self._arrivals.scan()
+            complete, broken = self._scanner.scan()
         except OSError as error:
-            if not self._gone:
-                folder = self._arrivals.folder
+            if not self._folder_is_gone:
+                folder = self._scanner.folder
                 log_warning(f"{folder} cannot be read ({error.strerror}): waiting for it")
-            self._gone = True
+            self._folder_is_gone = True
             return
-        self._gone = False
+        self._folder_is_gone = False
         for path, reason in broken.items():
             log_warning(
-                f"{path} stands still and is no whole Parquet file ({reason}); it is looked at "
-                "again when it changes"
+                f"{path} is not a complete Parquet file ({reason}) and no longer changes; it is "
+                "read again when it changes"
             )
-        if whole:
-            self._unsent += [PendingEvent(id=uuid4(), path=path) for path in whole]
-            self._remember()
+        if complete:
+            self._unsent += [PendingEvent(id=uuid4(), path=path) for path in complete]
+            self._save_state()
 
     def _send(self) -> None:
         while self._unsent:
@@ -87,76 +86,65 @@ class Watcher:
             try:
                 send_file_event(event.path, event.id)
             except SERVER_UNREACHABLE as error:
-                self._warn_of(error)
+                if not self._server_is_down:
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    log_warning(
+                        f"the event for {event.path} cannot be sent to Prefect's server "
+                        f"({reason}); it is sent when the server is back. `overnight up` starts one"
+                    )
+                self._server_is_down = True
                 return
+            self._server_is_down = False
             self._unsent.pop(0)
-            self._remember()
-            self._away = False
-            log_info(f"{event.path} has come: told Prefect")
+            self._save_state()
+            log_info(f"{event.path} is new: event sent to Prefect")
 
-    def _warn_of(self, error: Exception) -> None:
-        if not self._away:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log_warning(
-                f"Prefect's server cannot be told of {self._unsent[0].path} ({reason}): it is told "
-                "when the server is back. `overnight up` starts one"
-            )
-        self._away = True
-
-    def _remember(self) -> None:
-        state = State(known=self._arrivals.known, unsent=self._unsent)
-        write_text(self._memory, state.model_dump_json(indent=1))
+    def _save_state(self) -> None:
+        state = WatchState(known=self._scanner.known, unsent=self._unsent)
+        write_text(self._state_file, state.model_dump_json(indent=1))
 
 
-def _read(memory: Path) -> State:
+def _load_state(state_file: Path) -> WatchState:
     try:
-        return State.model_validate_json(memory.read_bytes())
+        return WatchState.model_validate_json(state_file.read_bytes())
     except ValueError as error:
-        rule = "is not what a watcher has written: which files are known cannot be told from it"
-        remedy = "delete it; then the files that are there now count as known"
-        raise WatchError(Problem(str(memory), "", rule, remedy)) from error
+        rule = "was not written by `overnight watch`, so the known files are unknown"
+        remedy = "delete it; all files that exist then count as known"
+        raise WatchError(Problem(str(state_file), "", rule, remedy)) from error
 
 
 def state_path(folder: Path, pattern: str, root: Path) -> Path:
-    """Below `root`/watch, because the folder may be one that nobody can write to."""
-    place = hashlib.sha256(json.dumps([str(folder), pattern]).encode()).hexdigest()[:8]
-    return root / "watch" / f"{folder.name}-{place}.json"
+    """Return the watcher's state file: below `root`/watch, since the folder may be read-only."""
+    digest = hashlib.sha256(json.dumps([str(folder), pattern]).encode()).hexdigest()[:8]
+    return root / "watch" / f"{folder.name}-{digest}.json"
 
 
-def watch(
-    folder: Path,
-    pattern: str,
-    interval_seconds: float,
-    existing: bool,
-    root: Path,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Look every `interval_seconds`, until interrupted. Files that were there at the very first
-    start count as known, unless `existing`.
+def watch(folder: Path, pattern: str, interval_seconds: float, existing: bool, root: Path) -> None:
+    """Scan the folder every `interval_seconds` until interrupted.
 
-    Raises `WatchError` for a folder that is not there, where no Prefect server is set, or where the
-    folder is watched already.
+    Files that exist at the very first start count as known, unless `existing`. Raises `WatchError`
+    if the folder does not exist or is watched already, or if no Prefect server is set.
     """
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
-        rule = "is no directory" if folder.exists() else "there is no such directory"
-        raise WatchError(Problem("DIR", str(folder), rule, "name the one that files come into"))
+        rule = "is not a directory" if folder.exists() else "no such directory"
+        raise WatchError(Problem("DIR", str(folder), rule, "name the directory to watch"))
     url = require_prefect_server()
-    memory = state_path(folder, pattern, root)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(memory.with_suffix(".lock"))
+    state_file = state_path(folder, pattern, root)
+    state_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(state_file.with_suffix(".lock"))
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        rule = "another process watches it already"
-        remedy = f"stop that one first; it holds {lock.lock_file}"
+        rule = "is watched by another process already"
+        remedy = f"stop that process first; it holds {lock.lock_file}"
         raise WatchError(Problem("DIR", str(folder), rule, remedy)) from None
     with lock:
-        watcher = Watcher(folder, pattern, memory, existing)
+        watcher = Watcher(folder, pattern, state_file, existing)
         log_info(
             f"watching {folder} for {pattern} every {interval_seconds:g} s, {watcher.known} files "
             f"known; events go to {url}"
         )
         while True:
             watcher.step()
-            sleep(interval_seconds)
+            time.sleep(interval_seconds)

@@ -25,7 +25,7 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from waiting import free_port
 
 from flows.runtime.environment import COMPUTE, service_environment
-from flows.service.supervisor import POOL, ServiceSettings, hold_service_lock, publish_service
+from flows.service.settings import POOL, ServiceSettings, hold_service_lock, publish_service
 
 ROOT = Path(__file__).resolve().parents[3]
 PROJECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())

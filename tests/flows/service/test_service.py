@@ -34,7 +34,7 @@ from prefect.states import Cancelled, Running
 from waiting import free_port, wait_for
 
 from flows.service import deployments
-from flows.service.supervisor import POOL, ServiceSettings
+from flows.service.settings import POOL, ServiceSettings
 from gpt.config.loading import load_config
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.tracking.journal import METRICS_FILE, read_metrics
@@ -102,7 +102,7 @@ def page_of(service: Service, run: FlowRun) -> str:
 
 def test_everything_is_up_and_said_where(service: Service) -> None:
     with service.client() as client:
-        assert deployments.names(client) == DEPLOYED
+        assert deployments.read_names(client) == DEPLOYED
         pool = client.read_work_pool(POOL)
         assert (pool.type, pool.concurrency_limit) == ("process", 1)
     assert service.api_url.removesuffix("/api") in service.log.read_text()
@@ -110,7 +110,7 @@ def test_everything_is_up_and_said_where(service: Service) -> None:
 
     again = service.run("up")
     assert again.returncode == 2
-    assert "is running already" in again.stderr
+    assert "is already running" in again.stderr
     assert service.api_url in again.stderr
 
 
@@ -149,7 +149,7 @@ def test_whatever_is_started_together_runs_one_after_the_other(
     found = client.search_runs([experiment.experiment_id])
     assert {run.info.run_name for run in found} == {"watched", *(f"together-{n}" for n in range(3))}
     assert {run.info.status for run in found} == {"FINISHED"}
-    assert webhook.about("watched")["body"].startswith("It is done")
+    assert webhook.about("watched")["body"].startswith("Finished")
 
 
 # --- schedules -----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_cancelled_it_leaves_a_checkpoint(service: Service, webhook: Webhook) ->
     checkpoint = latest_checkpoint(folder)
     assert checkpoint
     assert checkpoint.step == last_step(service)
-    assert "Start it again" in webhook.about("night: cancelled")["body"].splitlines()[0]
+    assert "Run it again" in webhook.about("night: cancelled")["body"].splitlines()[0]
 
 
 def test_killed_it_is_told_of(service: Service, webhook: Webhook) -> None:
@@ -273,7 +273,7 @@ def test_killed_it_is_told_of(service: Service, webhook: Webhook) -> None:
     os.kill(pid_of(run), signal.SIGKILL)
     assert service.ended(run).state_name == "Crashed"
     body = webhook.about("night: crashed")["body"]
-    assert "Start it again" in body.splitlines()[0]
+    assert "Run it again" in body.splitlines()[0]
     assert "a checkpoint of step" in body
 
 
@@ -360,7 +360,7 @@ def test_a_file_that_has_come_starts_a_retraining_with_its_path(
             assert "watching" in watching.stdout.readline()
             arrived = folder / "new.parquet"
             shutil.copy(parquet, arrived)
-            assert f"{arrived} has come" in watching.stdout.readline()
+            assert f"{arrived} is new" in watching.stdout.readline()
             wait_for("the flow run", started)
             # As a watcher does that was killed before it had crossed the event out.
             service.python(f"""

@@ -1,4 +1,4 @@
-"""`overnight watch`: whole files are told once, whatever is away; a told file starts `retrain`."""
+"""`overnight watch`: one event per complete new file, across restarts and outages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parquet(path: Path, text: str = "text") -> Path:
     return path
 
 
-def test_a_file_arrives_when_it_rests_and_can_be_read(tmp_path):
+def test_file_is_new_once_it_is_complete_and_unchanged(tmp_path):
     parquet(tmp_path / "there.parquet")
     arrivals = NewFileScanner(tmp_path)
     assert arrivals.mark_existing_as_seen() == 1
@@ -32,9 +32,9 @@ def test_a_file_arrives_when_it_rests_and_can_be_read(tmp_path):
     growing = tmp_path / "sub" / "growing.parquet"
     for length in (10, 50, len(whole)):
         growing.write_bytes(whole[:length])
-        assert arrivals.scan() == ([], {}), "it has changed since"
+        assert arrivals.scan() == ([], {}), "it is still growing"
     assert arrivals.scan() == ([growing], {})
-    assert arrivals.scan() == ([], {}), "told once"
+    assert arrivals.scan() == ([], {}), "reported once"
 
     stuck = tmp_path / "stuck.parquet"
     stuck.write_bytes(whole[:50])
@@ -42,51 +42,51 @@ def test_a_file_arrives_when_it_rests_and_can_be_read(tmp_path):
     arrivals.scan()
     found, broken = arrivals.scan()
     assert (found, list(broken)) == ([], [stuck])
-    assert arrivals.scan() == ([], {}), "told once"
+    assert arrivals.scan() == ([], {}), "reported once"
     stuck.write_bytes(whole)
     arrivals.scan()
-    assert arrivals.scan() == ([stuck], {}), "the copy has gone on"
+    assert arrivals.scan() == ([stuck], {}), "the copy was completed"
 
     parquet(tmp_path / "there.parquet", "other text")
     arrivals.scan()
-    assert arrivals.scan() == ([tmp_path / "there.parquet"], {}), "written anew"
+    assert arrivals.scan() == ([tmp_path / "there.parquet"], {}), "rewritten"
 
 
 class Server:
-    """Takes events, unless it is away."""
+    """Takes events, unless it is down."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.down = False
         self.asked: list[tuple[str, object]] = []
 
     def send(self, path, event_id):
         self.asked.append((path.name, event_id))
-        if self.away:
+        if self.down:
             raise httpx.ConnectError("refused")
 
 
-def test_what_the_server_missed_is_sent_once_also_after_a_kill(tmp_path, monkeypatch, capsys):
+def test_event_is_sent_once_across_outage_and_kill(tmp_path, monkeypatch, capsys):
     server = Server()
     monkeypatch.setattr(watch, "send_file_event", server.send)
-    folder, memory = tmp_path / "in", state_path(tmp_path / "in", "*.parquet", tmp_path)
+    folder, state = tmp_path / "in", state_path(tmp_path / "in", "*.parquet", tmp_path)
     folder.mkdir()
-    memory.parent.mkdir()
+    state.parent.mkdir()
     parquet(folder / "before.parquet")
 
     def watcher() -> Watcher:
-        return Watcher(folder, "*.parquet", memory, existing=False)
+        return Watcher(folder, "*.parquet", state, existing=False)
 
     first = watcher()
     parquet(folder / "a.parquet")
-    server.away = True
+    server.down = True
     for _ in range(4):
         first.step()
     assert {name for name, _ in server.asked} == {"a.parquet"}
-    assert capsys.readouterr().out.count("cannot be told") == 1
-    # Killed now; while nobody watches another one comes.
+    assert capsys.readouterr().out.count("cannot be sent") == 1
+    # The watcher is killed; another file arrives while none is running.
     parquet(folder / "b.parquet")
     second = watcher()
-    server.away = False
+    server.down = False
     for _ in range(3):
         second.step()
     sent = [name for name, _ in server.asked[3:]]
@@ -99,20 +99,20 @@ def test_what_the_server_missed_is_sent_once_also_after_a_kill(tmp_path, monkeyp
     shutil.move(tmp_path / "away", folder)
     for _ in range(3):
         third.step()
-    assert len(server.asked) == 5, "nothing is told twice"
+    assert len(server.asked) == 5, "nothing is sent twice"
 
 
-def test_existing_files_are_told_where_that_is_asked(tmp_path, monkeypatch):
+def test_existing_files_are_sent_on_request(tmp_path, monkeypatch):
     server = Server()
     monkeypatch.setattr(watch, "send_file_event", server.send)
     parquet(tmp_path / "before.parquet")
-    watcher = Watcher(tmp_path, "*.parquet", tmp_path / "memory.json", existing=True)
+    watcher = Watcher(tmp_path, "*.parquet", tmp_path / "state.json", existing=True)
     for _ in range(3):
         watcher.step()
     assert [name for name, _ in server.asked] == ["before.parquet"]
 
 
-def test_what_cannot_be_watched_is_refused(tmp_path):
+def test_watch_refuses_missing_folder_and_missing_server(tmp_path):
     def watching(folder: Path) -> None:
         watch.watch(folder, "*.parquet", 0.1, False, tmp_path / "runs")
 

@@ -1,0 +1,163 @@
+"""Where the service of `overnight up` runs, and how other processes find it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from flows.runtime.environment import (
+    SERVICE_LOCK,
+    SERVICE_RECORD,
+    prefect_home,
+    remove_service_record,
+)
+from gpt.errors import Problem, ServiceError
+from gpt.files import write_text
+
+POOL = "gpu"
+"""Prefect work pool of the GPU."""
+PROJECT = Path("prefect.yaml")
+"""File with the deployments."""
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    root: Path
+    host: str
+    prefect_port: int
+    mlflow_port: int
+    external_prefect: str = ""
+    """PREFECT_API_URL of a server to use instead of starting one."""
+    external_mlflow: str = ""
+    """MLFLOW_TRACKING_URI of a server to use instead of starting one."""
+
+    @property
+    def api_url(self) -> str:
+        return self.external_prefect or f"{self._address(self.prefect_port)}/api"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return self.external_mlflow or self._address(self.mlflow_port)
+
+    def _address(self, port: int) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{port}"
+
+    @property
+    def worker(self) -> str:
+        return f"overnight-{socket.gethostname()}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the started processes and of the commands that use the service."""
+        return {
+            "PREFECT_API_URL": self.api_url,
+            "PREFECT_HOME": os.environ.get("PREFECT_HOME", str(prefect_home(self.root))),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
+        }
+
+
+def redact_password(uri: str) -> str:
+    """Return the URI with its password replaced by stars."""
+    if "@" not in uri:
+        return uri
+    import sqlalchemy
+
+    return sqlalchemy.make_url(uri).render_as_string(hide_password=True)
+
+
+def check_project() -> None:
+    """Raise `ServiceError` if the current folder has no prefect.yaml."""
+    if not PROJECT.exists():
+        rule = "is not in this folder, so there is nothing to deploy"
+        remedy = "change into the checkout of overnight"
+        raise ServiceError(Problem(str(PROJECT), str(Path.cwd()), rule, remedy))
+
+
+@contextmanager
+def hold_service_lock(settings: ServiceSettings) -> Iterator[None]:
+    """Hold the root's lock: one service per root.
+
+    Raises `ServiceError` with the addresses of a service that runs already, or if a port is in use.
+    """
+    settings.root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.root.resolve() / SERVICE_LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        rule = f"is already running: {_describe_running_service(settings.root)}"
+        remedy = "use that service, or stop it with Ctrl-C where it runs"
+        raise ServiceError(Problem("overnight up", str(settings.root), rule, remedy)) from None
+    try:
+        _check_ports(settings)
+        yield
+    finally:
+        lock.release()
+
+
+def _describe_running_service(root: Path) -> str:
+    try:
+        record = json.loads((root / SERVICE_RECORD).read_text(encoding="utf-8"))
+        addresses = [
+            f"{name}={record['environment'][name]}"
+            for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+            if name in record["environment"]
+        ]
+        return ", ".join([f"process {record['pid']}", *addresses])
+    except (OSError, ValueError, KeyError):  # it has not published its record yet
+        return "another process"
+
+
+def _check_ports(settings: ServiceSettings) -> None:
+    problems = []
+    for option, variable, port, external in (
+        ("--prefect-port", "PREFECT_API_URL", settings.prefect_port, settings.external_prefect),
+        ("--mlflow-port", "MLFLOW_TRACKING_URI", settings.mlflow_port, settings.external_mlflow),
+    ):
+        if external:
+            continue
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((settings.host, port))
+        except OSError as error:
+            rule = f"cannot be opened on {settings.host}: {error.strerror}"
+            remedy = f"pass another {option}, or stop the program that uses the port; to use a "
+            remedy += f"server that runs there, set {variable}"
+            problems.append(Problem(option, str(port), rule, remedy))
+    if problems:
+        raise ServiceError(*problems)
+
+
+@contextmanager
+def publish_service(settings: ServiceSettings) -> Iterator[None]:
+    """Publish the service's addresses: to `overnight` in a record below the root, to `prefect` in a
+    prefect.toml in the current folder, unless it has one. External addresses, which may hold a
+    password, are left out."""
+    external = {
+        "PREFECT_API_URL": settings.external_prefect,
+        "MLFLOW_TRACKING_URI": settings.external_mlflow,
+    }
+    environment = {k: v for k, v in settings.environment.items() if not external.get(k)}
+    record: dict[str, Any] = {"pid": os.getpid(), "environment": environment}
+    toml = Path("prefect.toml").absolute()
+    if not toml.exists() and not settings.external_prefect:
+        record["prefect_toml"] = str(toml)
+    write_text(settings.root / SERVICE_RECORD, json.dumps(record, indent=2))
+    if "prefect_toml" in record:
+        note = f"# Written by `overnight up`, process {os.getpid()}, which removes it when it ends."
+        write_text(toml, f'{note}\n[api]\nurl = "{settings.api_url}"\n')
+    try:
+        yield
+    finally:
+        remove_service_record(settings.root)
