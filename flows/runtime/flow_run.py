@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -56,4 +57,6 @@ def cancelled_on_signal(run: Callable[P, R]) -> Callable[P, R | State]:
             notify_end(context.flow, context.flow_run, state)
         return state
 
+    # Prefect looks up annotations in this module unless they are evaluated already.
+    wrapped.__signature__ = inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
     return wrapped
