@@ -214,10 +214,18 @@ class FileIdentities:
 
     def _identify(self, file: CorpusFile) -> FileIdentity:
         began, stamp = time.time(), file.stamp()
+        if file.filesystem:
+            digest = hashlib.sha256(f"{file.key} {stamp}".encode()).hexdigest()
+            return FileIdentity(stamp, digest)
         entry = self._known.get(file.key, {})
         if entry.get("stamp") != stamp:
-            entry = {"stamp": stamp, "sha256": _sha256(file)}
-            if _is_settled(file, began):
+            path = Path(file.name)
+            try:
+                entry = {"stamp": stamp, "sha256": compute_sha256(path)}
+                status = path.stat()
+            except OSError as error:
+                raise CorpusError(describe_unreadable(file, error)) from error
+            if began - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
                 self._added[file.key] = entry
         return FileIdentity(stamp, entry["sha256"])
 
@@ -227,22 +235,6 @@ class FileIdentities:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             hashes = self._known | self._added
             write_text(self._cache, json.dumps(hashes, indent=1, sort_keys=True))
-
-
-def _sha256(file: CorpusFile) -> str:
-    if file.filesystem:
-        return hashlib.sha256(f"{file.key} {file.stamp()}".encode()).hexdigest()
-    try:
-        return compute_sha256(Path(file.name))
-    except OSError as error:
-        raise CorpusError(describe_unreadable(file, error)) from error
-
-
-def _is_settled(file: CorpusFile, now: float) -> bool:
-    if file.filesystem:
-        return False
-    status = Path(file.name).stat()
-    return now - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
 
 
 def _read_hashes(cache: Path) -> dict[str, Any]:

@@ -43,20 +43,21 @@ class DatasetStore:
 
         self.url = url.rstrip("/")
         try:
-            self._filesystem, self._path = fsspec.core.url_to_fs(self.url)
+            self.filesystem, self._root = fsspec.core.url_to_fs(self.url)
         except Exception as error:  # a missing package, wrong credentials
             rule = f"cannot be opened: {type(error).__name__}: {error}"
             remedy = "check the URL and the credentials, and install the package that it needs"
             raise DatasetError(Problem("data.store", url, rule, remedy)) from error
 
-    def create_folder(self, name: str) -> None:
-        self._filesystem.makedirs(self._join(name), exist_ok=True)
+    def path(self, *names: str) -> str:
+        """Return the path of a dataset, or of a file of it, on the file system."""
+        return "/".join([self._root.rstrip("/"), *names])
 
     def list_sizes(self, name: str) -> dict[str, int]:
         """Return the size in bytes of each file of a dataset; empty if it is not stored."""
-        self._filesystem.invalidate_cache()
+        self.filesystem.invalidate_cache()
         try:
-            files = self._filesystem.ls(self._join(name), detail=True)
+            files = self.filesystem.ls(self.path(name), detail=True)
         except FileNotFoundError:
             return {}
         return {
@@ -65,23 +66,13 @@ class DatasetStore:
             if file["type"] == "file"
         }
 
-    def read(self, name: str, file: str) -> bytes:
-        return bytes(self._filesystem.cat_file(self._join(name, file)))
-
     def download(self, name: str, file: str, path: Path) -> None:
-        self._filesystem.get_file(self._join(name, file), str(path))
+        self.filesystem.get_file(self.path(name, file), str(path))
         sync(path)
 
     def upload(self, path: Path, name: str, file: str) -> None:
         """Upload a file. Until it is complete, readers may see it with a smaller size."""
-        self._filesystem.put_file(str(path), self._join(name, file))
-
-    def upload_atomic(self, path: Path, name: str, file: str) -> None:
-        self.upload(path, name, file + PARTIAL)
-        self._filesystem.mv(self._join(name, file + PARTIAL), self._join(name, file))
-
-    def _join(self, *names: str) -> str:
-        return "/".join([self._path.rstrip("/"), *names])
+        self.filesystem.put_file(str(path), self.path(name, file))
 
 
 def download_dataset(
@@ -116,7 +107,9 @@ def _read_manifest(store: DatasetStore, plan: DatasetPlan) -> DatasetManifest | 
     if MANIFEST not in store.list_sizes(name):
         return None
     try:
-        manifest = parse_manifest(store.read(name, MANIFEST), plan.folder)
+        manifest = parse_manifest(
+            store.filesystem.cat_file(store.path(name, MANIFEST)), plan.folder
+        )
     except ValidationError as error:
         rule = describe_invalid_manifest(error)
         raise DatasetError(_damaged_copy(store, name, MANIFEST, rule)) from error
@@ -174,14 +167,16 @@ def upload_dataset(manifest: DatasetManifest, url: str) -> Generator[TransferPro
             for path in sorted(manifest.folder.iterdir())
             if path.is_file() and path.name not in (MANIFEST, CHECKED) and path.name[0] != "."
         }
-        store.create_folder(name)
+        store.filesystem.makedirs(store.path(name), exist_ok=True)
         done, total = 0, sum(sizes.values())
         for path, size in sizes.items():
             if stored.get(path.name) != size:
                 store.upload(path, name, path.name)
             done += size
             yield TransferProgress(done, total)
-        store.upload_atomic(manifest.folder / MANIFEST, name, MANIFEST)
+        partial = MANIFEST + PARTIAL
+        store.upload(manifest.folder / MANIFEST, name, partial)
+        store.filesystem.mv(store.path(name, partial), store.path(name, MANIFEST))
     except Exception as error:  # each filesystem raises its own errors
         reason = f"{type(error).__name__}: {error}"
         logger.warning("%s/%s cannot be written: %s", store.url, name, reason)

@@ -170,7 +170,7 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     (nights.source / "b.parquet").unlink()
     gone = nights.night()
     assert gone.outcome is None
-    assert "1 of its files are gone" in gone.reason
+    assert "1 of its files were removed" in gone.reason
     # In a process of its own, and without starting Prefect's API, which would take its time.
     done = overnight("retrain", nights.path)
     assert (done.returncode, done.stderr) == (0, "")
