@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ def expand_variants(
     invalid, or if they differ in their data or evaluation.
     """
     if len(paths) < 2:
-        rule = "there is no second config to compare with"
+        rule = "a comparison needs a second config"
         raise ConfigError(Problem("CONFIG", " ".join(paths), rule, "name at least two configs"))
     for option, value in (("--seeds", seeds), ("--tokens", tokens)):
         if value is not None and value < 1:
@@ -109,16 +108,11 @@ def _choose_names(paths: Sequence[str], configs: Mapping[str, RunConfig]) -> dic
     for name_of in (
         lambda path: configs[path].run.name if path in configs else Path(path).stem,
         lambda path: _to_name(Path(path).stem),
-        lambda path: _to_name(str(Path(path).with_suffix(""))),
     ):
         names = {path: name_of(path) for path in paths}
         if len(set(names.values())) == len(names):
             return names
-    counts: Counter[str] = Counter()
-    for path, name in names.items():
-        counts[name] += 1
-        names[path] = f"{name}-{counts[name]}"
-    return names
+    return {path: _to_name(str(Path(path).with_suffix(""))) for path in paths}
 
 
 def _to_name(text: str) -> str:

@@ -44,7 +44,7 @@ def evaluate_hellaswag(
         batch_size, dtype: As in `score_continuations`.
         limit: Use the first so many examples.
     """
-    examples = list(read_hellaswag(path, limit))
+    examples = read_hellaswag(path, limit)
     _check_not_empty(path, examples)
     requests = [request for example in examples for request in build_hellaswag_requests(example)]
     scores = yield from score_continuations(model, requests, batch_size, dtype, "HellaSwag")
@@ -94,7 +94,7 @@ def evaluate_lambada(
     if each of its tokens is the most likely one after those before it. Arguments and errors as in
     `evaluate_hellaswag`.
     """
-    texts = list(read_lambada(path, limit))
+    texts = read_lambada(path, limit)
     _check_not_empty(path, texts)
     requests = [build_lambada_request(text) for text in texts]
     scores = yield from score_continuations(model, requests, batch_size, dtype, "LAMBADA")

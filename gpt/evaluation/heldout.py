@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,11 +22,11 @@ from gpt.data.tokenize.tokenizer import (
     encode,
     load_tokenizer,
 )
-from gpt.evaluation.batch_size import halve_batch_size
+from gpt.evaluation.batch_size import evaluate_in_batches
 from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator, run_to_completion
-from gpt.hardware.device import autocast, is_out_of_memory
+from gpt.hardware.device import autocast
 from gpt.model.base import GPT
-from gpt.model.loss import token_losses
+from gpt.model.loss import score_tokens
 
 POSITION_BUCKETS = 16
 
@@ -75,14 +75,12 @@ def evaluate_heldout(
     """
     count = config.evaluation.tokens if tokens is None else tokens
     sequences = SequenceDataset(dataset, dataset.validation, model.config.block_size)
-    return _evaluate(
-        model,
-        lambda batch_size: iterate_validation_batches(sequences, count, batch_size),
-        config.evaluation.batch_size,
-        config.training.dtype,
-        count,
-        dataset.ranks_sha256,
-    )
+
+    def evaluate(batch_size: int) -> ProgressGenerator[HeldoutLoss]:
+        batches = iterate_validation_batches(sequences, count, batch_size)
+        return _evaluate(model, batches, config.training.dtype, count, dataset.ranks_sha256)
+
+    return evaluate_in_batches(model, evaluate, config.evaluation.batch_size)
 
 
 def score_texts(
@@ -116,38 +114,13 @@ def score_texts(
         if rest.numel():
             yield rest[0][None], rest[1][None]
 
-    return run_to_completion(
-        _evaluate(model, batches, batch_size, dtype, len(ids) - 1, RANKS_SHA256)
-    )
+    def evaluate(size: int) -> ProgressGenerator[HeldoutLoss]:
+        return _evaluate(model, batches(size), dtype, len(ids) - 1, RANKS_SHA256)
+
+    return run_to_completion(evaluate_in_batches(model, evaluate, batch_size))
 
 
-@torch.no_grad()
 def _evaluate(
-    model: GPT,
-    make_batches: Callable[[int], Iterable[Batch]],
-    batch_size: int,
-    dtype: str,
-    tokens: int,
-    ranks_sha256: str,
-) -> ProgressGenerator[HeldoutLoss]:
-    """Score all batches of `make_batches(batch_size)`, starting again with half of it if needed."""
-    was_training = model.training
-    model.eval()
-    try:
-        while True:
-            try:
-                return (
-                    yield from _score(model, make_batches(batch_size), dtype, tokens, ranks_sha256)
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            batch_size = halve_batch_size(batch_size)
-    finally:
-        model.train(was_training)
-
-
-def _score(
     model: GPT, batches: Iterable[Batch], dtype: str, tokens: int, ranks_sha256: str
 ) -> ProgressGenerator[HeldoutLoss]:
     device, block_size = model.head.device, model.config.block_size
@@ -159,7 +132,7 @@ def _score(
     for inputs, targets in batches:
         with autocast(device, dtype):
             hidden = model(inputs.to(device))
-            losses = token_losses(hidden, model.head, targets.to(device), model.logit_softcap)
+            losses, _ = score_tokens(hidden, model.head, targets.to(device), model.logit_softcap)
         sums.append(losses.sum(dim=1, dtype=torch.float64))
         lengths += [targets.shape[1]] * len(targets)
         by_position[: targets.shape[1]] += losses.sum(dim=0, dtype=torch.float64)

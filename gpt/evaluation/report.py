@@ -52,7 +52,7 @@ def check_benchmarks(config: RunConfig) -> None:
     ):
         try:
             if path:
-                next(iter(read(path, 1)), None)
+                read(path, 1)
         except BenchmarkError as error:
             problems += error.problems
     if problems:

@@ -31,7 +31,7 @@ def save_report(folder: Path, config: RunConfig, report: EvaluationReport) -> No
 
 
 def load_report_for(path: Path, key: dict[str, Any]) -> EvaluationReport | None:
-    """Load the report in a file; None if there is no file or its key is another one."""
+    """Load the report in a file; None if the file is missing or its key differs."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, encode
 from gpt.errors import BenchmarkError, Problem
-from gpt.evaluation.batch_size import halve_batch_size
+from gpt.evaluation.batch_size import evaluate_in_batches
 from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator
-from gpt.hardware.device import autocast, is_out_of_memory
+from gpt.hardware.device import autocast
 from gpt.model.base import GPT
-from gpt.model.loss import token_scores
+from gpt.model.loss import score_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,32 +72,25 @@ def score_continuations(
 
     A batch holds continuations of similar length, with at most as many tokens as `batch_size` full
     contexts; only the hidden states that predict a target pass the head. A context that is too
-    long loses its beginning. If the device runs out of memory, batches become smaller. The model
-    keeps its mode. Raises `BenchmarkError` for a continuation longer than the model's context, and
-    `OutOfMemoryError` if a single sequence is too large.
+    long loses its beginning. Raises `BenchmarkError` for a continuation longer than the model's
+    context, and as `evaluate_in_batches` does.
     """
     block_size = model.config.block_size
     _check_lengths(continuations, block_size)
     # Longest first: if any batch is too large for the device, it is the first one.
-    waiting = sorted(range(len(continuations)), key=lambda i: -len(continuations[i].ids))
-    scores: dict[int, Score] = {}
-    tokens_per_batch = batch_size * block_size
-    was_training = model.training
-    model.eval()
-    try:
-        while waiting:
-            longest = _inputs(continuations[waiting[0]], block_size).size
-            batch = waiting[: max(1, tokens_per_batch // longest)]
-            found = _score_batch_or_none(model, [continuations[i] for i in batch], dtype)
-            if found is None:
-                tokens_per_batch = halve_batch_size(len(batch)) * longest
-                continue
+    order = sorted(range(len(continuations)), key=lambda i: -len(continuations[i].ids))
+
+    def evaluate(tokens_per_batch: int) -> ProgressGenerator[list[Score]]:
+        scores: dict[int, Score] = {}
+        while len(scores) < len(order):
+            longest = _inputs(continuations[order[len(scores)]], block_size).size
+            batch = order[len(scores) :][: max(1, tokens_per_batch // longest)]
+            found = _score_batch(model, [continuations[i] for i in batch], dtype)
             scores.update(zip(batch, found, strict=True))
-            waiting = waiting[len(batch) :]
-            yield EvaluationProgress(description, len(scores), len(continuations))
-    finally:
-        model.train(was_training)
-    return [scores[i] for i in range(len(continuations))]
+            yield EvaluationProgress(description, len(scores), len(order))
+        return [scores[i] for i in range(len(order))]
+
+    return evaluate_in_batches(model, evaluate, batch_size * block_size)
 
 
 def _check_lengths(continuations: Sequence[Continuation], block_size: int) -> None:
@@ -118,19 +111,6 @@ def _inputs(each: Continuation, block_size: int) -> NDArray[np.int64]:
     return each.ids[:-1][-block_size:]
 
 
-def _score_batch_or_none(
-    model: GPT, batch: Sequence[Continuation], dtype: str
-) -> list[Score] | None:
-    """Return None if the device runs out of memory."""
-    try:
-        return _score_batch(model, batch, dtype)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
-
-
-@torch.no_grad()
 def _score_batch(model: GPT, batch: Sequence[Continuation], dtype: str) -> list[Score]:
     """Pad on the right, where causal attention hides the padding from all targets."""
     inputs = [_inputs(each, model.config.block_size) for each in batch]
@@ -145,7 +125,7 @@ def _score_batch(model: GPT, batch: Sequence[Continuation], dtype: str) -> list[
     device = model.head.device
     with autocast(device, dtype):
         hidden = model(padded.to(device))[rows, positions]
-        losses, is_greedy = token_scores(
+        losses, is_greedy = score_tokens(
             hidden, model.head, targets.to(device), model.logit_softcap
         )
     lengths = [each.target_length for each in batch]

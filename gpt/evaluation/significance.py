@@ -90,7 +90,7 @@ class PromotionDecision:
     promoted: bool
     reason: str
     comparable: bool = True
-    """False if there is no champion's report on the same text."""
+    """False if the champion has not been evaluated on the same text."""
 
 
 def compare_with_champion(

@@ -10,7 +10,6 @@ fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,45 +62,27 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    softcap: float | None = None,
-    chunk_rows: int | None = None,
-) -> Tensor:
-    """Compute the cross-entropy of each token in nats: the shape of `targets`, float32.
-
-    Arguments as in `linear_cross_entropy`; without gradient.
-    """
-    chunks = _iterate_logits(hidden, head, targets, softcap, chunk_rows)
-    return torch.cat([_losses(logits, chunk) for logits, chunk in chunks]).view(targets.shape)
-
-
-@torch.no_grad()
-def token_scores(
+def score_tokens(
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
     softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `token_losses`, and whether each target has the highest logit: bool, same shape."""
-    losses, is_greedy = [], []
-    for logits, chunk in _iterate_logits(hidden, head, targets, softcap, chunk_rows):
-        losses.append(_losses(logits, chunk))
-        is_greedy.append(logits.argmax(dim=1) == chunk)
-    return torch.cat(losses).view(targets.shape), torch.cat(is_greedy).view(targets.shape)
+    """Compute the cross-entropy of each token, and whether it has the highest logit.
 
-
-def _iterate_logits(
-    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, chunk_rows: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (rows, vocab_size) and targets (rows,) of one chunk after another."""
+    Returns losses in nats, float32, and a bool tensor, both in the shape of `targets`. Arguments as
+    in `linear_cross_entropy`; without gradient.
+    """
     rows, head = _to_compute_dtype(hidden.reshape(-1, hidden.shape[-1]), head)
     size = chunk_rows or default_chunk_rows(rows.device)
-    for chunk, chunk_targets in zip(rows.split(size), targets.reshape(-1).split(size), strict=True):
-        yield compute_logits(chunk, head, softcap)[0], chunk_targets
+    losses, is_greedy = [], []
+    for chunk, wanted in zip(rows.split(size), targets.reshape(-1).split(size), strict=True):
+        logits, _ = compute_logits(chunk, head, softcap)
+        chosen = logits.gather(1, wanted[:, None]).squeeze(1)
+        losses.append(torch.logsumexp(logits, dim=1) - chosen)
+        is_greedy.append(logits.argmax(dim=1) == wanted)
+    return torch.cat(losses).view(targets.shape), torch.cat(is_greedy).view(targets.shape)
 
 
 def compute_logits(
@@ -114,10 +95,6 @@ def compute_logits(
         return z, None
     squashed = torch.tanh(z / softcap)
     return squashed * softcap, squashed
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.logsumexp(logits, dim=1) - logits.gather(1, targets[:, None]).squeeze(1)
 
 
 def _to_compute_dtype(rows: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,7 @@ def test_lambada_equals_reference_per_example(model, reference, tmp_path):
             break
     table = polars.concat([table, polars.DataFrame({"text": [f"{context} {word}"]})])
     path = write_parquet(table, tmp_path / "l.parquet", row_group_size=9)
-    texts = list(read_lambada(path))
+    texts = read_lambada(path)
     found = run_to_completion(
         score_continuations(model, [build_lambada_request(t) for t in texts], 2, "float32")
     )
@@ -185,12 +185,12 @@ def test_hellaswag_original_columns_are_read(tmp_path):
         polars.lit("he").alias("ctx_b"),
         polars.col("label").cast(str),
     )
-    examples = list(read_hellaswag(write_parquet(table, tmp_path / "h.parquet")))
+    examples = read_hellaswag(write_parquet(table, tmp_path / "h.parquet"))
     assert [example.context for example in examples] == ["A man sits. He"] * 3
     assert [example.label for example in examples] == table["label"].cast(int).to_list()
 
 
-def test_result_does_not_depend_on_batch_size_and_limit_is_kept(model, tmp_path):
+def test_result_does_not_depend_on_batch_size_and_limit_is_respected(model, tmp_path):
     path = write_parquet(hellaswag_table(30), tmp_path / "h.parquet", row_group_size=4)
     steps = list(evaluate_hellaswag(model, path, 1, "float32", limit=10))
     assert len(steps) > 5
@@ -229,13 +229,13 @@ def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, caplog):
 
 def test_only_predicted_positions_pass_the_head(model, tmp_path, monkeypatch):
     rows = []
-    real = scoring.token_scores
+    real = scoring.score_tokens
 
     def counted(hidden, *rest):
         rows.append(hidden.shape[0])
         return real(hidden, *rest)
 
-    monkeypatch.setattr(scoring, "token_scores", counted)
+    monkeypatch.setattr(scoring, "score_tokens", counted)
     path = write_parquet(lambada_table(20), tmp_path / "l.parquet")
     requests = [build_lambada_request(text) for text in read_lambada(path)]
     run_to_completion(evaluate_lambada(model, path, 2, "float32"))
@@ -252,25 +252,25 @@ def test_ending_longer_than_block_size_is_refused(tmp_path):
 class TestFiles:
     def hellaswag_error(self, table, path):
         with pytest.raises(BenchmarkError) as caught:
-            list(read_hellaswag(write_parquet(table, path)))
+            read_hellaswag(write_parquet(table, path))
         assert str(path) in str(caught.value)
         return str(caught.value)
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(BenchmarkError, match=r"none.parquet\n.*cannot be opened"):
-            list(read_lambada(str(tmp_path / "none.parquet")))
+            read_lambada(str(tmp_path / "none.parquet"))
         with pytest.raises(BenchmarkError, match="cannot be opened"):
-            list(read_lambada("no-such-store://x/y.parquet"))
+            read_lambada("no-such-store://x/y.parquet")
 
     def test_invalid_or_truncated_file(self, tmp_path):
         path = tmp_path / "l.parquet"
         path.write_text("no parquet at all")
         with pytest.raises(BenchmarkError, match="is not a complete Parquet file"):
-            list(read_lambada(str(path)))
+            read_lambada(str(path))
         write_parquet(lambada_table(9), path)
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(BenchmarkError, match="is not a complete Parquet file"):
-            list(read_lambada(str(path)))
+            read_lambada(str(path))
 
     def test_all_missing_columns_are_reported(self, tmp_path):
         message = self.hellaswag_error(lambada_table(3), tmp_path / "h.parquet")
@@ -299,4 +299,4 @@ class TestFiles:
     def test_passage_without_a_last_word(self, tmp_path, text):
         table = polars.concat([lambada_table(2), polars.DataFrame({"text": [text]}, {"text": str})])
         with pytest.raises(BenchmarkError, match="row 2, column text"):
-            list(read_lambada(write_parquet(table, tmp_path / "l.parquet")))
+            read_lambada(write_parquet(table, tmp_path / "l.parquet"))

@@ -73,10 +73,10 @@ def test_activation_checkpointing_gives_the_same_gradients(architecture):
         linear_cross_entropy(model(ids), model.head, ids, model.logit_softcap).backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
-    kept = gradients()
+    expected = gradients()
     model.activation_checkpointing = True
     again = gradients()
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from gpt.model.compile import find_compiler_error
-from gpt.model.loss import linear_cross_entropy, token_losses, token_scores
+from gpt.model.loss import linear_cross_entropy, score_tokens
 
 
 def tensors(rows, width, vocabulary, dtype=torch.float64):
@@ -47,7 +47,7 @@ def test_gradients_pass_finite_differences():
 
 def test_token_losses_have_the_shape_of_the_targets():
     hidden, head, targets = tensors(12, 6, 31)
-    losses = token_losses(hidden.view(3, 4, 6), head, targets.view(3, 4), 15.0, chunk_rows=5)
+    losses, _ = score_tokens(hidden.view(3, 4, 6), head, targets.view(3, 4), 15.0, chunk_rows=5)
     assert losses.shape == (3, 4)
     torch.testing.assert_close(losses.flatten(), plain_losses(hidden, head, targets, 15.0).detach())
 
@@ -57,7 +57,7 @@ def test_token_scores_are_losses_and_greedy_matches(softcap):
     hidden, head, targets = tensors(12, 6, 11)
     likeliest = (hidden @ head.T).argmax(dim=1)
     targets[::2] = likeliest[::2]
-    losses, hits = token_scores(hidden.view(3, 4, 6), head, targets.view(3, 4), softcap, 5)
+    losses, hits = score_tokens(hidden.view(3, 4, 6), head, targets.view(3, 4), softcap, 5)
     expected = plain_losses(hidden, head, targets, softcap).view(3, 4)
     torch.testing.assert_close(losses, expected.detach())
     assert torch.equal(hits, (targets == likeliest).view(3, 4))

@@ -70,14 +70,14 @@ def test_oom_later_repeats_the_step_with_a_smaller_batch(dataset, tmp_path, monk
 
 def test_oom_in_evaluation_does_not_change_the_result(dataset, tmp_path, monkeypatch, caplog):
     expected = numbers(records(tmp_path, dataset, "expected", **SMALL))
-    real = heldout.token_losses
+    real = heldout.score_tokens
 
     def limited(hidden, *rest):
         if hidden.shape[0] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         return real(hidden, *rest)
 
-    monkeypatch.setattr(heldout, "token_losses", limited)
+    monkeypatch.setattr(heldout, "score_tokens", limited)
     actual = numbers(records(tmp_path, dataset, "actual", **SMALL))
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
