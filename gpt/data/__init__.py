@@ -1,1 +1,1 @@
-"""Text to batches: tokenizer, Parquet to shards, shards to batches."""
+"""Source files, filters, token shards and batches."""

@@ -1,1 +1,1 @@
-"""In from and out to other people's formats."""
+"""Import models and configs from other projects, and export models."""
