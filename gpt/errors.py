@@ -143,3 +143,8 @@ class ServiceError(GPTError):
     """Servers, workers or deployments cannot be started or are already running."""
 
     headline = "the service cannot be started"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message, or the name of an error that has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

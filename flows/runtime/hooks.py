@@ -27,7 +27,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 
 from gpt.config.loading import load_config, merge_overrides, read_toml
 from gpt.data.tokenize.pipeline import find_dataset
-from gpt.errors import GPTError, Problem
+from gpt.errors import GPTError, Problem, first_line
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import find_run_dir
 from tasks.display import log_warning
@@ -58,7 +58,7 @@ def notify_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
         with get_client(sync_client=True) as client:
             client.create_artifact(artifact)
     except Exception as error:
-        log_warning(f"the end of this run could not be reported: {_first_line(error)}")
+        log_warning(f"the end of this run could not be reported: {first_line(error)}")
 
 
 def notify_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
@@ -82,7 +82,7 @@ def send_notifications(blocks: Sequence[str], subject: str, body: str) -> None:
                 if inspect.isawaitable(sending):  # some blocks are async, some are not
                     run_coro_as_sync(sending)
         except Exception as error:  # every service has errors of its own
-            log_warning(f"run.notify = {name}: the message was not sent: {_first_line(error)}")
+            log_warning(f"run.notify = {name}: the message was not sent: {first_line(error)}")
 
 
 def _reload(flow_run: FlowRun) -> FlowRun:
@@ -94,10 +94,6 @@ def _reload(flow_run: FlowRun) -> FlowRun:
 
 def _artifact_key(flow_run: FlowRun) -> str:
     return artifact_key(f"end-{flow_run.name}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def render_report(flow: Flow, run: FlowRun, state: State) -> str:

@@ -16,7 +16,7 @@ from flows.runtime.embedded_api import start_api
 from flows.runtime.outcome import Outcome
 from flows.runtime.process_exit import skip_cleanup
 from gpt.config.loading import load_config
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, first_line
 from tasks.display import log_warning
 from tasks.runtime.prefect_api import is_api_unreachable
 from tasks.runtime.signals import stop_signals
@@ -91,7 +91,7 @@ def _run(
                     raise
                 fault = error
                 skip_cleanup()
-        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+        reason = first_line(fault)
         log_warning(f"Prefect's API is unreachable ({reason}); the run continues without it")
         return _unwrap(flow.fn(**{**parameters, **retry_parameters()}))
     except CancelledRun as cancelled:

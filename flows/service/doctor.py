@@ -23,6 +23,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.service import deployments
 from flows.service.settings import POOL, PROJECT, ServiceSettings, redact_password
+from gpt.errors import first_line
 from tasks.tracking.metadata import default_tracking_uri
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
@@ -197,7 +198,7 @@ def check_tracking_store(uri: str) -> Finding:
         remedy = "start that server, or unset MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite"):
             remedy = "move the file away; `overnight sync RUN` fills a new one from the run folders"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return fault("MLflow", f"{shown} does not work: {reason}", remedy)
     return good("MLflow", shown)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.service.events import SERVER_UNREACHABLE, require_prefect_server, send_file_event
 from gpt.data.new_files import NewFileScanner
-from gpt.errors import Problem, WatchError
+from gpt.errors import Problem, WatchError, first_line
 from gpt.files import write_text
 from tasks.display import log_info, log_warning
 
@@ -87,7 +87,7 @@ class Watcher:
                 send_file_event(event.path, event.id)
             except SERVER_UNREACHABLE as error:
                 if not self._server_is_down:
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    reason = first_line(error)
                     log_warning(
                         f"the event for {event.path} cannot be sent to Prefect's server "
                         f"({reason}); it is sent when the server is back. `overnight up` starts one"

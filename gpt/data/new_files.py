@@ -10,6 +10,8 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpt.errors import first_line
+
 
 @dataclass
 class NewFileScanner:
@@ -70,5 +72,5 @@ def _find_footer_error(path: Path) -> str:
     try:
         pq.read_metadata(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return ""

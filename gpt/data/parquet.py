@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gpt.data.filters import RowFilter
 from gpt.data.sources import GET_AGAIN, CorpusFile, describe_unreadable
 from gpt.data.tokenize.units import Unit, split_into_units
-from gpt.errors import CorpusError, Problem
+from gpt.errors import CorpusError, Problem, first_line
 
 BATCH_BYTES = 1_000_000
 """Text decoded at once, estimated from the row group with the longest average row."""
@@ -121,7 +121,7 @@ def _describe_open_error(file: CorpusFile, error: Exception) -> Problem:
     elif tail != b"PAR1":
         rule = "is truncated: a complete Parquet file ends with PAR1"
     else:
-        rule = f"is damaged: {_first_line(error)}"
+        rule = f"is damaged: {first_line(error)}"
     return Problem(file.name, "", rule, GET_AGAIN)
 
 
@@ -155,10 +155,6 @@ def _is_text(kind: pa.DataType, annotation: str) -> bool:
         return annotation in ("ENUM", "JSON")
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     return any(test(kind) for test in tests)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_all_rows(source: ParquetSource, row_filter: RowFilter) -> None:
@@ -229,7 +225,7 @@ def _describe_damage(source: ParquetSource, row: int, error: Exception) -> Probl
         return describe_unreadable(source.file, reason)
     group = int(np.searchsorted(source.groups[:, 0].cumsum(), row, side="right"))
     place = f"row group {min(group, len(source.groups) - 1)}, at or after row {row}"
-    return Problem(source.file.name, place, f"is damaged: {_first_line(error)}", GET_AGAIN)
+    return Problem(source.file.name, place, f"is damaged: {first_line(error)}", GET_AGAIN)
 
 
 def _to_texts(

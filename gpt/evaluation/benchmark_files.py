@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from gpt.errors import BenchmarkError, Problem
+from gpt.errors import BenchmarkError, Problem, first_line
 
 ENDINGS = 4
 _DOWNLOAD = "copy or download the benchmark's Parquet file again"
@@ -90,7 +90,7 @@ def _read_rows(
         with fsspec.open(path, "rb") as file:
             content = io.BytesIO(file.read())
     except Exception as error:  # each file system raises errors of its own
-        rule = f"cannot be opened: {_first_line(error)}"
+        rule = f"cannot be opened: {first_line(error)}"
         remedy = "set the path or URL of the benchmark's Parquet file"
         raise BenchmarkError(Problem(path, "", rule, remedy)) from error
     try:
@@ -102,12 +102,8 @@ def _read_rows(
         content.seek(0)
         table = pl.read_parquet(content, columns=list(wanted), n_rows=limit)
     except (pl.exceptions.PolarsError, OSError) as error:
-        rule = f"is not a complete Parquet file: {_first_line(error)}"
+        rule = f"is not a complete Parquet file: {first_line(error)}"
         raise BenchmarkError(Problem(path, "", rule, _DOWNLOAD)) from error
     if table.is_empty() and limit != 0:
         raise BenchmarkError(Problem(path, "", "has no rows", _DOWNLOAD))
     return table.to_dicts()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.config.schema import ModelSection
-from gpt.errors import ExchangeError, Problem
+from gpt.errors import ExchangeError, Problem, first_line
 from gpt.exchange.huggingface_config import read_gpt2_config, write_configs
 from gpt.exchange.huggingface_tokenizer import write_tokenizer
 from gpt.exchange.model_card import ModelCardData, build_model_card
@@ -114,7 +114,7 @@ def _load(directory: Path) -> dict[str, Tensor]:
             files = sorted(set(json.loads((directory / INDEX).read_bytes())["weight_map"].values()))
         return {name: t for file in files for name, t in load_file(directory / file).items()}
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        rule = f"the weights cannot be read: {(str(error).splitlines() or ['unreadable'])[0]}"
+        rule = f"the weights cannot be read: {first_line(error)}"
         remedy = "use a directory with model.safetensors; pickled weights (*.bin) are not loaded"
         raise ExchangeError(Problem(str(directory), "", rule, remedy)) from error
 

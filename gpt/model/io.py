@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.config.schema import ModelSection
-from gpt.errors import CheckpointError, Problem
+from gpt.errors import CheckpointError, Problem, first_line
 from gpt.model.architectures import ARCHITECTURES
 from gpt.model.base import GPT
 from gpt.model.section import CONFIG_FILE, MODEL_FILE, MODEL_FOLDER_REMEDY, load_model_section
@@ -40,7 +40,7 @@ def load_tensors(folder: Path, section: ModelSection) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        rule = f"cannot be read: {str(error).splitlines()[0]}"
+        rule = f"cannot be read: {first_line(error)}"
         raise CheckpointError(Problem(str(path), "", rule, MODEL_FOLDER_REMEDY)) from error
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if mismatch := find_shape_mismatch(tensor_shapes(section), found):

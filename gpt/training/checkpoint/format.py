@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gpt.artifacts import CheckpointRef
 from gpt.config.schema import RunConfig
-from gpt.errors import CheckpointError, Problem
+from gpt.errors import CheckpointError, Problem, first_line
 from gpt.files import compute_sha256, sync
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import (
@@ -142,7 +142,7 @@ def _check_same_run(
     try:
         written = RunConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise damaged_error(path, str(error).splitlines()[0]) from error
+        raise damaged_error(path, first_line(error)) from error
     saved = identity_values(written, progress.dataset_fingerprint)
     current = identity_values(config, dataset_fingerprint)
     problems = [

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gpt.artifacts import CheckpointRef
 from gpt.config.schema import TrainingSection
-from gpt.errors import CheckpointError, Problem
+from gpt.errors import CheckpointError, Problem, first_line
 from gpt.files import compute_sha256, write_text
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def read_progress(checkpoint: Path) -> TrainingProgress:
     try:
         return TrainingProgress.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise damaged_error(path, str(error).splitlines()[0]) from error
+        raise damaged_error(path, first_line(error)) from error
 
 
 def read_checkpoint_ref(checkpoint: Path) -> CheckpointRef:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from gpt.errors import GPTError
+from gpt.errors import GPTError, first_line
 from gpt.training.checkpoint.retention import write_batch_size
 from gpt.training.distributed.ipc import IPCClient
 from gpt.training.distributed.launch import GroupStarted, WorkerFailed, WorkerSpec
@@ -35,8 +35,7 @@ def main() -> None:
     except GPTError as error:
         client.send(error)  # a restart would not help, so it ends the run
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        client.send(WorkerFailed(f"{type(error).__name__}: {first_line}"))
+        client.send(WorkerFailed(f"{type(error).__name__}: {first_line(error)}"))
         raise
     leave_process_group()
     # Threads of gloo that still run abort the interpreter's normal exit, and the launcher would
