@@ -1,10 +1,9 @@
-"""The library of overnight: text to tokens to a trained, evaluated GPT. Knows nothing of the
-workflow engine and the tracking server around it.
+"""The library of overnight: from text to a trained and evaluated GPT. It imports neither Prefect
+nor MLflow.
 
-Reading order: `config` (what can be decided), `errors`, `artifacts` (what passes between stages);
-`data.tokenizer`, `data.corpus`, `data.shards`, `data.batches` (text to batches);
-`model.transformer`, `model.loss`, `model.generation` (the network);
-`training.loop` with `optimizer`, `schedule`, `checkpoint` (the night);
-`evaluation.heldout`, `evaluation.benchmarks` (the morning). Beside them: `preflight` (what a run
-will need, before it is started) and `exchange` (other people's formats).
+Reading order: `config.schema` (what can be set), `errors`, `artifacts` (what passes between
+stages); `data.tokenize.pipeline`, `data.shards`, `data.loader` (from text to batches);
+`model.gpt2`, `model.nanochat`, `model.loss`, `model.generate` (the networks); `training.loop` with
+`optimizer`, `schedule` and `checkpoint`; `evaluation.heldout`, `evaluation.benchmarks`. Beside
+them: `preflight` (what a run needs) and `exchange` (formats of other libraries).
 """

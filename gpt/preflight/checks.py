@@ -1,7 +1,7 @@
 """Checks that stop a run: they need more than the config's values, e.g. the GPU, the data, the
 disk.
 
-Each check takes the `CheckContext` and returns a `Problem` or None. Checks that only warn are in
+Each check yields a `Problem` for everything that fails. Checks that only warn are in
 `gpt.preflight.warnings`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +59,6 @@ class CheckContext:
         return f"needs {gib(self.memory.needed_bytes)}; {self.gpu.name} has {gib(memory_bytes)}"
 
 
-Check = Callable[[CheckContext], Problem | None]
-
-
 def gb(count: float) -> str:
     """Format bytes in decimal units, as disks are sold."""
     return f"{count / 1e9:.1f} GB"
@@ -72,91 +69,79 @@ def gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB"
 
 
-# --- the machine ---------------------------------------------------------------------------------
+def find_problems(context: CheckContext) -> Iterator[Problem]:
+    """Yield everything that keeps the run from working."""
+    for check in (check_devices, check_memory, check_data, check_files, check_disk):
+        yield from check(context)
 
 
-def check_device(context: CheckContext) -> Problem | None:
-    device, gpu = context.config.hardware.device, context.gpu
-    is_question = gpu.is_named or not device.startswith("cuda")
-    if is_question or int(device.partition(":")[2] or 0) < gpu.installed:
-        return None
-    return Problem(
-        "hardware.device",
-        device,
-        f"does not exist: this machine has {gpu.installed} NVIDIA GPUs",
-        'use "auto" or "cpu", repair the driver, or give --gpu NAME to ask about another machine',
-    )
-
-
-def check_devices(context: CheckContext) -> Problem | None:
+def check_devices(context: CheckContext) -> Iterator[Problem]:
     hardware, gpu = context.config.hardware, context.gpu
-    is_question = gpu.is_named or not context.starting or hardware.device == "cpu"
-    if is_question or not 0 < gpu.installed < hardware.devices:
-        return None
-    return Problem(
-        "hardware.devices",
-        str(hardware.devices),
-        f"exceeds the {gpu.installed} NVIDIA GPUs of this machine",
-        f"set hardware.devices to {gpu.installed}, or use a machine that has more",
-    )
+    device, missing = hardware.device, f"this machine has {gpu.installed} NVIDIA GPUs"
+    if gpu.is_named:  # the run is for another machine
+        return
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpu.installed:
+        remedy = 'use "auto" or "cpu", repair the driver, or give --gpu NAME for another machine'
+        yield Problem("hardware.device", device, f"does not exist: {missing}", remedy)
+    if context.starting and device != "cpu" and 0 < gpu.installed < hardware.devices:
+        remedy = f"set hardware.devices to {gpu.installed}, or use a machine that has more"
+        yield Problem("hardware.devices", str(hardware.devices), f"too many: {missing}", remedy)
 
 
-def check_memory(context: CheckContext) -> Problem | None:
+def check_memory(context: CheckContext) -> Iterator[Problem]:
     if not context.exceeds_memory or context.is_reduced_at_start:
-        return None
+        return
     config, memory_bytes = context.config, context.gpu.memory_bytes or 0
     savings = f"set {', or '.join(context.memory_savings)}" if context.memory_savings else ""
     if config.hardware.world_size == 1:
         remedy = savings or "use a smaller model or a larger GPU"
         value = str(config.training.batch_size)
-        return Problem("training.batch_size", value, context.memory_rule, remedy)
+        yield Problem("training.batch_size", value, context.memory_rule, remedy)
+        return
     setting = config.hardware.sharding
     if setting == "ddp" and estimate_memory(config, "fsdp").needed_bytes <= memory_bytes:
         remedy = 'set hardware.sharding to "auto" or "fsdp"'
     else:
         remedy = savings or "use more devices, a smaller model or a larger GPU"
     rule = f"{context.memory_rule} (each of {config.hardware.world_size}, {context.sharding})"
-    return Problem("hardware.sharding", setting, rule, remedy)
+    yield Problem("hardware.sharding", setting, rule, remedy)
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
-def check_data_exists(context: CheckContext) -> Problem | None:
-    return missing_data(context) if context.starting else None
-
-
-def missing_data(context: CheckContext) -> Problem | None:
-    if not context.data.missing:
-        return None
-    return Problem(
-        "data.source",
-        ", ".join(context.data.missing),
-        "does not exist, or matches no file",
-        f"put Parquet there, or give another path; paths are relative to {Path.cwd()}",
-    )
-
-
-def check_data_fills_a_batch(context: CheckContext) -> Problem | None:
+def check_data(context: CheckContext) -> Iterator[Problem]:
+    if context.starting:
+        yield from missing_data(context)
     tokens, training = context.data.max_train_tokens, context.config.training
     block = context.config.model.block_size
     if tokens is None or tokens > training.batch_size * block:
-        return None
-    if tokens <= block:
-        key, value = "model.block_size", block
-        remedy = f"use more text, or a model.block_size below {tokens}"
-    else:
-        key, value = "training.batch_size", training.batch_size
-        remedy = f"use more text, or a batch_size of at most {max(1, (tokens - 1) // block)}"
+        return
     rule = (
         f"makes batches of {training.batch_size} x {block:,} tokens, and the training data has at "
         f"most {tokens:,}"
     )
-    return Problem(key, str(value), rule, remedy)
+    if tokens <= block:
+        remedy = f"use more text, or a model.block_size below {tokens}"
+        yield Problem("model.block_size", str(block), rule, remedy)
+    else:
+        remedy = f"use more text, or a batch_size of at most {max(1, (tokens - 1) // block)}"
+        yield Problem("training.batch_size", str(training.batch_size), rule, remedy)
 
 
-def check_initial_weights(context: CheckContext) -> Problem | None:
-    return check_init_from(context.config)
+def missing_data(context: CheckContext) -> Iterator[Problem]:
+    if context.data.missing:
+        sources, rule = ", ".join(context.data.missing), "does not exist, or matches no file"
+        remedy = f"put Parquet there, or give another path; paths are relative to {Path.cwd()}"
+        yield Problem("data.source", sources, rule, remedy)
+
+
+def check_files(context: CheckContext) -> Iterator[Problem]:
+    """Check `training.init_from` and the benchmarks' files; addresses would take a download."""
+    if problem := check_init_from(context.config):
+        yield problem
+    for key in ("hellaswag", "lambada"):
+        path = getattr(context.config.evaluation, key)
+        if context.starting and path and "://" not in path and not Path(path).is_file():
+            remedy = "give the path of the benchmark's Parquet file, or remove the key"
+            yield Problem(f"evaluation.{key}", path, "does not exist", remedy)
 
 
 def check_init_from(config: RunConfig) -> Problem | None:
@@ -186,17 +171,7 @@ def check_init_from(config: RunConfig) -> Problem | None:
     return Problem("training.init_from", path, rule, settings)
 
 
-def check_benchmark_files(context: CheckContext) -> Problem | None:
-    """Addresses are not checked: that would take a download."""
-    for key in ("hellaswag", "lambada"):
-        path = getattr(context.config.evaluation, key)
-        if context.starting and path and "://" not in path and not Path(path).is_file():
-            remedy = "give the path of the benchmark's Parquet file, or remove the key"
-            return Problem(f"evaluation.{key}", path, "does not exist", remedy)
-    return None
-
-
-def check_output_folder(context: CheckContext) -> Problem | None:
+def check_disk(context: CheckContext) -> Iterator[Problem]:
     root = context.config.run.root
     try:
         ancestor = _existing_ancestor(root)
@@ -207,34 +182,15 @@ def check_output_folder(context: CheckContext) -> Problem | None:
             rule = f"is not writable: no permission to write to {ancestor}"
     except (OSError, ValueError) as error:
         rule = f"is not a possible folder: {error}"
-    return Problem("run.root", str(root), rule, "use a writable folder") if rule else None
-
-
-def check_disk(context: CheckContext) -> Problem | None:
+    if rule:
+        yield Problem("run.root", str(root), rule, "use a writable folder")
     needed, free = disk_needed(context.config, context.data), free_disk_bytes(context.config)
     total = sum(needed.values())
-    if free is None or total <= free:
-        return None
-    parts = ", ".join(f"{name} {gb(size)}" for name, size in needed.items())
-    return Problem(
-        "run.root",
-        str(context.config.run.root),
-        f"has {gb(free)} free; the run writes {gb(total)}: {parts}",
-        "free disk space, keep fewer checkpoints (training.checkpoints_kept), or use another disk",
-    )
-
-
-CHECKS: tuple[Check, ...] = (
-    check_device,
-    check_devices,
-    check_memory,
-    check_data_exists,
-    check_data_fills_a_batch,
-    check_initial_weights,
-    check_benchmark_files,
-    check_output_folder,
-    check_disk,
-)
+    if free is not None and total > free:
+        parts = ", ".join(f"{name} {gb(size)}" for name, size in needed.items())
+        rule = f"has {gb(free)} free; the run writes {gb(total)}: {parts}"
+        remedy = "free space, lower training.checkpoints_kept, or change run.root"
+        yield Problem("run.root", str(root), rule, remedy)
 
 
 def disk_needed(config: RunConfig, data: DataEstimate) -> dict[str, int]:

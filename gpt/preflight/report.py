@@ -18,7 +18,7 @@ from gpt.errors import ConfigError, Problem
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
 from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
-from gpt.preflight.checks import CHECKS, CheckContext, disk_needed, free_disk_bytes
+from gpt.preflight.checks import CheckContext, disk_needed, find_problems, free_disk_bytes
 from gpt.preflight.data_estimate import DataEstimate, estimate_data
 from gpt.preflight.memory import Memory, Sharding, estimate_memory
 from gpt.preflight.parameters import Parameters, count_parameters
@@ -31,7 +31,7 @@ from gpt.preflight.suggestions import (
     suggest_memory_savings,
 )
 from gpt.preflight.time import Throughput, estimate_throughput, total_tokens, training_hours
-from gpt.preflight.warnings import WARNINGS
+from gpt.preflight.warnings import find_warnings
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ def run_preflight_on_values(
         starting=starting,
         memory_savings=tuple(suggestion.as_overrides() for suggestion in suggestions),
     )
-    problems = tuple(found for check in CHECKS if (found := check(context)))
-    warnings = tuple(found for check in WARNINGS if (found := check(context)))
+    problems, warnings = tuple(find_problems(context)), tuple(find_warnings(context))
     if any(warning.key == "model.n_head" for warning in warnings):
         suggestions += suggest_aligned_heads("model.n_head", config, target.memory_bytes)
     return Report(path, target, figures, problems, warnings, tuple(suggestions))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from functools import cache
 from urllib.parse import urlsplit
 
 from gpt.errors import Problem
-from gpt.preflight.checks import Check, CheckContext, gib, missing_data
+from gpt.preflight.checks import CheckContext, gib, missing_data
 from gpt.preflight.time import total_tokens
 from gpt.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
 
@@ -20,177 +21,113 @@ TOKENS_PER_STEP_FACTOR = 4
 """Range of tokens per step, around the reference, for which the default learning rate is good."""
 
 
-def warn_unknown_gpu(context: CheckContext) -> Problem | None:
-    return context.gpu.warning
+def find_warnings(context: CheckContext) -> Iterator[Problem]:
+    """Yield everything that works but should be known before the run."""
+    for warn in (warn_about_gpu, warn_about_model, warn_about_optimizer, warn_about_data):
+        yield from warn(context)
+    yield from warn_about_tracking(context)
 
 
-def warn_memory_in_use(context: CheckContext) -> Problem | None:
-    gpu, needed = context.gpu, context.memory.needed_bytes
-    if gpu.memory_bytes is None or gpu.free_bytes is None:
-        return None
-    if not gpu.free_bytes < needed <= gpu.memory_bytes:
-        return None
-    return Problem(
-        "hardware.device",
-        context.config.hardware.device,
-        f"has too little free memory: the run needs {gib(needed)}; other processes leave "
-        f"{gib(gpu.free_bytes)} of {gpu.name}",
-        "stop what else uses the GPU, e.g. a desktop or another training",
-    )
+def warn_about_gpu(context: CheckContext) -> Iterator[Problem]:
+    config, gpu, needed = context.config, context.gpu, context.memory.needed_bytes
+    if gpu.warning:
+        yield gpu.warning
+    total, free = gpu.memory_bytes, gpu.free_bytes
+    if total is not None and free is not None and free < needed <= total:
+        rule = (
+            f"has too little free memory: the run needs {gib(needed)}; other processes leave "
+            f"{gib(free)} of {gpu.name}"
+        )
+        remedy = "stop what else uses the GPU, e.g. a desktop or another training"
+        yield Problem("hardware.device", config.hardware.device, rule, remedy)
+    if context.is_reduced_at_start:
+        value = str(config.training.batch_size)
+        rule = f"{context.memory_rule}. It is halved and grad_acc doubled until the run fits"
+        remedy = "nothing to do; the suggestions fit at once"
+        yield Problem("training.batch_size", value, rule, remedy)
+    if gpu.spec and gpu.spec.bf16_tflops is None and config.training.dtype == "bfloat16":
+        rule = f"is not supported by {gpu.spec.name}: float16 with gradient scaling is used"
+        yield Problem("training.dtype", "bfloat16", rule, "nothing to do")
 
 
-def warn_reduced_batch(context: CheckContext) -> Problem | None:
-    if not context.is_reduced_at_start:
-        return None
-    return Problem(
-        "training.batch_size",
-        str(context.config.training.batch_size),
-        f"{context.memory_rule}. It is halved and grad_acc doubled until the run fits",
-        "nothing to do; the suggestions fit at once",
-    )
-
-
-def warn_no_bfloat16(context: CheckContext) -> Problem | None:
-    spec, dtype = context.gpu.spec, context.config.training.dtype
-    if spec is None or dtype != "bfloat16" or spec.bf16_tflops is not None:
-        return None
-    rule = f"is not supported by {spec.name}: float16 with gradient scaling is used"
-    return Problem("training.dtype", dtype, rule, "nothing to do")
-
-
-def warn_unaligned_heads(context: CheckContext) -> Problem | None:
+def warn_about_model(context: CheckContext) -> Iterator[Problem]:
     model = context.config.model
-    size = model.n_embd // model.n_head
-    if size % 8 == 0:
-        return None
-    return Problem(
-        "model.n_head",
-        str(model.n_head),
-        f"gives heads of {model.n_embd} / {model.n_head} = {size} channels: attention kernels pad "
-        f"them to {-(-size // 8) * 8}, which costs memory and time",
-        "use a suggestion with a multiple of 8, or keep it: it works",
-    )
+    head_size = model.n_embd // model.n_head
+    if head_size % 8:
+        rule = (
+            f"makes heads of {model.n_embd} / {model.n_head} = {head_size} channels: attention "
+            f"kernels pad them to {-(-head_size // 8) * 8}, which costs memory and time"
+        )
+        remedy = "use a suggestion with a multiple of 8, or keep it: it works"
+        yield Problem("model.n_head", str(model.n_head), rule, remedy)
+    if model.vocab_size % 64:
+        rule = "is not a multiple of 64, so the head cannot use the fast matmul kernels"
+        padded = min(-(-model.vocab_size // 64) * 64, 65_536)
+        remedy = f"set model.vocab_size to {padded}; the extra rows cost little"
+        yield Problem("model.vocab_size", str(model.vocab_size), rule, remedy)
+    if model.bias and model.architecture == "nanochat":
+        yield Problem("model.bias", "true", "has no effect: nanochat has no biases", "remove it")
 
 
-def warn_unaligned_vocabulary(context: CheckContext) -> Problem | None:
-    size = context.config.model.vocab_size
-    if size % 64 == 0:
-        return None
-    return Problem(
-        "model.vocab_size",
-        str(size),
-        "is not a multiple of 64, so the head cannot use the fast matmul kernels",
-        f"set model.vocab_size to {min(-(-size // 64) * 64, 65_536)}; the extra rows cost little",
-    )
-
-
-def warn_step_size(context: CheckContext) -> Problem | None:
+def warn_about_optimizer(context: CheckContext) -> Iterator[Problem]:
     config, tokens = context.config, context.config.tokens_per_step
+    optimizer, rates = config.optimizer, peak_learning_rates(config)
     low = REFERENCE_TOKENS_PER_STEP // TOKENS_PER_STEP_FACTOR
     high = REFERENCE_TOKENS_PER_STEP * TOKENS_PER_STEP_FACTOR
-    if config.optimizer.learning_rate is not None or low <= tokens <= high:
-        return None
-    micro_batch = config.training.batch_size * config.model.block_size
-    grad_acc = max(1, round(REFERENCE_TOKENS_PER_STEP / micro_batch))
-    rate = peak_learning_rates(config).matrices
-    return Problem(
-        "training.grad_acc",
-        str(config.training.grad_acc),
-        f"makes {tokens:,} tokens per step; the default learning rate, {rate:.2g}, was tuned at "
-        f"about {REFERENCE_TOKENS_PER_STEP:,}",
-        f"set training.grad_acc to {grad_acc}, or set optimizer.learning_rate",
-    )
-
-
-def warn_learning_rates(context: CheckContext) -> Problem | None:
-    optimizer, rates = context.config.optimizer, peak_learning_rates(context.config)
+    if optimizer.learning_rate is None and not low <= tokens <= high:
+        micro_batch = config.training.batch_size * config.model.block_size
+        grad_acc = max(1, round(REFERENCE_TOKENS_PER_STEP / micro_batch))
+        rule = (
+            f"makes {tokens:,} tokens per step; the default learning rate, {rates.matrices:.2g}, "
+            f"was tuned at about {REFERENCE_TOKENS_PER_STEP:,}"
+        )
+        remedy = f"set training.grad_acc to {grad_acc}, or set optimizer.learning_rate"
+        yield Problem("training.grad_acc", str(config.training.grad_acc), rule, remedy)
     if optimizer.name == "adamw":
         for name in ("embedding_learning_rate", "head_learning_rate"):
             if (rate := getattr(optimizer, name)) is not None:
                 rule = "has no effect: adamw has one learning rate"
                 remedy = 'remove it, or set optimizer.name to "muon"'
-                return Problem(f"optimizer.{name}", f"{rate:g}", rule, remedy)
-        return None
-    if rates.head <= rates.matrices <= rates.embedding:
-        return None
-    return Problem(
-        "optimizer.learning_rate",
-        f"{rates.matrices:g}",
-        f"is out of order: with muon the embedding's ({rates.embedding:.2g}) should be the highest "
-        f"and the head's ({rates.head:.2g}) the lowest",
-        "remove all three to use the defaults",
-    )
+                yield Problem(f"optimizer.{name}", f"{rate:g}", rule, remedy)
+    elif not rates.head <= rates.matrices <= rates.embedding:
+        rule = (
+            f"is out of order: with muon the embedding's ({rates.embedding:.2g}) should be the "
+            f"highest and the head's ({rates.head:.2g}) the lowest"
+        )
+        remedy = "remove all three to use the defaults"
+        yield Problem("optimizer.learning_rate", f"{rates.matrices:g}", rule, remedy)
 
 
-def warn_unused_bias(context: CheckContext) -> Problem | None:
-    model = context.config.model
-    if model.architecture == "gpt2" or not model.bias:
-        return None
-    return Problem("model.bias", "true", "has no effect: nanochat has no biases", "remove it")
+def warn_about_data(context: CheckContext) -> Iterator[Problem]:
+    config, data = context.config, context.data
+    if not context.starting:
+        yield from missing_data(context)
+    about = "" if data.exact else "about "
+    tokens, wanted = data.train_tokens, total_tokens(config)
+    if tokens and wanted > USEFUL_EPOCHS * tokens:
+        epochs = f"{about}{wanted / tokens:,.1f} epochs"
+        rule = f"makes {wanted:,} tokens of {about}{tokens:,}: {epochs}"
+        steps = max(1, USEFUL_EPOCHS * tokens // config.tokens_per_step)
+        remedy = (
+            f"use more text, or at most {steps:,} steps: after {USEFUL_EPOCHS} epochs text teaches "
+            "little"
+        )
+        yield Problem("training.max_steps", str(config.training.max_steps), rule, remedy)
+    tokens, wanted = data.validation_tokens, config.evaluation.tokens
+    if tokens is not None and tokens < wanted:
+        rule = f"exceeds the validation split of {about}{tokens:,} tokens; those are evaluated"
+        remedy = (
+            f"set evaluation.tokens to {max(1, tokens)}, or use a larger data.validation_fraction"
+        )
+        yield Problem("evaluation.tokens", str(wanted), rule, remedy)
 
 
-def warn_missing_data(context: CheckContext) -> Problem | None:
-    return None if context.starting else missing_data(context)
-
-
-def warn_many_epochs(context: CheckContext) -> Problem | None:
-    config, tokens, about = context.config, context.data.train_tokens, _about(context)
-    wanted = total_tokens(config)
-    if not tokens or wanted <= USEFUL_EPOCHS * tokens:
-        return None
-    steps = max(1, USEFUL_EPOCHS * tokens // config.tokens_per_step)
-    return Problem(
-        "training.max_steps",
-        str(config.training.max_steps),
-        f"makes {wanted:,} tokens of {about}{tokens:,}: {about}{wanted / tokens:,.1f} epochs",
-        f"use more text, or at most {steps:,} steps: after {USEFUL_EPOCHS} epochs text teaches "
-        "little",
-    )
-
-
-def warn_short_validation_split(context: CheckContext) -> Problem | None:
-    tokens, wanted = context.data.validation_tokens, context.config.evaluation.tokens
-    if tokens is None or tokens >= wanted:
-        return None
-    return Problem(
-        "evaluation.tokens",
-        str(wanted),
-        f"exceeds the validation split of {_about(context)}{tokens:,} tokens; those are evaluated",
-        f"set evaluation.tokens to {max(1, tokens)}, or use a larger data.validation_fraction",
-    )
-
-
-def warn_unreachable_tracking(context: CheckContext) -> Problem | None:
+def warn_about_tracking(context: CheckContext) -> Iterator[Problem]:
     uri = context.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri.startswith(("http://", "https://")) or _accepts_connections(uri):
-        return None
-    return Problem(
-        "tracking.uri",
-        uri,
-        "is unreachable; the run is recorded on disk and uploaded once the MLflow server answers",
-        "start the server, or remove the address to track on this machine",
-    )
-
-
-WARNINGS: tuple[Check, ...] = (
-    warn_unknown_gpu,
-    warn_memory_in_use,
-    warn_reduced_batch,
-    warn_no_bfloat16,
-    warn_unaligned_heads,
-    warn_unaligned_vocabulary,
-    warn_step_size,
-    warn_learning_rates,
-    warn_unused_bias,
-    warn_missing_data,
-    warn_many_epochs,
-    warn_short_validation_split,
-    warn_unreachable_tracking,
-)
-
-
-def _about(context: CheckContext) -> str:
-    return "" if context.data.exact else "about "
+    if uri.startswith(("http://", "https://")) and not _accepts_connections(uri):
+        rule = "is unreachable; metrics stay on disk and are uploaded once the server answers"
+        remedy = "start the server, or remove the address to track on this machine"
+        yield Problem("tracking.uri", uri, rule, remedy)
 
 
 @cache
