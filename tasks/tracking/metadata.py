@@ -20,7 +20,7 @@ from gpt.data.shards import MANIFEST
 from gpt.data.summary import write_summary
 from gpt.files import write_text
 from gpt.hardware.device import pick_device
-from gpt.model.architectures import build_model
+from gpt.preflight.parameters import count_parameters
 from gpt.schedule import peak_learning_rates
 from tasks.tracking.journal import DatasetInfo, PendingMetadata
 
@@ -94,13 +94,11 @@ def _dataset_files(dataset: DatasetManifest) -> dict[str, Path]:
 
 def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:
     """Return every config value, and what follows from the config, the dataset and the machine."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config.model).parameters())
     device = pick_device(config.hardware.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     packages = ("overnight", "torch", "mlflow", "prefect", "polars", "tiktoken")
     derived = {
-        "parameters": parameters,
+        "parameters": count_parameters(config.model).total,
         "tokens_per_step": config.tokens_per_step,
         **{f"peak_lr.{name}": rate for name, rate in vars(peak_learning_rates(config)).items()},
         "dataset.fingerprint": dataset.fingerprint,

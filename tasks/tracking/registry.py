@@ -37,7 +37,6 @@ from tasks.tracking.sync import RunSync
 
 UPLOAD_SECONDS = 600
 """Longest wait for the upload of a model: its weights may go to a distant store."""
-FOLDER_TAG, VERSIONS_TAG = "overnight.folder", "mlflow.modelVersions"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 SERVED_PACKAGES = (
     *("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "tiktoken"),
@@ -124,10 +123,8 @@ def write_pyfunc_model(folder: Path, run_id: str, logged: entities.LoggedModel) 
     would silently drop an unknown column, such as a misspelled parameter.
     """
     import mlflow.pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.models import Model, infer_signature
 
-    types = {int: DataType.long, float: DataType.double}
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     mlflow.pyfunc.save_model(
         path=str(folder),
@@ -139,12 +136,7 @@ def write_pyfunc_model(folder: Path, run_id: str, logged: entities.LoggedModel) 
         ),
         python_model=str(SERVED_MODEL),
         code_paths=[str(Path(str(gpt.__file__)).parent)],
-        signature=ModelSignature(
-            outputs=Schema([ColSpec(DataType.string)]),
-            params=ParamSchema(
-                [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
-            ),
-        ),
+        signature=infer_signature(model_output=["text"], params=defaults),
         input_example=({"prompt": ["Once upon a time"]}, defaults),
         # Without the local build, such as +cpu, which package indexes do not have.
         pip_requirements=[f"{name}=={version_of(name).split('+')[0]}" for name in SERVED_PACKAGES],

@@ -14,9 +14,6 @@ from tasks.tracking import journal
 from tasks.tracking.journal import DatasetInfo, SyncState
 from tasks.tracking.mlflow_api import MlflowClient, Tag, entities, get_or_none
 
-ERROR_TAG = "overnight.error"
-NOTE_TAG = "mlflow.note.content"
-PARENT_TAG = "mlflow.parentRunId"
 TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 """How MLflow marks training experiments. Its UI (3.17) opens on prompts and traces all the same,
 so a run prints the address of the page with the curves."""
