@@ -22,11 +22,12 @@ from unittest.mock import patch
 import pytest
 from browser import browser
 from filelock import FileLock
+from servers import server
 from waiting import scaled
 
 from gpt.gc_tuning import tune_gc
 
-__all__ = ["browser"]  # for every test that asks for it
+__all__ = ["browser", "server"]  # fixtures of the helpers
 
 PREFECT_HOME = tempfile.TemporaryDirectory(prefix="overnight-prefect-", ignore_cleanup_errors=True)
 PREFECT_SETTINGS = {
