@@ -6,7 +6,7 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,10 +47,14 @@ def retrain(
     if problems := run_preflight(config, values, starting=True).problems:
         raise ConfigError(*problems)
     environment.prepare(load_config(config, values).run.root)
-    from flows.runtime.local_run import run_retrain
+    from flows.retrain import check_up_to_date
+    from flows.retrain import retrain as flow
+    from flows.runtime.local_run import run_flow
 
+    parameters: Any = {"config": config, "overrides": values, "path": path, "start": start.value}
     with resumable():
-        result = run_retrain(config, dict(values), path, start.value)
+        # Starting Prefect's API takes longer than finding out that there is nothing to do.
+        result = check_up_to_date(**parameters) or run_flow(flow, parameters)
     print(f"\n{result.name}: " + ("nothing to do" if result.outcome is None else "retrained"))
     width = max(len(name) for name, _ in result.lines)
     for name, text in result.lines:

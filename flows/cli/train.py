@@ -211,10 +211,13 @@ def compare(
     from flows.runtime import environment
 
     environment.prepare(next(variant.config.run.root for variant in variants if variant.config))
-    from flows.runtime.local_run import run_compare
+    from flows.compare import ComparisonResult
+    from flows.compare import compare as flow
+    from flows.runtime.local_run import run_flow
 
+    parameters = {"configs": configs, "overrides": values, "tokens": tokens}
     with resumable():
-        result = run_compare(configs, dict(values), tokens, seeds, name)
+        result: ComparisonResult = run_flow(flow, parameters | {"seeds": seeds, "name": name})
     print(
         f"""
 {result.markdown}
