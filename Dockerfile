@@ -1,13 +1,12 @@
-# What `prefect deployment run` runs in on Docker and Kubernetes (docs/deployment.md): this checkout in
-# /overnight, where runs/ and data/ are to be mounted. torch brings CUDA; the host has the driver
-# and NVIDIA's container toolkit.
+# Image for runs on Docker and Kubernetes (docs/deployment.md): this checkout in /overnight; mount
+# runs/ and data/ there. torch brings CUDA; the host needs NVIDIA's driver and container toolkit.
 #
 #     docker build --tag overnight .
 #     docker run --rm --gpus all --volume "$PWD/data:/overnight/data" \
 #         --volume "$PWD/runs:/overnight/runs" overnight overnight run configs/gpt-576.toml
 FROM python:3.12-slim
 
-# torch.compile builds its launchers with a C compiler; nobody else needs one.
+# torch.compile needs a C compiler.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
@@ -28,7 +27,7 @@ RUN pip install --editable '.[turbo,stores]'
 COPY configs configs
 COPY prefect.yaml ./
 
-# Owns what it writes, and nothing else.
+# The user owns only the folders that it writes to.
 RUN useradd --create-home --uid 1000 overnight \
     && mkdir --parents runs data \
     && chown overnight:overnight runs data

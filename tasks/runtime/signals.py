@@ -5,9 +5,9 @@ SIGTERM (a cancelled flow run, a timeout, a shutdown) and SIGINT (Ctrl-C) are ha
 between micro-batches. Elsewhere they raise `StopRequested`: a stage that is interrupted is repeated
 on the next run. Prefect kills a process 29 s after its SIGTERM.
 
-Where jobs may be preempted and rescheduled (docs/deploy.md), Prefect keeps SIGTERM, because it does
-not call the handlers of others. Its exception interrupts training after the last complete step,
-which becomes a checkpoint, and Prefect decides what happens to the run.
+Where jobs may be preempted and rescheduled (docs/deployment.md), Prefect keeps SIGTERM, because it
+does not call the handlers of others. Its exception interrupts training after the last complete
+step, which becomes a checkpoint, and Prefect decides what happens to the run.
 """
 
 from __future__ import annotations

@@ -29,15 +29,15 @@ def last_flow_run() -> FlowRun:
 
 
 def task_runs(flow_run: FlowRun, last: str) -> list[TaskRun]:
-    """Once the task named `last` has ended: the server takes that from events."""
+    """Return the task runs once `last` has ended: the server records that from events."""
     wanted = TaskRunFilter(flow_run_id={"any_": [flow_run.id]})
     with get_client(sync_client=True) as client:
 
-        def told() -> list[TaskRun]:
+        def ended() -> list[TaskRun]:
             found = client.read_task_runs(task_run_filter=wanted)
             return found if last in {run.name for run in found if run.end_time} else []
 
-        found = wait_for(f"the end of {last}", told)
+        found = wait_for(f"the end of {last}", ended)
     return sorted(found, key=lambda run: run.start_time or run.expected_start_time)
 
 
@@ -50,7 +50,7 @@ def steps(client: MlflowClient, run_id: str) -> dict[str, list[int]]:
     return {key: [m.step for m in client.get_metric_history(run_id, key)] for key in HISTORIES}
 
 
-def test_a_run_end_to_end_then_the_same_again(
+def test_end_to_end_then_again_without_change(
     tiny_config: Path, mlflow_client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = {"run": {"name": "twice"}}
@@ -102,16 +102,16 @@ def test_a_run_end_to_end_then_the_same_again(
     assert steps(mlflow_client, run.info.run_id) == once
 
 
-def test_fresh_begins_anew(tiny_config: Path, mlflow_client: MlflowClient) -> None:
-    overrides = {"run": {"name": "anew"}, "training": {"max_steps": 2}}
+def test_fresh_starts_a_new_run(tiny_config: Path, mlflow_client: MlflowClient) -> None:
+    overrides = {"run": {"name": "fresh"}, "training": {"max_steps": 2}}
     first = pretrain(str(tiny_config), overrides)
     second = pretrain(str(tiny_config), overrides, fresh=True)
     assert first.folder != second.folder
     assert first.folder.exists()
-    assert len(named(mlflow_client, "anew")) == 2
+    assert len(named(mlflow_client, "fresh")) == 2
 
 
-def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(
+def test_interrupted_run_resumes_in_same_mlflow_run(
     tiny_config: Path, mlflow_client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpt.training.step import TrainState
@@ -140,7 +140,7 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(
     assert steps(mlflow_client, run.info.run_id)["train/loss"] == list(range(1, 13))
 
 
-def test_prefect_s_time_limit_leaves_a_checkpoint(
+def test_prefect_timeout_leaves_checkpoint(
     tiny_config: Path, mlflow_client: MlflowClient, tiny_root: Path
 ) -> None:
     never = 1_000_000
@@ -160,7 +160,7 @@ def test_prefect_s_time_limit_leaves_a_checkpoint(
     assert checkpoint.step == steps(mlflow_client, run.info.run_id)["train/loss"][-1]
 
 
-def test_a_bad_config_fails_at_the_first_stage(tiny_config: Path) -> None:
+def test_invalid_config_fails_at_first_task(tiny_config: Path) -> None:
     with pytest.raises(ConfigError):
         pretrain(str(tiny_config), {"model": {"n_embd": 15}})
     flow_run = last_flow_run()

@@ -48,7 +48,7 @@ prompts = []
 
 
 class Nights:
-    """A source, a root, and the same command night after night."""
+    """A source, a root, and the same retraining night after night."""
 
     def __init__(self, folder: Path, mlflow_database: Path) -> None:
         self.root, self.source, self.path = folder / "runs", folder / "in", folder / "tiny.toml"
@@ -73,7 +73,7 @@ class Nights:
         return {alias: int(version) for alias, version in aliases.items()}
 
     def dataset(self, done: RetrainResult) -> DatasetManifest:
-        """That the challenger was trained on."""
+        """Return the dataset that the challenger was trained on."""
         run = self.mlflow.get_run(done.outcome.mlflow_run_id)
         name = run.data.params["dataset.fingerprint"][:16]
         [folder] = self.root.glob(f"*/{name}")
@@ -82,7 +82,7 @@ class Nights:
 
 @pytest.fixture
 def nights(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
-    """Registered without what only serving needs."""
+    """Models are registered without the files that only serving needs."""
 
     def write(folder: Path, *_: object) -> None:
         folder.mkdir()
@@ -93,22 +93,20 @@ def nights(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files of which text is handed to the tokenizer."""
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files that are tokenized."""
     names: list[str] = []
     chunks = pipeline.read_chunks
 
-    def noted(source: Any, *rest: Any) -> Any:
+    def record_name(source: Any, *rest: Any) -> Any:
         names.append(Path(source.file.name).name)
         return chunks(source, *rest)
 
-    monkeypatch.setattr(pipeline, "read_chunks", noted)
+    monkeypatch.setattr(pipeline, "read_chunks", record_name)
     return names
 
 
-def test_first_unchanged_then_a_file_more_which_loses_then_wins(
-    nights: Nights, tokenised: list[str]
-) -> None:
+def test_unchanged_then_new_file_loses_then_wins(nights: Nights, tokenized: list[str]) -> None:
     nights.arrives("a.parquet", FIRST)
     first = nights.night()
     assert "no champion yet" in first.reason
@@ -119,15 +117,15 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     (nights.source / "a.parquet").rename(nights.source / "z.parquet")
     assert "unchanged" in nights.night().reason, "another name is nothing new"
 
-    # What comes has copies of what was kept out, and of what was trained on.
+    # The new file repeats held-out documents and trained ones.
     before = nights.dataset(first)
     kept_out = decode_documents(before, before.validation)
     assert len(kept_out) > 5
     nights.arrives("b.parquet", SECOND + kept_out + decode_documents(before, before.train)[:5])
-    tokenised.clear()
+    tokenized.clear()
     lost = nights.night(training={"max_steps": 1})
     assert lost.reason.endswith("b.parquet")
-    assert set(tokenised) == {"b.parquet"}
+    assert set(tokenized) == {"b.parquet"}
     now = nights.dataset(lost)
     assert lost.text.reused == before.train.tokens + before.validation.tokens
     assert lost.text.tokenized + lost.text.reused == now.train.tokens + now.validation.tokens
@@ -152,18 +150,18 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     assert metrics["champion/loss"] == pytest.approx(slices.current.champion.loss)
     assert metrics["final/old_text_loss"] == pytest.approx(slices.old.challenger.loss)
     assert metrics["champion/old_text_loss"] == pytest.approx(slices.old.champion.loss)
-    told = dict(lost.lines)
-    assert "forgotten some" in told["old slice"]
-    assert "gpt version 2, challenger: worse" in told["verdict"]
+    lines = dict(lost.lines)
+    assert "forgotten some" in lines["old slice"]
+    assert "gpt version 2, challenger: worse" in lines["verdict"]
 
     again = nights.night(training={"max_steps": 1})
     assert again.outcome is None
     assert "already tried: gpt version 2" in again.reason
     assert verdict.reason in again.reason
 
-    tokenised.clear()
+    tokenized.clear()
     won = nights.night(training={"max_steps": 60})
-    assert not tokenised
+    assert not tokenized
     assert "better: loss" in won.outcome.registered.reason
     assert nights.aliases == {"champion": 3, "previous-champion": 1, "challenger": 2}
     assert "unchanged: gpt version 3" in nights.night(training={"max_steps": 60}).reason
@@ -171,7 +169,7 @@ def test_first_unchanged_then_a_file_more_which_loses_then_wins(
     gone = nights.night()
     assert gone.outcome is None
     assert "1 of its files were removed" in gone.reason
-    # In a process of its own, and without starting Prefect's API, which would take its time.
+    # As a command, which does not start Prefect's API for this.
     done = overnight("retrain", nights.path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing to do" in done.stdout
@@ -191,7 +189,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
-    """The evaluations of both models that are asked for; one of them breaks off."""
+    """Return the calls of `evaluate`, of which one fails."""
     asked: list[Any] = []
     really = evaluate_slices.evaluate_saved_model
 
@@ -205,7 +203,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
     return asked
 
 
-def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
+def test_continue_from_champion_interrupted_and_resumed(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights.arrives("a.parquet", FIRST)
@@ -220,7 +218,7 @@ def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
             nights.night("champion", path, **warm)
     done = nights.night("champion", path, **warm)
 
-    assert len(list(nights.root.glob("train/tiny-*"))) == 2, "the same run went on"
+    assert len(list(nights.root.glob("train/tiny-*"))) == 2, "the same run resumed"
     before, made = nights.dataset(first), nights.dataset(done)
     trained_on = decode_documents(made, made.train)
     known = set(decode_documents(before, before.train))
@@ -250,7 +248,7 @@ def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
     again = nights.night("champion", path, **warm)
     assert again.outcome is None
     assert "unchanged: gpt version 2" in again.reason
-    # What a champion that went on was trained on is all that it has ever seen.
+    # A continued champion knows all text that it and its predecessors were trained on.
     third = TEXTS[90:120]
     nights.arrives("c.parquet", third)
     few: dict[str, Any] = {"training": {"max_steps": 5}}
@@ -261,7 +259,7 @@ def test_on_from_the_champion_over_the_new_text_broken_off_and_gone_on_with(
         last = nights.night("champion", path, **few)
     assert len(evaluated) == 5 + 1, "no report is made twice"
     assert last.reason.endswith(f"new to gpt version 2: {nights.source}/c.parquet")
-    assert last.outcome.report.step == 5, "at most what is laid over the config"
+    assert last.outcome.report.step == 5, "at most the override"
     made = nights.dataset(last)
     trained_on = decode_documents(made, made.train)
     new = [text for text in trained_on if text in third]
@@ -274,7 +272,7 @@ def tokens(text: str) -> int:
     return 1 + len(load_tokenizer().encode_ordinary(text))
 
 
-def test_a_run_that_could_not_be_compared_is_judged_when_it_can(nights: Nights) -> None:
+def test_run_is_compared_with_champion_later(nights: Nights) -> None:
     nights.arrives("a.parquet", FIRST)
     nights.night()
     nights.arrives("b.parquet", SECOND)
@@ -287,7 +285,7 @@ def test_a_run_that_could_not_be_compared_is_judged_when_it_can(nights: Nights) 
     assert nights.aliases["champion"] == int(by_hand.registered.version)
 
 
-def test_what_would_not_work_or_let_validation_text_in_is_refused(nights: Nights) -> None:
+def test_refuses_invalid_start_and_leaking_validation_text(nights: Nights) -> None:
     nights.arrives("a.parquet", FIRST)
     nights.night(training={"max_steps": 1})
     runs = len(list(nights.root.glob("train/*")))
@@ -310,7 +308,7 @@ def test_what_would_not_work_or_let_validation_text_in_is_refused(nights: Nights
     assert len(list(nights.root.glob("train/*"))) == runs, "nothing was begun"
 
 
-def test_a_lost_data_set_is_said_and_other_settings_are_a_change(nights: Nights) -> None:
+def test_lost_dataset_is_noted_and_new_settings_are_a_change(nights: Nights) -> None:
     nights.arrives("a.parquet", FIRST)
     first = nights.night(training={"max_steps": 1})
     shutil.rmtree(nights.root / "datasets")

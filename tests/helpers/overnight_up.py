@@ -1,4 +1,4 @@
-"""A real `overnight up` in a project folder of its own, with what a person does to it."""
+"""A real `overnight up` in its own project folder, and what a user does with it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ SMALL = {
     },
     "evaluation": {"interval": 6, "tokens": 256, "prompts": ["The"], "sample_tokens": 4},
 }
-"""Laid over any config, it is done in seconds."""
+"""Overrides with which any config finishes within seconds."""
 
 
 def cmdline_of(process: psutil.Process) -> list[str]:
-    """Empty once it has ended, be it this moment."""
+    """Return the command line; empty once the process has ended."""
     with suppress(psutil.NoSuchProcess):
         return cast("list[str]", process.cmdline())
     return []
 
 
 class Service:
-    """The checkout, as a clone has it, with data of its own and an empty home."""
+    """A service in a copy of the checkout, with its own data and an empty home."""
 
     def __init__(self, folder: Path, parquet: Path, ports: tuple[int, int]) -> None:
         self.project = folder / "project"
@@ -101,7 +101,7 @@ class Service:
         self.process.wait(scaled(60))
 
     def kill(self) -> None:
-        """With everything that it has started."""
+        """Kill the service and everything that it has started."""
         if self.process and self.process.poll() is None:
             for each in self.family():
                 each.kill()
@@ -114,22 +114,22 @@ class Service:
         return [each for each in everything if cmdline_of(each)]
 
     def worker(self) -> psutil.Process:
-        """The one that takes runs, as soon as there is one."""
+        """Wait for the worker process."""
         return wait_for("the worker", self._worker)
 
     def _worker(self) -> psutil.Process | None:
         return next((p for p in self.family() if "worker" in cmdline_of(p)), None)
 
     def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        """A command of ours, in another terminal."""
-        return self._called(self.command(*words), settings)
+        """Run an `overnight` command, as in another terminal."""
+        return self._call(self.command(*words), settings)
 
     def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command of Prefect's, in another terminal."""
-        return self._called([sys.executable, "-m", "prefect", *words], {})
+        """Run a `prefect` command, as in another terminal."""
+        return self._call([sys.executable, "-m", "prefect", *words], {})
 
-    def starts(self, *words: str) -> subprocess.Popen[bytes]:
-        """A command of Prefect's that goes on, as a job of Kubernetes' has it."""
+    def start_command(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start a `prefect` command with the environment of a Kubernetes job."""
         behaviour = {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
         return subprocess.Popen(
             [sys.executable, "-m", "prefect", *words],
@@ -142,22 +142,20 @@ class Service:
         words = [sys.executable, "-c", code]
         subprocess.run(words, cwd=self.project, env=environment, check=True, timeout=scaled(60))
 
-    def _called(
-        self, words: list[str], settings: dict[str, str]
-    ) -> subprocess.CompletedProcess[str]:
+    def _call(self, words: list[str], settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
         environment = self.environment | settings
         place = {"cwd": self.project, "env": environment}
         return subprocess.run(words, **place, capture_output=True, text=True, timeout=scaled(60))
 
-    def deployed(self, name: str, **overrides: Any) -> FlowRun:
-        """A run of a deployment, small, with the overrides by section laid over that."""
-        return self._started(name, {"overrides": small(**overrides)})
+    def start_run(self, name: str, **overrides: Any) -> FlowRun:
+        """Start a run of a deployment with `SMALL` and the overrides by section."""
+        return self._create_run(name, {"overrides": small(**overrides)})
 
-    def deployed_with(self, name: str, config: str, overrides: dict[str, Any]) -> FlowRun:
-        """The same, of another config, with these overrides alone."""
-        return self._started(name, {"config": config, "overrides": overrides})
+    def start_run_with(self, name: str, config: str, overrides: dict[str, Any]) -> FlowRun:
+        """Start a run of a deployment with another config and only these overrides."""
+        return self._create_run(name, {"config": config, "overrides": overrides})
 
-    def _started(self, name: str, parameters: dict[str, Any]) -> FlowRun:
+    def _create_run(self, name: str, parameters: dict[str, Any]) -> FlowRun:
         with self.client() as client:
             deployment = client.read_deployment_by_name(name)
             return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
@@ -166,7 +164,7 @@ class Service:
         with self.client() as client:
             return client.read_flow_run(run.id)
 
-    def ended(self, run: FlowRun) -> FlowRun:
+    def wait_for_end(self, run: FlowRun) -> FlowRun:
         def end() -> FlowRun | None:
             found = self.read(run)
             return found if found.state and found.state.is_final() else None
@@ -184,26 +182,27 @@ def small(**overrides: Any) -> dict[str, Any]:
 
 
 class Webhook:
-    """Somebody's own, on this machine, that takes what it is told."""
+    """A webhook on this machine that records the messages it receives."""
 
     def __init__(self) -> None:
-        told: list[dict[str, str]] = []
+        messages: list[dict[str, str]] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(200)
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.told = told
+        self.messages = messages
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
         Thread(target=self._server.serve_forever, daemon=True).start()
 
     def about(self, name: str) -> dict[str, str]:
         return wait_for(
-            f"word of {name}", lambda: next((t for t in self.told if name in t["subject"]), None)
+            f"a message about {name}",
+            lambda: next((m for m in self.messages if name in m["subject"]), None),
         )

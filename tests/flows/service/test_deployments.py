@@ -32,13 +32,13 @@ PROJECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS = {each["name"]: each for each in PROJECT["deployments"]}
 
 
-def test_prefect_takes_it() -> None:
+def test_prefect_accepts_prefect_yaml() -> None:
     read = PrefectYamlModel.model_validate(PROJECT)
     assert [each.name for each in read.deployments] == list(DEPLOYMENTS)
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_each_says_what_it_is_and_takes_the_one_slot(name: str) -> None:
+def test_deployment_has_description_tags_and_pool(name: str) -> None:
     each = DEPLOYMENTS[name]
     assert each["description"]
     assert each["tags"]
@@ -48,7 +48,7 @@ def test_each_says_what_it_is_and_takes_the_one_slot(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_each_gives_its_flow_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_match_the_flow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])  # Prefect leaves the flow's folder first in it
     each = DEPLOYMENTS[name]
     flow = load_flow_from_entrypoint(str(ROOT / each["entrypoint"]))
@@ -73,14 +73,14 @@ def template(kind: str) -> dict[str, Any]:
 
 
 def variables(kind: str) -> dict[str, Any]:
-    """Those that the deployments of the pool set, all the same."""
+    """Return the job variables of the pool's deployments, which are all equal."""
     found = [each["work_pool"]["job_variables"] for each in variant(kind)["deployments"]]
     assert all(each == found[0] for each in found)
     return found[0]
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
-def test_what_is_deployed_to_containers_is_the_same(kind: str) -> None:
+def test_container_deployments_equal_local_ones(kind: str) -> None:
     project = variant(kind)
     PrefectYamlModel.model_validate(project)
     pools = {each["work_pool"]["name"] for each in project["deployments"]}
@@ -95,7 +95,7 @@ def test_what_is_deployed_to_containers_is_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
-def test_a_pool_s_template_uses_each_of_its_variables_and_no_other(kind: str) -> None:
+def test_pool_template_uses_each_of_its_variables_only(kind: str) -> None:
     pool = template(kind)
     used = set(re.findall(r"{{ (\w+) }}", json.dumps(pool["job_configuration"])))
     assert used == pool["variables"]["properties"].keys()
@@ -105,7 +105,7 @@ def test_a_pool_s_template_uses_each_of_its_variables_and_no_other(kind: str) ->
 
 
 def configuration(kind: str, of: Any, **changed: Any) -> Any:
-    """What a real worker makes of the template and the deployments' variables."""
+    """Return what a real worker makes of the template and the deployments' variables."""
     values = variables(kind) | changed
     made = asyncio.run(of.from_template_and_values(template(kind), values))
     made.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="tonight"))
@@ -113,7 +113,7 @@ def configuration(kind: str, of: Any, **changed: Any) -> Any:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_docker_s_worker_takes_its_template() -> None:
+def test_docker_worker_accepts_template() -> None:
     made = configuration("docker", DockerWorkerJobConfiguration, gpus=2)
     host = HostConfig(
         version="1.45",
@@ -127,7 +127,7 @@ def test_docker_s_worker_takes_its_template() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_kubernetes_takes_the_job() -> None:
+def test_kubernetes_accepts_job() -> None:
     made = configuration("kubernetes", KubernetesWorkerJobConfiguration, gpus=8)
     job = made.job_manifest
     pod = job["spec"]["template"]["spec"]
@@ -138,7 +138,7 @@ def test_kubernetes_takes_the_job() -> None:
     }
     environment = {each["name"]: each["value"] for each in container["env"]}
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
-    # Prefect's worker wants these two in the pod, where Kubernetes knows them not and lets be.
+    # Prefect's worker needs these two in the pod, where Kubernetes ignores them.
     assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
     kubernetes_validate.validate(job, KUBERNETES, strict=True)
     container["resources"]["limit"] = {}
@@ -146,7 +146,7 @@ def test_kubernetes_takes_the_job() -> None:
         kubernetes_validate.validate(job, KUBERNETES, strict=True)
 
 
-def test_kubernetes_takes_what_the_cluster_needs() -> None:
+def test_kubernetes_accepts_cluster_manifest() -> None:
     found = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text()))
     for each in found:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
@@ -155,7 +155,7 @@ def test_kubernetes_takes_what_the_cluster_needs() -> None:
     assert names["PersistentVolumeClaim"] == claim
 
 
-def test_the_image_is_made_of_what_is_there() -> None:
+def test_image_copies_existing_files() -> None:
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     instructions = [shlex.split(line, comments=True) for line in lines]
     copied = [path for words in instructions if words[:1] == ["COPY"] for path in words[1:-1]]
@@ -165,17 +165,17 @@ def test_the_image_is_made_of_what_is_there() -> None:
     assert {f"!{path}" for path in copied} == {line for line in ignored if line.startswith("!")}
 
 
-# --- what is not to happen -----------------------------------------------------------------------
+# --- what must not happen -----------------------------------------------------------------------
 
 
-def test_no_schedule_is_on_before_somebody_switches_it_on() -> None:
+def test_schedules_are_off_by_default() -> None:
     schedules = [s for each in DEPLOYMENTS.values() for s in each.get("schedules", ())]
     assert [(schedule["slug"], schedule["active"]) for schedule in schedules] == [
         ("nightly", False)
     ]
 
 
-def test_up_outside_of_a_checkout_is_refused(tmp_path: Path) -> None:
+def test_up_refuses_folder_without_prefect_yaml(tmp_path: Path) -> None:
     done = overnight("up", cwd=tmp_path)
     assert done.returncode == 2
     assert "prefect.yaml" in done.stderr
@@ -184,15 +184,15 @@ def test_up_outside_of_a_checkout_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_password_in_a_named_address_is_not_written_down(
+def test_password_of_external_server_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    named = "postgresql://me:secret@db/mlflow"
+    external = "postgresql://me:secret@db/mlflow"
     settings = ServiceSettings(
-        tmp_path / "runs", "127.0.0.1", free_port(), 5000, external_mlflow=named
+        tmp_path / "runs", "127.0.0.1", free_port(), 5000, external_mlflow=external
     )
-    assert settings.environment["MLFLOW_TRACKING_URI"] == named
+    assert settings.environment["MLFLOW_TRACKING_URI"] == external
     with hold_service_lock(settings), publish_service(settings):
         written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
         assert any(settings.api_url in text for text in written)

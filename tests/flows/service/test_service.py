@@ -1,7 +1,7 @@
-"""`overnight up` as a person uses it: real servers, a real worker, deployments, schedules.
+"""`overnight up` with real servers, a real worker, deployments and schedules.
 
-The tests of this file share one service and are in the order of a day: it comes up, runs, is
-cancelled and killed, and is stopped last.
+The tests share one service and run in order: it starts, runs flows, which are cancelled and killed,
+and is stopped last.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEPLOYED = [
 ]
 FOREVER = {"max_steps": 100_000, "grad_acc": 8}
 EVERY_MINUTE = "pretrain/gpt-768"
-"""Refused at once, as its data are not there."""
+"""Fails at once, because its data do not exist."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def service(
         (service.root / database.stem).mkdir(parents=True)
         shutil.copy(database, service.root / database.stem)
     service.start()
-    with service.client() as client:  # now, so that a minute has gone by when it is asked for
+    with service.client() as client:  # now: it fires within a minute
         deployment = client.read_deployment_by_name(EVERY_MINUTE)
         schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="* * * * *"), active=True)
         client.create_deployment_schedules(deployment.id, [(schedule.schedule, schedule.active)])
@@ -72,23 +72,23 @@ def service(
 
 @pytest.fixture(scope="module")
 def webhook(service: Service) -> Webhook:
-    """Known to Prefect as the block custom-webhook/phone."""
+    """Return a webhook that Prefect knows as the block custom-webhook/phone."""
     hook = Webhook()
     service.python(f"""
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-told = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
-CustomWebhookNotificationBlock(name="phone", url={hook.url!r}, json_data=told).save("phone")
+data = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
+CustomWebhookNotificationBlock(name="phone", url={hook.url!r}, json_data=data).save("phone")
 """)
     return hook
 
 
-def told(name: str) -> dict[str, Any]:
-    """A run that tells of its end, the first time in vain."""
+def notifying(name: str) -> dict[str, Any]:
+    """Return overrides of a run that notifies an unknown block and the webhook."""
     return {"run": {"name": name, "notify": ["slack-webhook/unknown", "custom-webhook/phone"]}}
 
 
 def page_of(service: Service, run: FlowRun) -> str:
-    """Of how it ended, which is written after it has."""
+    """Wait for the report of how a run ended, which is written after its end."""
     wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
 
     def pages() -> list[Artifact]:
@@ -100,7 +100,7 @@ def page_of(service: Service, run: FlowRun) -> str:
     return str(page.data)
 
 
-def test_everything_is_up_and_said_where(service: Service) -> None:
+def test_up_prints_addresses_and_refuses_second_service(service: Service) -> None:
     with service.client() as client:
         assert deployments.read_names(client) == DEPLOYED
         pool = client.read_work_pool(POOL)
@@ -114,28 +114,26 @@ def test_everything_is_up_and_said_where(service: Service) -> None:
     assert service.api_url in again.stderr
 
 
-def test_whatever_is_started_together_runs_one_after_the_other(
-    service: Service, webhook: Webhook
-) -> None:
-    """Three deployments, and one of them once more from the command line."""
+def test_runs_started_together_run_one_after_the_other(service: Service, webhook: Webhook) -> None:
+    """Three deployments, and one of them again from the command line."""
     names = ("pretrain/tiny", "pretrain/gpt-480", "pretrain/gpt-576")
     runs = [
-        service.deployed(name, run={"name": f"together-{number}"})
+        service.start_run(name, run={"name": f"together-{number}"})
         for number, name in enumerate(names)
     ]
-    overrides = json.dumps(small(**told("watched")))
+    overrides = json.dumps(small(**notifying("watched")))
     watched = service.prefect(
         *("deployment", "run", "pretrain/tiny", "-p", f"overrides={overrides}", "--watch")
     )
     assert watched.returncode == 0, watched.stdout
     assert "Completed" in watched.stdout
 
-    assert [service.ended(run).state_name for run in runs] == ["Completed"] * len(runs)
+    assert [service.wait_for_end(run).state_name for run in runs] == ["Completed"] * len(runs)
     with service.client() as client:
         everything = [run.id for run in client.read_flow_runs()]
 
     def trained() -> list[TaskRun]:
-        """Prefect's server takes them from events, which may come after the run's own end."""
+        """Prefect's server records task runs from events, perhaps after the run's own end."""
         found = [t for t in service.task_runs(*everything) if t.name == "train" and t.end_time]
         return found if len(found) > len(runs) else []
 
@@ -156,7 +154,7 @@ def test_whatever_is_started_together_runs_one_after_the_other(
 
 
 def on_schedule(client: SyncPrefectClient, kind: StateType) -> list[FlowRun]:
-    """The runs of the schedule in such a state."""
+    """Return the scheduled runs in a state."""
     deployment = client.read_deployment_by_name(EVERY_MINUTE)
     runs = [run for run in client.read_flow_runs(limit=200) if run.auto_scheduled]
     ours = [run for run in runs if run.deployment_id == deployment.id]
@@ -164,12 +162,12 @@ def on_schedule(client: SyncPrefectClient, kind: StateType) -> list[FlowRun]:
 
 
 def planned(client: SyncPrefectClient) -> list[FlowRun]:
-    """Those that are still to come."""
+    """Return the runs that are due in the future."""
     runs = on_schedule(client, StateType.SCHEDULED)
     return [run for run in runs if run.expected_start_time > datetime.now(UTC)]
 
 
-def test_a_schedule_fires_each_minute_until_it_is_paused(service: Service) -> None:
+def test_schedule_fires_until_it_is_paused(service: Service) -> None:
     with service.client() as client:
         fired = wait_for("a run on schedule", lambda: on_schedule(client, StateType.FAILED))
         assert "data.source" in (fired[0].state.message or "")
@@ -186,11 +184,11 @@ def test_a_schedule_fires_each_minute_until_it_is_paused(service: Service) -> No
 # --- one run -------------------------------------------------------------------------------------
 
 
-def test_what_cannot_work_fails_at_validate_config_and_says_what_to_do(
-    service: Service, webhook: Webhook
-) -> None:
-    run = service.deployed("pretrain/gpt-576", **told("wrong"), model={"n_embd": 512, "n_head": 12})
-    run = service.ended(run)
+def test_invalid_config_fails_at_first_task_with_remedy(service: Service, webhook: Webhook) -> None:
+    run = service.start_run(
+        "pretrain/gpt-576", **notifying("wrong"), model={"n_embd": 512, "n_head": 12}
+    )
+    run = service.wait_for_end(run)
     assert run.state
     assert run.state.type == StateType.FAILED
     tasks = wait_for("its task runs", lambda: service.task_runs(run.id))
@@ -208,10 +206,12 @@ def test_what_cannot_work_fails_at_validate_config_and_says_what_to_do(
     }
 
 
-def test_one_key_is_changed_and_no_other(service: Service) -> None:
-    """The config as the run was given it, against the file with that key changed."""
+def test_override_changes_one_key_only(service: Service) -> None:
+    """Compare the run's config with the file's with that key changed."""
     named = {"run": {"name": "seven"}}
-    run = service.ended(service.deployed("pretrain/tiny", **named, training={"max_steps": 7}))
+    run = service.wait_for_end(
+        service.start_run("pretrain/tiny", **named, training={"max_steps": 7})
+    )
     assert run.state_name == "Completed"
     (folder,) = (service.root / "train").glob("seven-*")
     ran = json.loads((folder / "config.json").read_text())
@@ -231,18 +231,18 @@ def run_folder(service: Service) -> Path | None:
 
 
 def last_step(service: Service) -> int:
-    """The last one in the journal; 0 where there is none yet."""
+    """Return the last step in the journal; 0 if there is none."""
     folder = run_folder(service)
     lines, _ = read_metrics(folder / METRICS_FILE) if folder else ([], 0)
     return max((line.step for line in lines), default=0)
 
 
 def in_training(service: Service, after: int, **training: Any) -> FlowRun:
-    """The run `night`, started, and some steps beyond `after`."""
-    run = service.deployed("pretrain/tiny", **told("night"), training=FOREVER | training)
+    """Start the run `night` and wait for some steps beyond `after`."""
+    run = service.start_run("pretrain/tiny", **notifying("night"), training=FOREVER | training)
     wait_for(f"step {after + 8}", lambda: last_step(service) >= after + 8)
     run = service.read(run)
-    psutil.Process(pid_of(run)).nice(19)  # it would train on through all that is waited for
+    psutil.Process(pid_of(run)).nice(19)  # leaves the cores to what is waited for
     return run
 
 
@@ -252,14 +252,14 @@ def pid_of(run: FlowRun) -> int:
     return pid
 
 
-def test_cancelled_it_leaves_a_checkpoint(service: Service, webhook: Webhook) -> None:
+def test_cancelled_run_writes_checkpoint(service: Service, webhook: Webhook) -> None:
     run = in_training(service, 0)
     pid = pid_of(run)
     assert service.prefect("flow-run", "cancel", str(run.id)).returncode == 0
     begin = time.monotonic()
     wait_for("the process to exit", lambda: not psutil.pid_exists(pid))
     assert time.monotonic() - begin < EXIT_SECONDS
-    assert service.ended(run).state_name == "Cancelled"
+    assert service.wait_for_end(run).state_name == "Cancelled"
     folder = run_folder(service)
     assert folder
     checkpoint = latest_checkpoint(folder)
@@ -268,16 +268,16 @@ def test_cancelled_it_leaves_a_checkpoint(service: Service, webhook: Webhook) ->
     assert "Run it again" in webhook.about("night: cancelled")["body"].splitlines()[0]
 
 
-def test_killed_it_is_told_of(service: Service, webhook: Webhook) -> None:
+def test_killed_run_is_reported(service: Service, webhook: Webhook) -> None:
     run = in_training(service, last_step(service))
     os.kill(pid_of(run), signal.SIGKILL)
-    assert service.ended(run).state_name == "Crashed"
+    assert service.wait_for_end(run).state_name == "Crashed"
     body = webhook.about("night: crashed")["body"]
     assert "Run it again" in body.splitlines()[0]
     assert "a checkpoint of step" in body
 
 
-def test_a_worker_that_is_killed_comes_back_and_its_run_goes_on(service: Service) -> None:
+def test_killed_worker_restarts_and_its_runs_continue(service: Service) -> None:
     run = in_training(service, last_step(service))
     pid, worker = pid_of(run), service.worker()
     worker.kill()
@@ -286,22 +286,22 @@ def test_a_worker_that_is_killed_comes_back_and_its_run_goes_on(service: Service
     wait_for("more steps", lambda: last_step(service) > step + 8)
     assert pid_of(service.read(run)) == pid
 
-    # As a power cut takes both; the run that then holds the GPU's only slot has no process.
+    # A power cut takes both; the run that holds the GPU's only slot has no process then.
     service.worker().kill()
     os.kill(pid, signal.SIGKILL)
     wait_for("the run to be started again", lambda: service.read(run).run_count == 2)
     step = last_step(service)
     wait_for("more steps", lambda: last_step(service) > step + 8)
     os.kill(pid_of(service.read(run)), signal.SIGTERM)
-    assert service.ended(run).state_name == "Cancelled"
+    assert service.wait_for_end(run).state_name == "Cancelled"
 
 
-def test_on_a_node_that_is_taken_away_it_is_planned_again(service: Service) -> None:
+def test_run_on_preempted_node_is_rescheduled(service: Service) -> None:
     with service.client() as client:
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
-        run = service.deployed("pretrain/tiny", **told("night"), training=FOREVER)
+        run = service.start_run("pretrain/tiny", **notifying("night"), training=FOREVER)
         before = last_step(service)
-        pod = service.starts("flow-run", "execute", str(run.id))
+        pod = service.start_command("flow-run", "execute", str(run.id))
         wait_for("more steps", lambda: last_step(service) > before + 8)
         pod.terminate()
         assert pod.wait(60) == 0
@@ -316,10 +316,12 @@ def test_on_a_node_that_is_taken_away_it_is_planned_again(service: Service) -> N
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
 
 
-def test_in_mlflow_it_stayed_one_run(service: Service) -> None:
+def test_resumed_run_stays_one_mlflow_run(service: Service) -> None:
     steps = last_step(service) + 5
-    run = service.ended(
-        service.deployed("pretrain/tiny", **told("night"), training=FOREVER | {"max_steps": steps})
+    run = service.wait_for_end(
+        service.start_run(
+            "pretrain/tiny", **notifying("night"), training=FOREVER | {"max_steps": steps}
+        )
     )
     assert run.state_name == "Completed"
     client = MlflowClient(service.mlflow_uri)
@@ -333,14 +335,12 @@ def test_in_mlflow_it_stayed_one_run(service: Service) -> None:
 # --- new data ------------------------------------------------------------------------------------
 
 
-def test_a_file_that_has_come_starts_a_retraining_with_its_path(
-    service: Service, parquet: Path
-) -> None:
+def test_new_file_starts_retraining_with_its_path(service: Service, parquet: Path) -> None:
     folder = service.project / "incoming"
     folder.mkdir()
     source = {"data": {**SMALL["data"], "source": "incoming/*.parquet"}}
     no_champion = {"tracking": {"registered_model": "new-data"}}
-    overrides = small(**told("new-data"), **source, **no_champion)
+    overrides = small(**notifying("new-data"), **source, **no_champion)
     with service.client() as client:
         deployment = client.read_deployment_by_name("retrain/nightly")
         given = {"config": "configs/tiny.toml", "overrides": overrides}
@@ -362,7 +362,7 @@ def test_a_file_that_has_come_starts_a_retraining_with_its_path(
             shutil.copy(parquet, arrived)
             assert f"{arrived} is new" in watching.stdout.readline()
             wait_for("the flow run", started)
-            # As a watcher does that was killed before it had crossed the event out.
+            # What a watcher does that was killed before it saved that the event was sent.
             service.python(f"""
 from pathlib import Path
 from uuid import UUID
@@ -377,19 +377,19 @@ for _ in range(2):
         finally:
             watching.kill()
             watching.stdout.close()
-        first, second = sorted(map(service.ended, started()), key=lambda run: run.start_time)
+        first, second = sorted(map(service.wait_for_end, started()), key=lambda run: run.start_time)
         assert (first.state_name, second.state_name) == ("Completed", "Completed")
         assert first.parameters == given | {"path": str(arrived)}
         assert "there is no champion yet" in page_of(service, first)
         assert "unchanged" in page_of(service, second)
-        assert len(started()) == 2, "one a file, one for the event that was sent twice"
+        assert len(started()) == 2, "one for the file, one for the event that was sent twice"
 
 
 # --- the doctor ----------------------------------------------------------------------------------
 
 
 def findings(service: Service, **settings: str) -> dict[str, dict[str, str]]:
-    """Of a doctor's visit, by what they are about; the faults win."""
+    """Return the doctor's findings by subject; faults win."""
     done = service.run("doctor", "--json", **settings)
     found = sorted(json.loads(done.stdout), key=lambda finding: finding["level"] == "FAULT")
     assert done.returncode == (1 if found[-1]["level"] == "FAULT" else 0)
@@ -400,7 +400,7 @@ def faults(service: Service) -> dict[str, dict[str, str]]:
     return {k: v for k, v in findings(service).items() if v["level"] == "FAULT"}
 
 
-def test_the_doctor_finds_what_is_wrong_with_the_service(service: Service) -> None:
+def test_doctor_finds_faults_of_the_service(service: Service) -> None:
     assert faults(service) == {}
     settings = ServiceSettings(service.root, "127.0.0.1", *service.ports)
     with service.client() as client:
@@ -429,8 +429,8 @@ def test_the_doctor_finds_what_is_wrong_with_the_service(service: Service) -> No
 # --- the end -------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_no_process_and_a_checkpoint(service: Service) -> None:
-    run = service.deployed("pretrain/tiny", run={"name": "last"}, training=FOREVER)
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(service: Service) -> None:
+    run = service.start_run("pretrain/tiny", run={"name": "last"}, training=FOREVER)
 
     def training() -> bool:
         journals = [f / METRICS_FILE for f in (service.root / "train").glob("last-*")]

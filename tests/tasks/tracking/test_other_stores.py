@@ -84,15 +84,15 @@ def test_run_and_retraining_with_postgresql_and_s3(
     shutil.copy(service.project / "data" / "sample.parquet", incoming / "first.parquet")
     source = {"data": {**SMALL["data"], "source": "incoming/*.parquet"}}
 
-    first = service.ended(service.deployed("pretrain/tiny", **source))
+    first = service.wait_for_end(service.start_run("pretrain/tiny", **source))
     assert first.state_name == "Completed", first.state
-    again = service.deployed_with("retrain/nightly", "configs/tiny.toml", small(**source))
-    assert service.ended(again).state_name == "Completed"
+    again = service.start_run_with("retrain/nightly", "configs/tiny.toml", small(**source))
+    assert service.wait_for_end(again).state_name == "Completed"
     polars.DataFrame(
         {"text": [f"Text {n} that is new, and of no use." for n in range(200)]}
     ).write_parquet(incoming / "second.parquet")
-    second = service.deployed_with("retrain/nightly", "configs/tiny.toml", small(**source))
-    assert service.ended(second).state_name == "Completed"
+    second = service.start_run_with("retrain/nightly", "configs/tiny.toml", small(**source))
+    assert service.wait_for_end(second).state_name == "Completed"
 
     client = MlflowClient(service.mlflow_uri)
     versions = client.search_model_versions("name = 'gpt'")
