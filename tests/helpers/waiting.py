@@ -40,7 +40,7 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float = 60.0) -> Any:
         if value := found():
             return value
         time.sleep(0.1)
-    raise AssertionError(f"waited in vain for {what}")
+    raise AssertionError(f"timed out waiting for {what}")
 
 
 def free_port() -> int:
