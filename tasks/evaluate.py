@@ -13,6 +13,7 @@ from gpt.evaluation.report import evaluate_model
 from gpt.evaluation.report_store import REPORT_FILE, load_report, save_report
 from gpt.files import compute_sha256, write_text
 from gpt.hardware.device import pick_device
+from gpt.markdown import quote_samples
 from gpt.model.io import load_model
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import (
@@ -78,9 +79,6 @@ def _describe_checkpoint(checkpoint: Path, report: Path | None) -> PendingModel:
 
 
 def render_samples(report: EvaluationReport) -> str:
-    """Render the samples as Markdown: each prompt in bold, its continuation as a quote."""
-    parts = [f"# Samples after step {report.step}"]
-    for sample in report.samples:
-        lines = "\n".join(f"> {line}" for line in sample.text.splitlines())
-        parts.append(f"**{sample.prompt}**\n\n{lines}")
-    return "\n\n".join(parts) + "\n"
+    """Return the sample texts of a report as Markdown."""
+    samples = quote_samples(report.samples)
+    return f"# What the model writes after step {report.step}\n\n{samples}\n"

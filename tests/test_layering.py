@@ -19,7 +19,7 @@ MODULES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 MOST_FILES_PER_FOLDER = 14
-BASE = ("gpt.artifacts", "gpt.errors", "gpt.files", "gpt.gc_tuning")
+BASE = ("gpt.artifacts", "gpt.errors", "gpt.files", "gpt.gc_tuning", "gpt.markdown")
 CONFIG = ("gpt.config", "gpt.schedule", *BASE)
 HARDWARE = ("gpt.hardware", *CONFIG)
 LIBRARY = ("gpt.model", "gpt.data", *HARDWARE)

@@ -28,6 +28,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 from gpt.config.loading import load_config, merge_overrides, read_toml
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.errors import GPTError, Problem, first_line
+from gpt.markdown import render_table
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import find_run_dir
 from tasks.display import log_warning
@@ -107,7 +108,6 @@ def render_report(flow: Flow, run: FlowRun, state: State) -> str:
         "result": "; ".join(_describe_results(run.parameters, state)) or "none yet",
         "resume with": f"`{command}`",
     }
-    table = "\n".join(f"| {name} | {value.replace('|', ' ')} |" for name, value in rows.items())
     reason = str(error or state.message or "").strip()
     why = f"\n\n## Reason\n\n```\n{reason}\n```" if reason and not state.is_completed() else ""
     if state.is_completed():
@@ -116,7 +116,7 @@ def render_report(flow: Flow, run: FlowRun, state: State) -> str:
         next_step = f"{describe_remedies(error.problems)}; then `{command}`"
     else:
         next_step = f"Run it again to resume from its last checkpoint: `{command}`"
-    return f"{next_step}\n\n| | |\n|---|---|\n{table}{why}\n"
+    return f"{next_step}\n\n{render_table(rows.items())}{why}\n"
 
 
 def describe_remedies(problems: tuple[Problem, ...]) -> str:

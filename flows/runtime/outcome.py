@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
 from flows.runtime.environment import EMBEDDED_API, prefect_home
@@ -20,6 +19,7 @@ from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.evaluation.report_store import load_report
+from gpt.markdown import quote_samples, render_table
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import find_run_dir
 from tasks.tracking.journal import (
@@ -111,16 +111,11 @@ def render_outcome(outcome: Outcome) -> str:
         "MLflow run": f"`{outcome.mlflow_run_id or 'not created yet: MLflow was unreachable'}`",
         "registered": str(outcome.registered or "no"),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    samples = "\n\n".join(
-        f"**{sample.prompt}**\n\n{indent(sample.text, ' ' * 4, lambda _: True)}"
-        for sample in report.samples
-    )
     return (
-        f"# {outcome.name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"# {outcome.name}\n\n{render_table(rows.items())}\n\n"
         "## Open in Prefect and MLflow\n\n"
         f"```sh\n{outcome.prefect_ui}\n{outcome.mlflow_ui}\n```\n\n"
-        f"## Samples\n\n{samples}\n"
+        f"## Samples\n\n{quote_samples(report.samples)}\n"
     )
 
 

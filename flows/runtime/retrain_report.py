@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flows.runtime.outcome import Outcome
 from gpt.artifacts import Artifact, EvaluationReport
+from gpt.markdown import render_table
 from tasks.evaluate_slices import ReportPair, SliceReports
 
 
@@ -95,12 +96,7 @@ def _compare(pair: ReportPair, better: str, worse: str) -> str:
 
 def render_result(result: RetrainResult) -> str:
     """Return the result as a Markdown page."""
-    rows = "\n".join(f"| {name} | {_table_cell(text)} |" for name, text in result.lines)
     return (
-        f"# Retraining of {result.name}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"# Retraining of {result.name}\n\n{render_table(result.lines)}\n\n"
         f"## Open in Prefect and MLflow\n\n```sh\n{result.prefect_ui}\n{result.mlflow_ui}\n```\n"
     )
-
-
-def _table_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -12,6 +12,7 @@ from gpt.artifacts import DatasetManifest, Split
 from gpt.data.shards import open_shard
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt.files import PARTIAL, write_text
+from gpt.markdown import render_table
 
 PAGE = "summary.md"
 PLOT = "document-lengths.png"
@@ -64,17 +65,12 @@ def bin_document_lengths(manifest: DatasetManifest) -> list[tuple[str, int]]:
 
 def render_summary(manifest: DatasetManifest) -> str:
     """Render the summary as Markdown."""
-    totals = list_totals(manifest).items()
-    table = "\n".join(f"| {name} | {_escape_cell(value)} |" for name, value in totals)
-    parts = [f"# Dataset {manifest.fingerprint[:16]}", f"| | |\n|---|---|\n{table}"]
+    totals = render_table(list_totals(manifest).items())
+    parts = [f"# Dataset {manifest.fingerprint[:16]}", totals]
     if bins := bin_document_lengths(manifest):
-        rows = "\n".join(f"| {tokens} | {count:,} |" for tokens, count in bins)
-        parts.append(f"## Document lengths\n\n| tokens | documents |\n|---|---:|\n{rows}")
+        rows = [(tokens, f"{count:,}") for tokens, count in bins]
+        parts += ["## Document lengths", render_table(rows, ("tokens", "documents"))]
     return "\n\n".join(parts) + "\n"
-
-
-def _escape_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def format_summary(manifest: DatasetManifest) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from gpt.artifacts import DatasetManifest, EvaluationReport
 from gpt.config.schema import ModelSection, RunConfig
+from gpt.markdown import quote_samples, render_table
 from gpt.model.io import tensor_shapes
 
 SOURCES_SHOWN = 20
@@ -30,6 +30,7 @@ def build_model_card(section: ModelSection, data: ModelCardData) -> str:
 
     The license is left empty, because it depends on the training data.
     """
+    samples = data.report.samples if data.report else ()
     parts = [
         _FRONT_MATTER,
         f"# {data.name}",
@@ -38,7 +39,7 @@ def build_model_card(section: ModelSection, data: ModelCardData) -> str:
         _render_training(data),
         _render_data(data.dataset),
         render_evaluation(data.report) if data.report else "",
-        _render_samples(data.report),
+        f"## Samples\n\n{quote_samples(samples)}" if samples else "",
         _LICENSE,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -84,7 +85,8 @@ def _render_model(section: ModelSection) -> str:
         "context, tokens": f"{section.block_size:,}",
         "vocabulary": f"{section.vocab_size:,} rows for GPT-2's 50,257 tokens",
     }
-    return f"A language model pretrained with overnight. It completes text.\n\n{_table(rows)}"
+    table = render_table(rows.items())
+    return f"A language model pretrained with overnight. It completes text.\n\n{table}"
 
 
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
@@ -102,7 +104,7 @@ def _render_training(data: ModelCardData) -> str:
         for key, value in data.config.flatten().items():
             if key.startswith(shown) and value is not None:
                 rows[f"`{key}`"] = value
-    return f"## Training\n\n{_table(rows)}" if rows else ""
+    return f"## Training\n\n{render_table(rows.items())}" if rows else ""
 
 
 def _render_data(dataset: DatasetManifest | None) -> str:
@@ -123,7 +125,7 @@ def _render_data(dataset: DatasetManifest | None) -> str:
         "held-out documents": f"{dataset.validation.documents:,}",
         "dataset": f"`{dataset.fingerprint}`",
     }
-    return f"## Data\n\n{_table(rows)}\n\nSource files:\n\n" + "\n".join(lines)
+    return f"## Data\n\n{render_table(rows.items())}\n\nSource files:\n\n" + "\n".join(lines)
 
 
 def render_evaluation(report: EvaluationReport) -> str:
@@ -148,25 +150,9 @@ def render_evaluation(report: EvaluationReport) -> str:
         rows["LAMBADA (OpenAI), accuracy"] = _with_error(last.accuracy, last.accuracy_error)
         rows["LAMBADA (OpenAI), perplexity"] = f"{last.perplexity:.2f}"
         rows["LAMBADA (OpenAI), examples"] = f"{last.examples:,}"
-    return (
-        f"## Evaluation\n\nAfter step {report.step:,}; ± is one standard error.\n\n{_table(rows)}"
-    )
-
-
-def _render_samples(report: EvaluationReport | None) -> str:
-    if report is None or not report.samples:
-        return ""
-    samples = []
-    for sample in report.samples:
-        lines = f"**{sample.prompt}**{sample.text}".splitlines()
-        samples.append("\n".join(f"> {line}" for line in lines))
-    return "## Samples\n\n" + "\n\n".join(samples)
+    note = f"After step {report.step:,}; ± is one standard error."
+    return f"## Evaluation\n\n{note}\n\n{render_table(rows.items())}"
 
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
-def _table(rows: Mapping[str, object]) -> str:
-    lines: Iterable[str] = (f"| {key} | {value} |" for key, value in rows.items())
-    return "\n".join(["| | |", "|---|---|", *lines])

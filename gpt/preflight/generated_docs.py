@@ -13,10 +13,10 @@ from typing import Any
 from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
 from gpt.hardware.gpus import find_gpu
+from gpt.markdown import render_table
 from gpt.preflight.checks import gib
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
-from gpt.preflight.render import markdown_table
 from gpt.preflight.time import nominal_throughput, training_hours
 
 BEGIN = "<!-- sizes: written by `python -m gpt.preflight.generated_docs` -->"
@@ -66,7 +66,7 @@ def render_sizes_table(configs: Path) -> str:
         *("layers/heads/width", "network", "head size", "parameters"),
         *(f"memory on a {gpu.name.removeprefix('NVIDIA ')}", "hours", "config"),
     )
-    return "\n".join([BEGIN, *markdown_table(heads, rows), END])
+    return "\n".join([BEGIN, render_table(rows, heads), END])
 
 
 def replace_sizes_table(text: str, table: str) -> str:
@@ -94,7 +94,7 @@ def render_settings_page() -> str:
             (f"`{key}`", _default(key, field, section), _meaning(field))
             for key, field in section["properties"].items()
         ]
-        lines += ["", f"## [{name}]", "", *markdown_table(("key", "default", "meaning"), rows)]
+        lines += ["", f"## [{name}]", "", render_table(rows, ("key", "default", "meaning"))]
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from gpt.errors import Problem
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import Link
+from gpt.markdown import render_table
 from gpt.preflight.checks import gb, gib
 from gpt.preflight.report import Figures, Report
 from gpt.preflight.scaling import BASIS, Scaling
@@ -307,17 +308,7 @@ def render_markdown(report: Report) -> str:
             lines += [f"- **`{_found(p)}`** {p.rule}\n  → {p.remedy}" for p in problems]
     if report.suggestions:
         rows = [_suggestion_row(suggestion) for suggestion in report.suggestions]
-        lines += ["", "## Suggestions", "", *markdown_table(SUGGESTION_HEADS, rows)]
+        lines += ["", "## Suggestions", "", render_table(rows, SUGGESTION_HEADS)]
     for title, section in sections(report):
-        lines += ["", f"## {title.capitalize()}", "", *markdown_table(("", ""), list(section))]
+        lines += ["", f"## {title.capitalize()}", "", render_table(section)]
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-
-    def line(cells: Sequence[str]) -> str:
-        escaped = [cell.replace("|", "\\|") for cell in cells]
-        return f"| {' | '.join(escaped)} |"
-
-    return [line(heads), f"|{'---|' * len(heads)}", *map(line, rows)]
