@@ -14,23 +14,19 @@ from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
 from flows.runtime.outcome import find_finished_outcome, locate_mlflow_ui, locate_prefect_ui
 from flows.runtime.variant_launcher import train_in_subprocess
 from flows.runtime.variants import Variant, comparison_folder, expand_variants
-from gpt.artifacts import Artifact
 from gpt.errors import ComparisonError, Problem
 from gpt.training.run_lock import run_lock
-from tasks.compare import VariantResult
+from tasks.compare import Comparison, VariantResult
 from tasks.compare import compare as compare_runs
 from tasks.display import log_info
 from tasks.tokenize_parquet import tokenize_parquet
 from tasks.tracking.runs import open_comparison, set_parent_run, track_run_status
 
 
-class ComparisonResult(Artifact):
+class ComparisonResult(Comparison):
     """The result of the flow `compare`."""
 
     name: str
-    verdict: str
-    markdown: str
-    page: Path
     failed: tuple[str, ...]
     """A message for each config, or seed of it, without a result."""
     mlflow_uri: str
@@ -79,9 +75,7 @@ def compare(
             _check_any_finished(results)
     return ComparisonResult(
         name=folder.name.rpartition("-")[0],
-        verdict=comparison.verdict,
-        markdown=comparison.markdown,
-        page=comparison.page,
+        **dict(comparison),
         failed=tuple(f"{r.name}: {r.failure}" for r in results if r.folder is None),
         mlflow_uri=run.uri,
         mlflow_run_id=run.run_id,

@@ -122,26 +122,36 @@ class LambadaResult(Artifact):
     """16 hexadecimal digits; equal for results on the same examples."""
 
 
-class EvaluationReport(Artifact):
-    """Evaluation of one checkpoint on a fixed slice of the validation tokens. Fields added later
-    have defaults, so older reports can still be read."""
+class HeldoutLoss(Artifact):
+    """The loss of a model on a text. Fields added later have defaults, so that older reports can
+    still be read."""
 
-    step: int
     tokens: int
-    """Predicted tokens in the slice."""
+    """Predicted tokens."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float
-    samples: tuple[Sample, ...]
+    """Over the UTF-8 bytes of the predicted tokens (end-of-text has none), so that models with
+    different tokenizers can be compared."""
     standard_error: float | None = None
-    """Standard error of `loss` over the sequences of the slice, nats (gpt.evaluation.heldout)."""
+    """Of `loss`, nats: the sample standard deviation of the sequence losses divided by the square
+    root of their number; None for a single sequence. It is rather too small, because sequences of
+    one document are similar. It says how much another slice would differ; between two models on
+    the same slice most of that cancels (`gpt.evaluation.significance`)."""
     loss_by_position: tuple[float, ...] = ()
-    """Mean loss in equal parts of the context, from its start."""
-    slice_fingerprint: str = ""
-    """Equal for reports on the same tokens."""
+    """Mean loss in each sixteenth of the context, in order."""
     sequence_losses: tuple[float, ...] = ()
-    """Mean loss of each sequence of the slice, nats, in order; used to compare two models on the
-    same slice."""
+    """Mean loss of each sequence, in order; two models on the same slice are compared by these."""
+    slice_fingerprint: str = ""
+    """Hash of the predicted tokens in order, 16 hexadecimal digits: equal for two results on the
+    same tokens, whatever the context length of the models."""
+
+
+class EvaluationReport(HeldoutLoss):
+    """The evaluation of one checkpoint on a fixed slice of the validation tokens."""
+
+    step: int
+    samples: tuple[Sample, ...]
     hellaswag: HellaSwagResult | None = None
     lambada: LambadaResult | None = None

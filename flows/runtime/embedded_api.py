@@ -20,7 +20,7 @@ from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL
 
 from flows.runtime.environment import EMBEDDED_API
-from flows.runtime.process_exit import die_with_parent
+from flows.runtime.process_exit import die_with_parent, stop_process
 from gpt.gc_tuning import tune_gc
 
 ANSWER_SECONDS = 5.0
@@ -57,19 +57,10 @@ def _launch() -> subprocess.Popen[bytes]:
         preexec_fn=die_with_parent(signal.SIGKILL),
     )
     servers.append(server)
-    atexit.register(_stop, server)
+    atexit.register(stop_process, server, STOP_SECONDS)
     os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", EMBEDDED_API: "1"}
     refresh_global_settings_context()
     return server
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 def _check_health() -> Exception | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +34,16 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None]:
     """Return a `preexec_fn` for `subprocess.Popen`: the child gets the signal when this process
     ends, even by kill -9. Linux only; elsewhere it does nothing."""
     return partial(_set_parent_death_signal, os.getpid(), number)
+
+
+def stop_process(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Terminate a child process; kill it if it takes longer than `seconds` to end."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _set_parent_death_signal(parent: int, number: signal.Signals) -> None:

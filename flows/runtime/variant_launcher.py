@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from flows.runtime.process_exit import die_with_parent
+from flows.runtime.process_exit import die_with_parent, stop_process
 from flows.runtime.variants import Variant
 from gpt.errors import ComparisonError, Problem
 
@@ -43,7 +43,7 @@ def train_in_subprocess(variant: Variant, parent: Path) -> Path:
     try:
         code = child.wait()
     except BaseException:
-        _stop(child)
+        stop_process(child, STOP_SECONDS)
         raise
     result: dict[str, str] = {}
     with suppress(OSError, ValueError):
@@ -54,11 +54,3 @@ def train_in_subprocess(variant: Variant, parent: Path) -> Path:
     reason = result.get("failure") or f"its process ended with {end}"
     remedy = "fix this and re-run the same comparison; finished configs are skipped"
     raise ComparisonError(Problem(variant.name, "", reason, remedy))
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    child.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(STOP_SECONDS)
-    child.kill()
-    child.wait()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt.artifacts import DatasetManifest
+from gpt.artifacts import DatasetManifest, HeldoutLoss
 from gpt.config.schema import RunConfig
 from gpt.data.loader import Batch, SequenceDataset, iterate_validation_batches
 from gpt.data.tokenize.tokenizer import (
@@ -29,32 +28,6 @@ from gpt.model.base import GPT
 from gpt.model.loss import score_tokens
 
 POSITION_BUCKETS = 16
-
-
-@dataclass(frozen=True)
-class HeldoutLoss:
-    """The loss of a model on a text."""
-
-    tokens: int
-    """Predicted tokens."""
-    loss: float
-    """Mean cross-entropy, nats per token."""
-    perplexity: float
-    bits_per_byte: float
-    """Over the UTF-8 bytes of the predicted tokens (end-of-text has none), so that models with
-    different tokenizers can be compared."""
-    standard_error: float | None = None
-    """Of `loss`, nats: the sample standard deviation of the sequence losses divided by the square
-    root of their number; None for a single sequence. It is rather too small, because sequences of
-    one document are similar. It says how much another slice would differ; between two models on
-    the same slice most of that cancels (`gpt.evaluation.significance`)."""
-    loss_by_position: tuple[float, ...] = ()
-    """Mean loss in each sixteenth of the context, in order."""
-    sequence_losses: tuple[float, ...] = ()
-    """Mean loss of each sequence, in order."""
-    slice_fingerprint: str = ""
-    """Hash of the predicted tokens in order, 16 hexadecimal digits: equal for two results on the
-    same tokens, whatever the context length of the models."""
 
 
 def heldout_loss(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt.evaluation.heldout import HeldoutLoss
+from gpt.artifacts import HeldoutLoss
 from gpt.hardware.device import peak_memory_bytes, read_energy_joules
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import find_gpu

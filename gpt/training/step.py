@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gpt.artifacts import CheckpointRef, DatasetManifest
+from gpt.artifacts import CheckpointRef, DatasetManifest, HeldoutLoss
 from gpt.config.schema import RunConfig
 from gpt.data.loader import Batch, SequenceDataset, TrainingLoader
-from gpt.evaluation.heldout import HeldoutLoss, heldout_loss
+from gpt.evaluation.heldout import heldout_loss
 from gpt.hardware.device import autocast, compute_dtype
 from gpt.model.architectures import build_model
 from gpt.model.base import GPT

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -137,15 +138,22 @@ def draw_charts(results: Sequence[ConfigResult]) -> dict[str, str]:
     finished = [result for result in results if result.runs]
     if not finished:
         return {}
-    return {
-        "loss-by-tokens": _draw(finished, _draw_loss_by_tokens),
-        "loss-by-hours": _draw(finished, _draw_loss_by_hours),
-        "loss-by-parameters": _draw(finished, _draw_loss_by_parameters),
-        "throughput": _draw(finished, _draw_throughput),
+    charts: dict[str, Callable[[Axes, Sequence[ConfigResult]], None]] = {
+        "loss-by-tokens": partial(
+            _draw_curves,
+            x=lambda run: [tokens / 1e6 for tokens in run.curve.tokens],
+            label="tokens, millions",
+        ),
+        "loss-by-hours": partial(
+            _draw_curves, x=lambda run: run.curve.hours, label="training time, hours"
+        ),
+        "loss-by-parameters": _draw_loss_by_parameters,
+        "throughput": _draw_throughput,
     }
+    return {name: _to_svg(finished, draw) for name, draw in charts.items()}
 
 
-def _draw(
+def _to_svg(
     results: Sequence[ConfigResult], draw: Callable[[Axes, Sequence[ConfigResult]], None]
 ) -> str:
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -160,24 +168,17 @@ def _draw(
     return svg[svg.index("<svg") :]
 
 
-def _draw_loss_by_tokens(axes: Axes, results: Sequence[ConfigResult]) -> None:
-    _draw_curves(axes, results, lambda run: [tokens / 1e6 for tokens in run.curve.tokens])
-    axes.set(xlabel="tokens, millions")
-
-
-def _draw_loss_by_hours(axes: Axes, results: Sequence[ConfigResult]) -> None:
-    _draw_curves(axes, results, lambda run: run.curve.hours)
-    axes.set(xlabel="training time, hours")
-
-
 def _draw_curves(
-    axes: Axes, results: Sequence[ConfigResult], x: Callable[[RunResult], Sequence[float]]
+    axes: Axes,
+    results: Sequence[ConfigResult],
+    x: Callable[[RunResult], Sequence[float]],
+    label: str,
 ) -> None:
     for number, result in enumerate(results):
         for run in result.runs:
-            label = result.name if run is result.runs[0] else None
-            axes.plot(x(run), run.curve.losses, f"C{number}.-", label=label, lw=1.5)
-    axes.set(ylabel="validation loss, nats per token")
+            name = result.name if run is result.runs[0] else None
+            axes.plot(x(run), run.curve.losses, f"C{number}.-", label=name, lw=1.5)
+    axes.set(xlabel=label, ylabel="validation loss, nats per token")
     axes.legend()
 
 

@@ -14,8 +14,8 @@ from browser import WINDOW, requested_hosts
 from servers import MlflowServer, with_store
 from training_data import make_token_dataset
 
+from gpt.artifacts import HeldoutLoss
 from gpt.config.loading import load_config
-from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.metrics import StepRecord
 from gpt.training.run_dir import open_run_dir
 from tasks.tracking.journal import METRICS_FILE, read_metrics

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from gpt.artifacts import DatasetManifest, SourceFile, Split
+from gpt.artifacts import DatasetManifest, HeldoutLoss, SourceFile, Split
 from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
-from gpt.evaluation.heldout import HeldoutLoss
 from gpt.training.metrics import StepRecord
 from tasks.tracking import journal, runs, sync_thread
 from tasks.tracking.mlflow_api import MlflowClient, Tag
