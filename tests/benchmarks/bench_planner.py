@@ -38,7 +38,7 @@ from gpt.data.tokenize.units import (
     JournalEntry,
     SplitCounts,
     UnitCounts,
-    UnitJournal,
+    open_journal,
     read_stored_units,
 )
 
@@ -198,7 +198,7 @@ def journal(meter, options):
         entries = (
             JournalEntry(f"{number:032x}", "gigatoken", counts) for number in range(options.journal)
         )
-        UnitJournal(Path(folder), options.tokens_per_shard, entries).close()
+        open_journal(Path(folder), options.tokens_per_shard, entries).close()
         size = (Path(folder) / UNIT_JOURNAL).stat().st_size
         read = meter.measure(
             f"journal: {options.journal:,} units read", lambda: read_stored_units(Path(folder))

@@ -137,12 +137,8 @@ def _inspect_sources(
 
 def _run(build: DatasetBuild, open_cluster: OpenCluster | None) -> Progress:
     """Raises `EncoderMismatchError` after preparing a restart with tiktoken."""
-    data = build.plan.data
-    kept = [stored.entry for stored in build.kept]
     try:
-        with DatasetWriter(
-            build.folder, data.tokens_per_shard, build.engine, data.max_tokens, kept
-        ) as writer:
+        with DatasetWriter(build) as writer:
             if not build.is_complete:
                 yield from _write_units(build, writer, open_cluster)
             _check_counts(build, writer.total)

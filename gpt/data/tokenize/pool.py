@@ -12,6 +12,7 @@ import importlib.util
 import os
 import pickle
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -168,7 +169,8 @@ class _ProcessPool:
     def close(self) -> None:
         """Stop the workers and drop whatever they were doing."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._process.terminate()  # it kills its workers
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._threads.shutdown(wait=True)
         self._process.wait(STOP_SECONDS)
         for worker in self._workers:
@@ -192,6 +194,7 @@ def _start_workers(
             stdout=2,  # what a library prints is not part of our output
             pass_fds=descriptors,
             env=os.environ | WORKER_ENVIRONMENT,
+            start_new_session=True,  # Ctrl-C is for this process, which then kills all of them
         )
         return process, [each.makefile("rwb") for each in ours]
     finally:

@@ -120,7 +120,7 @@ class JournalEntry:
     complete: bool = True
     """False where data.max_tokens cut documents off."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_line(self) -> str:
         counts = self.counts
         tally = {
             "rows": counts.rows,
@@ -128,10 +128,12 @@ class JournalEntry:
             "sides": {name: vars(split) for name, split in counts.splits.items()},
             "lengths": counts.lengths,
         }
-        return {"key": self.key, "engine": self.engine, "tally": tally, "whole": self.complete}
+        entry = {"key": self.key, "engine": self.engine, "tally": tally, "whole": self.complete}
+        return _to_line(entry)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> JournalEntry:
+    def from_line(cls, line: str) -> JournalEntry:
+        value = json.loads(line)
         tally = value["tally"]
         counts = UnitCounts(
             rows=tally["rows"],
@@ -142,31 +144,20 @@ class JournalEntry:
         return cls(value["key"], value["engine"], counts, value["whole"])
 
 
-class UnitJournal:
-    """A journal open for appending, after the entries that are kept."""
+def open_journal(folder: Path, tokens_per_shard: int, kept: Iterable[JournalEntry] = ()) -> IO[str]:
+    """Replace the journal by one with the `kept` entries; returns it open for appending."""
+    path = folder / UNIT_JOURNAL
+    new_path = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
+    journal = new_path.open("w", encoding="utf-8")
+    journal.write(_to_line({"tokens_per_shard": tokens_per_shard}))
+    journal.writelines(entry.to_line() for entry in kept)
+    journal.flush()
+    new_path.replace(path)
+    return journal
 
-    def __init__(
-        self, folder: Path, tokens_per_shard: int, kept: Iterable[JournalEntry] = ()
-    ) -> None:
-        path = folder / UNIT_JOURNAL
-        new_path = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
-        self._file: IO[str] = new_path.open("w", encoding="utf-8")
-        self._write({"tokens_per_shard": tokens_per_shard})
-        for entry in kept:
-            self._write(entry.to_json())
-        self._file.flush()
-        new_path.replace(path)
 
-    def append(self, entry: JournalEntry) -> None:
-        """Write one entry. Its ids must have been flushed to the operating system before."""
-        self._write(entry.to_json())
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+def _to_line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":")) + "\n"
 
 
 @dataclass(frozen=True)
@@ -203,7 +194,7 @@ def read_stored_units(folder: Path) -> list[StoredUnit]:
         with (folder / UNIT_JOURNAL).open(encoding="utf-8") as lines:
             tokens_per_shard = int(json.loads(next(lines))["tokens_per_shard"])
             for line in lines:
-                entry = JournalEntry.from_json(json.loads(line))
+                entry = JournalEntry.from_line(line)
                 found.append(StoredUnit(entry, folder, tokens_per_shard, dict(offsets)))
                 for split in SPLITS:
                     offsets[split] += entry.counts.splits[split].tokens

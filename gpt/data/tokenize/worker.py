@@ -13,7 +13,6 @@ import contextlib
 import gc
 import os
 import pickle
-import signal
 import socket
 import sys
 import traceback
@@ -41,24 +40,29 @@ def load_encoder(engine: EngineName) -> Encoder:
 
 def main() -> None:
     """Run the workers. Arguments: the engine, then the descriptor of each worker's socket."""
-    # Ctrl-C reaches the whole process group; the parent decides and closes the sockets.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine: EngineName = "gigatoken" if sys.argv[1] == "gigatoken" else "tiktoken"
     descriptors = [int(descriptor) for descriptor in sys.argv[2:]]
     encoder = None
     with contextlib.suppress(Exception):  # reported with the first chunk, which tries again
         encoder = load_encoder(engine)
     gc.freeze()  # a collection would write to pages that the workers share
-    workers: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *_: _kill(workers))
+    workers = 0
     while descriptors:
-        pid = os.fork()
-        if not pid:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not os.fork():
             _run_worker(engine, encoder, *descriptors)
-        workers.append(pid)
+        workers += 1
         os.close(descriptors.pop(0))
-    _wait_for(workers)
+    for _ in range(workers):
+        _, status = os.wait()
+        if status:
+            _exit_with(os.waitstatus_to_exitcode(status))
+
+
+def _exit_with(code: int) -> None:
+    """End as the failed worker did: the parent reads the status and kills the other workers."""
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def _run_worker(engine: EngineName, encoder: Encoder | None, own: int, *others: int) -> None:
@@ -84,26 +88,3 @@ def _run_worker(engine: EngineName, encoder: Encoder | None, own: int, *others: 
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
-
-
-def _wait_for(workers: list[int]) -> None:
-    """Wait for the workers to exit. If one fails, kill the others and exit with its status, where
-    the parent looks for it."""
-    while workers:
-        pid, status = os.wait()
-        workers.remove(pid)
-        if status:
-            _kill(workers)
-            for other in workers:
-                os.waitpid(other, 0)
-            code = os.waitstatus_to_exitcode(status)
-            if code < 0:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), -code)
-            sys.exit(code)
-
-
-def _kill(workers: list[int]) -> None:
-    for pid in workers:
-        with contextlib.suppress(ProcessLookupError):  # it has exited already
-            os.kill(pid, signal.SIGKILL)

@@ -6,17 +6,16 @@ Whatever the journal lists is in the shards; after a kill, what it does not list
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt.artifacts import Shard
 from gpt.data.shards import ShardWriter
-from gpt.data.tokenize.encoders import PART, EncodedChunk, EngineName, Parts
-from gpt.data.tokenize.units import SPLITS, JournalEntry, StoredUnit, UnitCounts, UnitJournal
+from gpt.data.tokenize.build import DatasetBuild
+from gpt.data.tokenize.encoders import PART, EncodedChunk, Parts
+from gpt.data.tokenize.units import SPLITS, JournalEntry, StoredUnit, UnitCounts, open_journal
 
 
 class DatasetWriter(ExitStack):
@@ -26,27 +25,20 @@ class DatasetWriter(ExitStack):
     that nothing more can be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        tokens_per_shard: int,
-        engine: EngineName,
-        max_tokens: int | None,
-        kept: Sequence[JournalEntry],
-    ) -> None:
+    def __init__(self, build: DatasetBuild) -> None:
         super().__init__()
+        data, kept = build.plan.data, [stored.entry for stored in build.kept]
         self.total = UnitCounts()
         for entry in kept:
             self.total.add(entry.counts)
         self.is_full = any(not entry.complete for entry in kept)
-        self._engine, self._max_tokens = engine, max_tokens
-        self._journal = UnitJournal(folder, tokens_per_shard, kept)
-        self.callback(self._journal.close)
+        self._engine, self._max_tokens = build.engine, data.max_tokens
+        self._journal = self.enter_context(open_journal(build.folder, data.tokens_per_shard, kept))
         self._shards = {
-            split: self.enter_context(
-                ShardWriter(folder, split, tokens_per_shard, self.total.splits[split].tokens)
+            name: self.enter_context(
+                ShardWriter(build.folder, name, data.tokens_per_shard, counts.tokens)
             )
-            for split in SPLITS
+            for name, counts in self.total.splits.items()
         }
         self._begin_unit()
 
@@ -127,7 +119,8 @@ class DatasetWriter(ExitStack):
             self._shards[split].flush()
             self._unit.splits[split].digest = self._digests[split].hexdigest()
         counts = self._unit
-        self._journal.append(JournalEntry(key, engine, counts, complete))
+        self._journal.write(JournalEntry(key, engine, counts, complete).to_line())
+        self._journal.flush()
         self.total.add(counts)
         self._begin_unit()
         return counts
