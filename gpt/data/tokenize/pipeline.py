@@ -69,7 +69,7 @@ class TokenizeProgress:
     tokens_reused: int = 0
 
 
-Progress = Generator[TokenizeProgress, None, DatasetManifest]
+TokenizeSteps = Generator[TokenizeProgress, None, DatasetManifest]
 EncodedUnits = Iterator[tuple[PlannedUnit, EncodedChunk | StoredUnit]]
 """For each unit in order: its encoded chunks, or where to copy it from."""
 
@@ -83,7 +83,7 @@ def find_dataset(config: RunConfig) -> DatasetManifest | None:
     return make_plan(config).find_existing()
 
 
-def tokenize_corpus(config: RunConfig, open_cluster: OpenCluster | None = None) -> Progress:
+def tokenize_corpus(config: RunConfig, open_cluster: OpenCluster | None = None) -> TokenizeSteps:
     """Build or find the dataset of `config`; the generator returns its manifest. Units are encoded
     on a cluster if `open_cluster` is given, otherwise by processes of this machine: the shards are
     the same.
@@ -135,7 +135,7 @@ def _inspect_sources(
     return sources, problems
 
 
-def _run(build: DatasetBuild, open_cluster: OpenCluster | None) -> Progress:
+def _run(build: DatasetBuild, open_cluster: OpenCluster | None) -> TokenizeSteps:
     """Raises `EncoderMismatchError` after preparing a restart with tiktoken."""
     try:
         with DatasetWriter(build) as writer:

@@ -143,7 +143,7 @@ def but_folder(manifest):
     return manifest.model_dump(exclude={"folder"})
 
 
-def test_a_cluster_makes_the_shards_of_one_machine(tmp_path, source, running, no_local_workers):
+def test_cluster_builds_the_same_dataset(tmp_path, source, running, no_local_workers):
     kind, at = running
     settings = {"tokens_per_shard": 1_000_000, "drop_duplicates": True}
     here = build_dataset(tmp_path / "here", source, **settings)
@@ -152,7 +152,7 @@ def test_a_cluster_makes_the_shards_of_one_machine(tmp_path, source, running, no
     assert but_folder(find_or_tokenize(asked)) == but_folder(here)
 
 
-def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running, no_local_workers):
+def test_killed_worker_does_not_change_the_dataset(tmp_path, source, running, no_local_workers):
     kind, at = running
     settings = {"tokens_per_shard": 1_000_000, "engine": "tiktoken"}
     here = build_dataset(tmp_path / "here", source, **settings)
@@ -172,7 +172,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, source, running
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_local_workers):
+def test_local_cluster_leaves_no_process(tmp_path, source, kind, no_local_workers):
     here = build_dataset(tmp_path / "here", source)
     no_local_workers()
     before = set(psutil.Process().children(recursive=True))
@@ -189,7 +189,7 @@ def test_without_an_address_a_cluster_comes_and_goes(tmp_path, source, kind, no_
     assert not psutil.wait_procs(ours, timeout=SECONDS)[1]
 
 
-def test_what_a_worker_finds_wrong_is_told_once(tmp_path, source, monkeypatch, running):
+def test_error_on_a_worker_is_raised_here(tmp_path, source, monkeypatch, running):
     kind, at = running
     asked = make_config(tmp_path / "runs", source, runner=kind, cluster=at.address)
     steps = tokenize_corpus(asked, resolve_cluster(asked.data))
@@ -225,7 +225,7 @@ def test_units_are_task_runs_of_the_flow_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ray"])  # it wraps what a worker raises; Dask does not
-def test_workers_that_cannot_reach_prefect_get_the_function_alone(
+def test_workers_without_prefect_api_run_the_plain_function(
     tmp_path, source, monkeypatch, caplog, kind
 ):
     here = build_dataset(tmp_path / "here", source)
@@ -244,7 +244,7 @@ def test_workers_that_cannot_reach_prefect_get_the_function_alone(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_package_that_is_missing(tmp_path, source, monkeypatch, kind):
+def test_missing_package_is_explained(tmp_path, source, monkeypatch, kind):
     monkeypatch.setattr(runner.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"data\.runner = {kind}\n.*not installed\n.*\[{kind}\]"):
         find_or_tokenize(make_config(tmp_path / "runs", source, runner=kind))
@@ -257,7 +257,7 @@ ADDRESSES = {"dask": ["{}:{}", "tcp://{}:{}", "tls://{}:{}"], "ray": ["{}:{}", "
 @pytest.mark.parametrize(
     ("kind", "form"), [(kind, form) for kind, forms in ADDRESSES.items() for form in forms]
 )
-def test_an_address_where_nobody_is(tmp_path, source, kind, form):
+def test_address_without_listener_is_explained(tmp_path, source, kind, form):
     address = form.format("127.0.0.1", free_port())
     with pytest.raises(ConfigError, match=rf"data\.cluster = {address}\n.*nothing answers there"):
         find_or_tokenize(make_config(tmp_path / "runs", source, runner=kind, cluster=address))
@@ -265,7 +265,7 @@ def test_an_address_where_nobody_is(tmp_path, source, kind, form):
 
 
 @pytest.mark.parametrize("address", ["here", "tcp://:8786", "host:many"])
-def test_an_address_that_is_none(tmp_path, source, address):
+def test_invalid_address_is_explained(tmp_path, source, address):
     with pytest.raises(ConfigError, match="has no host and port"):
         find_or_tokenize(make_config(tmp_path / "runs", source, runner="dask", cluster=address))
 
@@ -273,7 +273,7 @@ def test_an_address_that_is_none(tmp_path, source, address):
 @pytest.mark.parametrize(
     ("kind", "scheme"), [("dask", "ray"), ("dask", "http"), ("dask", "ucx"), ("ray", "tcp")]
 )
-def test_an_address_of_something_else(tmp_path, source, kind, scheme):
+def test_address_with_wrong_scheme_is_explained(tmp_path, source, kind, scheme):
     rule = rf"{scheme}:// is not a {kind.capitalize()} address\n.*tcp://host:8786 for Dask"
     with pytest.raises(ConfigError, match=rule):
         find_or_tokenize(
@@ -281,7 +281,7 @@ def test_an_address_of_something_else(tmp_path, source, kind, scheme):
         )
 
 
-def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
+def test_server_that_is_not_a_cluster_is_explained(tmp_path, source, monkeypatch):
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
 
     def hang_up():
@@ -299,7 +299,7 @@ def test_somebody_else_at_the_address(tmp_path, source, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_port_that_says_nothing(tmp_path, source, monkeypatch, kind):
+def test_silent_port_is_explained(tmp_path, source, monkeypatch, kind):
     """As one of a page that waits to be asked for it, Dask's dashboard or Prefect's."""
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -24,7 +24,7 @@ PLAIN = "Plain English words, one after the other; nothing else is in here. " * 
 
 @given(AWKWARD_TEXTS.filter(bool))
 @settings(max_examples=300, deadline=None)
-def test_ids_are_tiktoken_s(text):
+def test_ids_equal_those_of_tiktoken(text):
     texts = [text.encode(), b"next document", (text * 3).encode()]
     for ours, theirs in zip(ENCODER.encode(texts), TiktokenEncoder().encode(texts), strict=True):
         assert np.array_equal(ours, theirs)
@@ -32,7 +32,7 @@ def test_ids_are_tiktoken_s(text):
 
 @given(AWKWARD_TEXTS.filter(bool))
 @settings(max_examples=200, deadline=None)
-def test_everything_awkward_is_compared(text):
+def test_special_long_and_non_ascii_text_is_verified(text):
     """Each character beyond ASCII, each long run and all of a text with `<|` lies in a stretch."""
     texts = [PLAIN.encode(), f"{PLAIN[:500]}{text} and {'=' * 140}{PLAIN[:300]}".encode()]
     joined = b"".join(texts)
@@ -80,7 +80,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_any_difference_falls_back_to_tiktoken_for_the_whole(tmp_path, monkeypatch, caplog, kind):
+def test_any_mismatch_falls_back_to_tiktoken_for_the_dataset(tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 3_000)
     monkeypatch.setattr(units, "UNIT_BYTES", 4_000)
     marker, ids = FAULTS[kind]
@@ -103,7 +103,7 @@ def test_any_difference_falls_back_to_tiktoken_for_the_whole(tmp_path, monkeypat
     assert not list((tmp_path / "runs/datasets").glob("*.partial"))
 
 
-def test_shards_are_the_same_with_and_without(tmp_path):
+def test_both_engines_write_the_same_shards(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", row_group_size=50)
     fast = build_dataset(tmp_path / "fast", source, engine="gigatoken")
     slow = build_dataset(tmp_path / "slow", source, engine="tiktoken")
@@ -113,7 +113,7 @@ def test_shards_are_the_same_with_and_without(tmp_path):
     assert build_dataset(tmp_path / "fast", source, engine="tiktoken") == fast
 
 
-def test_the_encoder_is_made_anew_when_it_has_grown(monkeypatch):
+def test_encoder_is_rebuilt_when_it_has_grown(monkeypatch):
     encoder = GigatokenEncoder()
     first = encoder._encoder
     encoder.encode([b"a"])
@@ -128,7 +128,7 @@ def test_the_encoder_is_made_anew_when_it_has_grown(monkeypatch):
     assert encoder._encoder is not second
 
 
-def test_ids_that_cross_from_one_text_to_the_next_are_noticed(monkeypatch):
+def test_token_across_two_texts_is_detected(monkeypatch):
     class Shifted:
         def __init__(self, encoder):
             self.parts = iter([encoder.encode(b"hello wor"), encoder.encode(b"ld and more")])

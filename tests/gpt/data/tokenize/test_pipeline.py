@@ -32,7 +32,7 @@ from gpt.data.tokenize.pipeline import TokenizeProgress, find_dataset, tokenize_
 from gpt.files import compute_sha256
 
 
-def test_shards_decode_back_to_the_rows(tmp_path):
+def test_shards_decode_to_the_rows(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
     progress, manifest = tokenize_with_progress(
         make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
@@ -68,7 +68,7 @@ STRINGS = [
 
 
 @pytest.mark.parametrize("kind", STRINGS, ids=str)
-def test_every_kind_of_string_gives_the_same_tokens(tmp_path, kind):
+def test_every_string_type_gives_the_same_tokens(tmp_path, kind):
     texts = [*TEXTS[:90], "", None]
     plain = tokenize_with_progress(
         make_config(tmp_path / "plain", write_parquet(tmp_path / "plain.parquet", texts))
@@ -81,12 +81,12 @@ def test_every_kind_of_string_gives_the_same_tokens(tmp_path, kind):
     assert other.skipped == {"null": 1, "empty": 1}
 
 
-def test_the_shards_are_tiktoken_s_ids_in_order(tmp_path):
+def test_shards_hold_the_ids_of_tiktoken(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
     assert stored_ids(build_dataset(tmp_path / "runs", source)) == reference_ids(TEXTS)
 
 
-def test_the_size_of_batches_chunks_units_and_shards_changes_no_token(tmp_path, monkeypatch):
+def test_tokens_do_not_depend_on_batch_chunk_unit_or_shard_size(tmp_path, monkeypatch):
     texts = [*TEXTS, "one long text, " * 400, "東京。" * 700, "x" * 3_000]
     source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=101)
     monkeypatch.setattr(units, "UNIT_BYTES", 1_000)
@@ -102,7 +102,7 @@ def test_the_size_of_batches_chunks_units_and_shards_changes_no_token(tmp_path, 
     assert [*pieces.document_lengths, *[0] * 20][:20] == bins
 
 
-def test_units_are_ranges_of_row_groups_or_parts_of_large_ones():
+def test_units_are_row_groups_or_parts_of_large_ones():
     def cut(*groups):
         found = list(units.split_into_units(groups))
         return [(u.rows.start, u.rows.stop, u.groups.start, u.groups.stop) for u in found]
@@ -119,7 +119,7 @@ def test_units_are_ranges_of_row_groups_or_parts_of_large_ones():
     assert cut((1, 900 * mega)) == [(0, 1, 0, 1)]
 
 
-def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
+def test_units_are_read_together_or_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 900)
     monkeypatch.setattr(parquet_files, "BATCH_ROWS", 7)
     selection = RowFilter("text")
@@ -138,7 +138,7 @@ def test_units_can_be_read_in_any_company(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch, workers):
+def test_tokens_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
     source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
@@ -156,7 +156,7 @@ def hive(folder):
         write_parquet(place / "part.parquet", texts)
 
 
-def test_a_condition_on_columns_and_hive_partitions(tmp_path):
+def test_where_uses_columns_and_hive_partitions(tmp_path):
     hive(tmp_path / "in")
     made = build_dataset(
         tmp_path / "runs",
@@ -168,7 +168,7 @@ def test_a_condition_on_columns_and_hive_partitions(tmp_path):
     assert made.settings["where"].startswith("year")
 
 
-def test_the_same_bytes_in_another_partition_are_another_data_set(tmp_path):
+def test_partition_values_change_the_fingerprint(tmp_path):
     hive(tmp_path / "in")
     where = {"where": "language = 'en'"}
     before = build_dataset(tmp_path / "runs", str(tmp_path / "in"), **where)
@@ -179,7 +179,7 @@ def test_the_same_bytes_in_another_partition_are_another_data_set(tmp_path):
     assert decode_all(after) == sorted(f"2023 en number {i}" for i in range(40))
 
 
-def test_unknown_is_no(tmp_path):
+def test_where_treats_null_as_false(tmp_path):
     table = pa.table({"text": [f"text {i}" for i in range(60)], "score": [None, 0.5, 0.95] * 20})
     pq.write_table(table, tmp_path / "a.parquet")
     made = build_dataset(tmp_path / "runs", str(tmp_path / "a.parquet"), where="score > 0.9")
@@ -187,7 +187,7 @@ def test_unknown_is_no(tmp_path):
     assert made.skipped["where"] == 40
 
 
-def test_lengths_are_characters(tmp_path):
+def test_lengths_count_characters(tmp_path):
     texts = ["é" * n for n in range(1, 41) for _ in range(3)]
     source = write_parquet(tmp_path / "a.parquet", texts)
     made = build_dataset(tmp_path / "runs", source, min_length=5, max_length=30)
@@ -205,7 +205,7 @@ def test_exact_duplicates_are_dropped_across_files(tmp_path):
 
 
 @pytest.mark.parametrize("most", [1_000, 1_777, 2_345])
-def test_max_tokens_is_never_passed_and_documents_stay_whole(tmp_path, monkeypatch, most):
+def test_max_tokens_is_a_limit_and_keeps_documents_complete(tmp_path, monkeypatch, most):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 90)
     texts = [text * (1 + i % 3) for i, text in enumerate(TEXTS)]
     made = build_dataset(
@@ -218,7 +218,7 @@ def test_max_tokens_is_never_passed_and_documents_stay_whole(tmp_path, monkeypat
     verify_shards(made)
 
 
-def test_files_behind_an_address(tmp_path):
+def test_sources_at_fsspec_addresses(tmp_path):
     import fsspec
 
     source = write_parquet(tmp_path / "a.parquet")
@@ -236,7 +236,7 @@ def test_files_behind_an_address(tmp_path):
 # --- order and sides -----------------------------------------------------------------------------
 
 
-def test_a_document_stays_on_its_side_in_any_order_and_company(tmp_path):
+def test_split_depends_on_the_document_alone(tmp_path):
     one = tokenize_with_progress(
         make_config(tmp_path / "1", write_parquet(tmp_path / "1.parquet", TEXTS[:200]))
     )[1]
@@ -250,7 +250,7 @@ def test_a_document_stays_on_its_side_in_any_order_and_company(tmp_path):
     assert not set(train_2) & set(validation_2)
 
 
-def test_files_globs_directories_and_lists(tmp_path):
+def test_sources_are_files_globs_directories_or_lists(tmp_path):
     names = ["b.parquet", "a.parquet", "deep/er/c.parquet", "plain[1].parquet"]
     for i, name in enumerate(names):
         write_parquet(tmp_path / "in" / name, TEXTS[i : i + 1])
@@ -274,7 +274,7 @@ def test_files_globs_directories_and_lists(tmp_path):
     ]
 
 
-def test_order_of_sources_is_the_order_of_documents(tmp_path):
+def test_documents_are_in_the_order_of_the_sources(tmp_path):
     a, b = (
         write_parquet(tmp_path / "a.parquet", TEXTS[:99]),
         write_parquet(tmp_path / "b.parquet", TEXTS[99:]),
@@ -289,7 +289,7 @@ def test_order_of_sources_is_the_order_of_documents(tmp_path):
 # --- reuse ---------------------------------------------------------------------------------------
 
 
-def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
+def test_existing_dataset_is_found_without_reading_sources(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "a.parquet")
     time.sleep(2 * sources.SETTLED_SECONDS)
     made = make_config(tmp_path / "runs", source)
@@ -302,14 +302,14 @@ def test_the_same_again_is_found_and_nothing_read(tmp_path, monkeypatch):
     assert tokenize_with_progress(made) == ([], manifest)
 
 
-def test_a_hash_made_while_the_file_was_young_is_not_remembered(tmp_path):
+def test_hash_of_a_file_just_written_is_not_cached(tmp_path):
     made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     os.utime(tmp_path / "a.parquet")
     find_dataset(made)
     assert not (tmp_path / "runs/datasets/source-hashes.json").exists()
 
 
-def test_one_byte_with_the_old_time_put_back_is_noticed(tmp_path):
+def test_changed_byte_with_restored_mtime_is_detected(tmp_path):
     source = Path(write_parquet(tmp_path / "a.parquet", TEXTS, compression="none"))
     before = build_dataset(tmp_path / "runs", str(source))
     status = source.stat()
@@ -323,7 +323,7 @@ def test_one_byte_with_the_old_time_put_back_is_noticed(tmp_path):
     )
 
 
-def test_moved_and_touched_sources_are_the_same_data(tmp_path):
+def test_moved_or_touched_sources_give_the_same_dataset(tmp_path):
     source = write_parquet(tmp_path / "a.parquet")
     _, manifest = tokenize_with_progress(make_config(tmp_path / "runs", source))
     Path(source).rename(tmp_path / "b.parquet")
@@ -331,7 +331,7 @@ def test_moved_and_touched_sources_are_the_same_data(tmp_path):
     assert find_dataset(make_config(tmp_path / "runs", str(tmp_path / "b.parquet"))) == manifest
 
 
-def test_every_setting_and_byte_that_changes_tokens_changes_the_folder(tmp_path):
+def test_settings_and_bytes_change_the_folder(tmp_path):
     source = write_parquet(tmp_path / "a.parquet")
     folders = {tokenize_with_progress(make_config(tmp_path / "runs", source))[1].folder}
     for change in ({"validation_fraction": 0.2}, {"tokens_per_shard": 1_000}):
@@ -369,7 +369,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_shard_is_made_anew_and_nothing_else(tmp_path, monkeypatch, caplog, kind):
+def test_only_the_damaged_shard_is_rebuilt(tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
     source = write_parquet(tmp_path / "a.parquet", row_group_size=20)
     made = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
@@ -384,7 +384,7 @@ def test_a_damaged_shard_is_made_anew_and_nothing_else(tmp_path, monkeypatch, ca
     assert 0 < len(b"".join(encoded)) < sum(len(t.encode()) for t in TEXTS) / 2
 
 
-def test_without_its_manifest_it_is_no_data_set(tmp_path):
+def test_folder_without_manifest_is_rebuilt(tmp_path):
     made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     _, manifest = tokenize_with_progress(made)
     (manifest.folder / "manifest.json").unlink()
@@ -393,7 +393,7 @@ def test_without_its_manifest_it_is_no_data_set(tmp_path):
     verify_shards(manifest)
 
 
-def test_only_what_depends_on_a_changed_file_is_encoded_again(tmp_path, monkeypatch):
+def test_only_units_of_changed_files_are_encoded(tmp_path, monkeypatch):
     places = [
         write_parquet(tmp_path / f"{i}.parquet", TEXTS[i * 60 : i * 60 + 60]) for i in range(5)
     ]
@@ -410,7 +410,7 @@ def test_only_what_depends_on_a_changed_file_is_encoded_again(tmp_path, monkeypa
     assert not encoded
 
 
-def test_with_duplicates_dropped_all_behind_a_change_depends_on_it(tmp_path, monkeypatch):
+def test_drop_duplicates_reencodes_everything_after_a_change(tmp_path, monkeypatch):
     places = [
         write_parquet(tmp_path / f"{i}.parquet", TEXTS[i * 50 : i * 50 + 60]) for i in range(5)
     ]
@@ -423,7 +423,7 @@ def test_with_duplicates_dropped_all_behind_a_change_depends_on_it(tmp_path, mon
     assert b"".join(encoded) == "".join(TEXTS[160:260]).encode()
 
 
-def test_a_damaged_memory_of_hashes_is_only_forgotten(tmp_path):
+def test_damaged_hash_cache_is_ignored(tmp_path):
     made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     _, manifest = tokenize_with_progress(made)
     for text in ("", "[1]", '{"x": 3}', "{"):
@@ -431,7 +431,7 @@ def test_a_damaged_memory_of_hashes_is_only_forgotten(tmp_path):
         assert find_dataset(made) == manifest
 
 
-def test_left_early_it_leaves_no_data_set_and_loses_no_unit(tmp_path, monkeypatch):
+def test_interrupted_build_keeps_finished_units(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
     source = write_parquet(tmp_path / "a.parquet", row_group_size=20)
     made = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
@@ -451,9 +451,7 @@ def test_left_early_it_leaves_no_data_set_and_loses_no_unit(tmp_path, monkeypatc
     assert not list((tmp_path / "runs/datasets").glob("*.partial"))
 
 
-def test_an_unfinished_folder_with_other_bytes_than_its_journal_is_not_believed(
-    tmp_path, monkeypatch
-):
+def test_units_that_differ_from_the_journal_are_encoded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
     made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet", row_group_size=20))
     generator = tokenize_corpus(made)
@@ -468,7 +466,7 @@ def test_an_unfinished_folder_with_other_bytes_than_its_journal_is_not_believed(
     assert stored_ids(tokenize_with_progress(made)[1]) == reference_ids(TEXTS)
 
 
-def test_folders_of_killed_runs_go_when_they_are_old(tmp_path):
+def test_old_unfinished_folders_are_deleted(tmp_path):
     datasets = tmp_path / "runs" / "datasets"
     for name in ("old.partial", "new.partial"):
         (datasets / name).mkdir(parents=True)

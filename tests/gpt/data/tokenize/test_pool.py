@@ -49,7 +49,7 @@ def children():
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_come_in_the_order_of_the_items(workers, children):
+def test_results_are_in_the_order_of_the_items(workers, children):
     texts = ["word " * (50_000 if i % 7 == 0 else 1) + str(i) for i in range(40)]
     items = [(text, chunk(text) if i % 5 else None) for i, text in enumerate(texts)]
     with open_pool("tiktoken", workers) as workers_pool:
@@ -64,7 +64,7 @@ def test_results_come_in_the_order_of_the_items(workers, children):
     assert not children()
 
 
-def test_items_are_drawn_only_as_fast_as_they_are_done():
+def test_pending_items_are_bounded():
     drawn = []
 
     def items():
@@ -78,9 +78,7 @@ def test_items_are_drawn_only_as_fast_as_they_are_done():
         assert len(drawn) <= 2 * pool.CHUNKS_PER_WORKER + 1
 
 
-def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
-    tmp_path, monkeypatch, children
-):
+def test_dead_worker_is_explained_and_the_next_run_resumes(tmp_path, monkeypatch, children):
     monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
@@ -97,14 +95,14 @@ def test_a_worker_that_dies_is_a_message_and_the_next_start_goes_on(
     assert stored_ids(tokenize_with_progress(made)[1]) == reference_ids(TEXTS)
 
 
-def test_a_fault_inside_a_worker_is_told_with_its_traceback(monkeypatch):
+def test_error_in_a_worker_has_its_traceback(monkeypatch):
     with open_pool("tiktoken", 2) as workers_pool:
         with pytest.raises(RuntimeError, match="UnicodeDecodeError"):
             workers_pool.submit(chunk(b"\xff")).result()
         assert workers_pool.submit(chunk("still there")).result().ids.size
 
 
-def test_a_worker_imports_little():
+def test_worker_does_not_import_heavy_packages():
     program = (
         "import sys, gpt.data.tokenize.worker\n"
         "heavy = {'torch', 'pyarrow', 'polars', 'prefect', 'mlflow', 'pydantic', 'gigatoken'}\n"
@@ -113,7 +111,7 @@ def test_a_worker_imports_little():
     subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
 
 
-def test_an_engine_that_is_not_installed_is_a_message(monkeypatch):
+def test_engine_that_is_not_installed_is_explained(monkeypatch):
     monkeypatch.setattr(pool, "GIGATOKEN_PACKAGE", "no_such_package_here")
     assert resolve_engine("auto") == "tiktoken"
     with pytest.raises(CorpusError, match="pip install"):
@@ -181,7 +179,7 @@ def killed_at_random(root, source, kills, seed):
     return hits
 
 
-def test_killed_at_random_moments_no_finished_unit_is_done_again(tmp_path):
+def test_finished_units_survive_random_kills(tmp_path):
     root = tmp_path / "runs"
     source = write_parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
     assert killed_at_random(root, source, 3, seed=0)
@@ -189,7 +187,7 @@ def test_killed_at_random_moments_no_finished_unit_is_done_again(tmp_path):
     assert not list(root.glob("datasets/*.partial"))
 
 
-def test_two_processes_on_one_data_set_do_not_write_over_each_other(tmp_path):
+def test_second_process_waits_for_the_first(tmp_path):
     root, source = tmp_path / "runs", write_parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
     threads = "import torch; torch.ones(600, 600) @ torch.ones(600, 600)"
     processes = [start(root, source, threads) for _ in range(2)]

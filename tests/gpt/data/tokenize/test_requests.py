@@ -79,7 +79,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.usefixtures("small_units")
-def test_the_data_set_is_the_one_that_is_made_here(tmp_path, monkeypatch, cluster, settings):
+def test_cluster_builds_the_same_dataset(tmp_path, monkeypatch, cluster, settings):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     long = "one text of many chunks " * 60
     texts = [*TEXTS[:90], long, None, "", *TEXTS[60:200], long, *TEXTS[190:]]
@@ -99,7 +99,7 @@ def test_the_data_set_is_the_one_that_is_made_here(tmp_path, monkeypatch, cluste
 
 
 @pytest.mark.usefixtures("small_units")
-def test_finished_units_are_not_sent(tmp_path, cluster):
+def test_finished_units_are_not_requested(tmp_path, cluster):
     a = write_parquet(tmp_path / "a.parquet", TEXTS[:150], row_group_size=20)
     b = write_parquet(tmp_path / "b.parquet", TEXTS[150:], row_group_size=20)
     made = make_config(tmp_path / "runs", [a, b], tokens_per_shard=1_000)
@@ -120,7 +120,7 @@ def test_finished_units_are_not_sent(tmp_path, cluster):
     )
 
 
-def test_relative_names_mean_the_same_wherever_the_worker_works(tmp_path, monkeypatch, cluster):
+def test_relative_paths_are_resolved_on_the_requesting_machine(tmp_path, monkeypatch, cluster):
     write_parquet(tmp_path / "a.parquet")
     monkeypatch.chdir(tmp_path)
     made = made_by(cluster, make_config(tmp_path / "runs", "a.parquet"))
@@ -135,7 +135,7 @@ def order(tmp_path, cluster):
     return cluster.orders[0]
 
 
-def test_a_worker_that_sees_another_file_says_so(order):
+def test_worker_reports_a_different_file(order):
     with Path(order.source.file.name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(CorpusError, match=r"a\.parquet\n.*bytes instead of .* \(on .*\)"):
@@ -145,7 +145,7 @@ def test_a_worker_that_sees_another_file_says_so(order):
         encode_unit(order)
 
 
-def test_a_worker_with_another_installation_says_so(order, monkeypatch):
+def test_worker_reports_a_different_installation(order, monkeypatch):
     with pytest.raises(CorpusError, match="same version"):
         encode_unit(replace(order, format=0))
     monkeypatch.setattr(requests, "resolve_engine", lambda _: "tiktoken")
@@ -153,7 +153,7 @@ def test_a_worker_with_another_installation_says_so(order, monkeypatch):
         encode_unit(replace(order, engine="gigatoken"))
 
 
-def test_a_mismatch_on_a_worker_is_one_of_the_data_set(tmp_path, monkeypatch, cluster):
+def test_mismatch_on_a_worker_falls_back_for_the_dataset(tmp_path, monkeypatch, cluster):
     source = write_parquet(tmp_path / "a.parquet")
     expected = tokenize_with_progress(make_config(tmp_path / "here", source, engine="tiktoken"))[1]
     work = requests.encode_unit

