@@ -23,9 +23,12 @@ class Problem:
     rule: str
     remedy: str
 
+    @property
+    def subject(self) -> str:
+        return f"{self.key} = {self.value}" if self.value else self.key
+
     def __str__(self) -> str:
-        found = f"{self.key} = {self.value}" if self.value else self.key
-        return f"{found}\n    {self.rule}\n    -> {self.remedy}"
+        return f"{self.subject}\n    {self.rule}\n    -> {self.remedy}"
 
 
 class GPTError(Exception):

@@ -27,8 +27,7 @@ def validate_config(path: str, overrides: dict[str, Any]) -> RunConfig:
     name = report.figures.config.run.name if report.figures else report.path
     publish_markdown(f"preflight-{name}", render_markdown(report), summarize_report(report))
     for warning in report.warnings:
-        key = f"{warning.key} = {warning.value}" if warning.value else warning.key
-        log_warning(f"{key}: {warning.rule}; {warning.remedy}")
+        log_warning(f"{warning.subject}: {warning.rule}; {warning.remedy}")
     if report.figures is None or report.problems:
         raise ConfigError(*report.problems)
     check_benchmarks(report.figures.config)

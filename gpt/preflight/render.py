@@ -220,7 +220,7 @@ def print_report(report: Report, console: Console) -> None:
         ("warning", report.warnings, "yellow"),
     ):
         for problem in problems:
-            parts.append(Text.assemble("\n", (f"{kind}  ", style), (_found(problem), "bold")))
+            parts.append(Text.assemble("\n", (f"{kind}  ", style), (problem.subject, "bold")))
             parts.append(_indent(Text(f"{problem.rule}\n-> {problem.remedy}"), 4))
     if report.suggestions:
         choices = [_suggestion_row(suggestion) for suggestion in report.suggestions]
@@ -231,10 +231,6 @@ def print_report(report: Report, console: Console) -> None:
 
 def _indent(part: RenderableType, left: int) -> Padding:
     return Padding(part, (0, 0, 0, left), expand=False)
-
-
-def _found(problem: Problem) -> str:
-    return f"{problem.key} = {problem.value}" if problem.value else problem.key
 
 
 def _table(
@@ -305,7 +301,7 @@ def render_markdown(report: Report) -> str:
     for title, problems in (("Problems", report.problems), ("Warnings", report.warnings)):
         if problems:
             lines += ["", f"## {title}", ""]
-            lines += [f"- **`{_found(p)}`** {p.rule}\n  → {p.remedy}" for p in problems]
+            lines += [f"- **`{p.subject}`** {p.rule}\n  → {p.remedy}" for p in problems]
     if report.suggestions:
         rows = [_suggestion_row(suggestion) for suggestion in report.suggestions]
         lines += ["", "## Suggestions", "", render_table(rows, SUGGESTION_HEADS)]
