@@ -1,8 +1,8 @@
 """Detect diverging training and roll back to a checkpoint.
 
-A step whose loss or gradient is not finite is skipped. `MAX_SKIPS_IN_A_ROW` skipped steps, weights
-that are not finite, or a loss spike roll the run back to a valid checkpoint and exclude the batches
-in between, as was done by hand for PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). A
+A step whose loss or gradient is not finite is skipped. Several skipped steps in a row, weights that
+are not finite, or a loss spike roll the run back to a valid checkpoint and exclude the batches in
+between, as was done by hand for PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). A
 spike is a loss more than `training.spike_sigma` standard deviations above the mean of the last
 `SPIKE_WINDOW` losses: the rule, window and default of OLMo-core's SkipStepOptimizer
 (github.com/allenai/OLMo-core), which skips such a step instead of rolling back.
@@ -33,7 +33,7 @@ from gpt.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 SPIKE_WINDOW = 128
-MAX_SKIPS_IN_A_ROW = 3
+MAX_CONSECUTIVE_SKIPS = 3
 RECOVERIES_FILE = "recoveries.json"
 
 
@@ -102,7 +102,7 @@ class DivergenceGuard:
     def _watch_from_here(self) -> None:
         state = self._state
         self._spikes = SpikeDetector(state.config.training.spike_sigma, state.recent_losses)
-        self._skips_in_a_row = 0
+        self._consecutive_skips = 0
         self._first_skip = self._last_step = state.loader.position
 
     def exclude_batches(self) -> None:
@@ -119,7 +119,7 @@ class DivergenceGuard:
         """
         step_before, self._last_step = self._last_step, position
         if is_finite:
-            self._skips_in_a_row = 0
+            self._consecutive_skips = 0
             spike = self._spikes.find_spike(loss)
             self._state.recent_losses = self._spikes.losses
             if spike:
@@ -127,12 +127,12 @@ class DivergenceGuard:
             return
         reason = f"loss {loss} and gradient norm {grad_norm} are not both finite"
         logger.warning("step %d is skipped: %s", self._state.step, reason)
-        if not self._skips_in_a_row:
+        if not self._consecutive_skips:
             self._first_skip = position
-        self._skips_in_a_row += 1
+        self._consecutive_skips += 1
         if not self._state.weights_are_finite():  # the update before this step was bad
             self._rollback(reason, step_before)
-        elif self._skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+        elif self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
             self._rollback(reason, self._first_skip)
 
     def rollback(self, reason: str) -> None:

@@ -16,7 +16,7 @@ from gpt.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 
-class BatchSizeHalved(Exception):  # noqa: N818 - tells the launcher to restart, not a fault
+class BatchSizeHalved(Exception):  # noqa: N818 - a request to restart, not a fault
     """A process of a group ran out of memory; the group restarts with a smaller micro-batch."""
 
     def __init__(self, batch_size: int) -> None:

@@ -186,9 +186,9 @@ class TrainState:
                     self.config.training.loss_chunk_rows,
                     self.config.training.compile,
                 )
-            # Divided by the tokens of the whole step, so the split into micro-batches is no matter.
+            # Over the tokens of the whole step, so that all micro-batches weigh the same.
             loss = loss_sum / self.config.tokens_per_step
-            # Multiplied by their number, because gradients are averaged over the processes.
+            # Times their number, because gradients are averaged over the processes.
             self.scaler.scale(loss * self.group.world_size).backward()
         return loss.detach()
 

@@ -26,7 +26,8 @@ FILE_EVENTS = {
 
 
 if __name__ == "tests.helpers.faults":  # in the fork server, whose path is the project folder
-    sys.path.insert(0, str(Path(__file__).parent))
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = sorted({str(path.parent) for path in tests.rglob("*.py")})
 
 PRELOADED = ["tests.helpers.faults"]
 """Modules imported by the fork server, which all test modules of a process share."""

@@ -9,8 +9,7 @@ from gpt.config.loading import build_config
 from gpt.config.schema import ScheduleSection
 from gpt.model.architectures import build_model
 from gpt.schedule import learning_rate_factor, muon_momentum, peak_learning_rates
-from gpt.training.muon import Float32Muon, orthogonalize
-from gpt.training.optimizer import apply_schedule, build_optimizers
+from gpt.training.optimizer import Float32Muon, apply_schedule, build_optimizers, orthogonalize
 
 
 def config_of(architecture="nanochat", optimizer="muon", model=(), optimizer_keys=(), **training):

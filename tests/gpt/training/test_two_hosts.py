@@ -32,17 +32,17 @@ class Host:
     name: str
     link: str
 
-    def words(self, *words: str) -> list[str]:
-        return ["ip", "netns", "exec", self.name, *words]
+    def command(self, *command: str) -> list[str]:
+        return ["ip", "netns", "exec", self.name, *command]
 
     def plug(self, state: str) -> None:
-        subprocess.run(self.words("ip", "link", "set", self.link, state), check=True)
+        subprocess.run(self.command("ip", "link", "set", self.link, state), check=True)
 
-    def overnight(self, log: Path, *words: str) -> subprocess.Popen[bytes]:
+    def overnight(self, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
         with log.open("wb") as output:
             return subprocess.Popen(
-                self.words(sys.executable, "-m", "flows.cli.main", *words),
+                self.command(sys.executable, "-m", "flows.cli.main", *arguments),
                 cwd=ROOT,
                 env=outside | {"PYTHONPATH": str(ROOT)},
                 stdin=subprocess.DEVNULL,
@@ -100,10 +100,10 @@ def test_host_that_loses_its_network_or_is_stopped_rejoins(
         "hardware.rendezvous": f"{ADDRESSES[0]}:29400",
         "hardware.timeout_seconds": 5,
     }
-    laid_over = itertools.chain(*(("--set", f"{k}={v}") for k, v in settings.items()))
-    words = ["run", str(tiny_config), *laid_over]
+    overrides = itertools.chain(*(("--set", f"{k}={v}") for k, v in settings.items()))
+    arguments = ["run", str(tiny_config), *overrides]
     logs = [tmp_path / f"{name}.log" for name in "abc"]
-    processes = [host.overnight(log, *words) for host, log in zip(hosts, logs[:2], strict=True)]
+    processes = [host.overnight(log, *arguments) for host, log in zip(hosts, logs[:2], strict=True)]
     try:
         wait_for(
             "the main machine", has_logged(logs[1], f"the main machine at {ADDRESSES[0]}:29400")
@@ -123,7 +123,7 @@ def test_host_that_loses_its_network_or_is_stopped_rejoins(
         processes[1].send_signal(signal.SIGINT)
         assert processes[1].wait(60) == 130, logs[1].read_text()
         assert processes[0].poll() is None, logs[0].read_text()
-        processes[1] = hosts[1].overnight(logs[2], *words)
+        processes[1] = hosts[1].overnight(logs[2], *arguments)
         for process, log in zip(processes, (logs[0], logs[2]), strict=True):
             assert process.wait(180) == 0, log.read_text()
     finally:
