@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 PLACES = {
-    "tokenising": ("gpt.data.tokenize.pipeline", "map_in_order", 1),
+    "tokenizing": ("gpt.data.tokenize.pipeline", "map_in_order", 1),
     "first step": ("gpt.training.step", "linear_cross_entropy", 1),
     "training": ("gpt.training.step", "linear_cross_entropy", 13),
     "writing a checkpoint": ("gpt.training.checkpoint.writer", "write_checkpoint", 2),

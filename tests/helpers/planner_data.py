@@ -1,5 +1,5 @@
-"""A corpus that is metadata alone: what reading the footers of its files would give, and the data
-set that tokenising it would leave, its shards holes in the disk."""
+"""A corpus of metadata alone: what the footers of its files would say, and the dataset that
+tokenizing would leave, as sparse files."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from gpt.data.sources import CorpusFile, FileIdentities, FileIdentity
 from gpt.data.tokenize.plan import plan_for_files
 
 ROWS = 1_000
-"""Of a row group, about."""
+"""Per row group, about."""
 
 
 def digest(number):
@@ -22,7 +22,7 @@ def digest(number):
 
 
 def sources(files, groups, text_bytes_of_group):
-    """Files with as many row groups each, their sizes drawn anew for each file."""
+    """Files with `groups` row groups each, of random sizes."""
     for number in range(files):
         chance = np.random.default_rng(number)
         sizes = np.empty((groups, 2), dtype=np.int64)
@@ -35,7 +35,7 @@ def sources(files, groups, text_bytes_of_group):
 
 
 def config(root, **data):
-    """The least that a plan asks for."""
+    """The smallest config for a plan."""
     return build_config(
         {
             "run": {"name": "planned", "root": str(root)},
@@ -47,7 +47,7 @@ def config(root, **data):
 
 
 def plan(root, found, **data):
-    """The plan for those sources, as if their bytes had been hashed."""
+    """The plan for these sources, as if their bytes had been hashed."""
     files = [source.file for source in found]
     identities = FileIdentities((), Path(root) / "hashes.json")
     identities.by_file = {file: FileIdentity("0:0:0", digest(n)) for n, file in enumerate(files)}
@@ -55,7 +55,7 @@ def plan(root, found, **data):
 
 
 def manifest(folder, found, tokens, tokens_per_shard):
-    """Of a data set with so many training tokens, and one shard to validate on."""
+    """The manifest of a dataset with `tokens` training tokens and one validation shard."""
     whole, rest = divmod(tokens, tokens_per_shard)
     sizes = [tokens_per_shard] * whole + ([rest] if rest else [])
     return DatasetManifest(
@@ -89,14 +89,14 @@ def _split(name, sizes):
 
 
 def write_sparse_shards(made):
-    """The shards as files that have their length and no content."""
+    """Write the shards as sparse files of the right length."""
     for shard in made.train.shards + made.validation.shards:
         with (made.folder / shard.name).open("wb") as file:
             file.truncate(HEADER_BYTES + TOKEN_BYTES * shard.tokens)
 
 
 def write_ids(made, shard, first_token, ids):
-    """Some ids into a hole, and its header."""
+    """Write ids and the header into a sparse shard."""
     with (made.folder / made.train.shards[shard].name).open("r+b") as file:
         file.write(build_header(made.train.shards[shard].tokens))
         file.seek(HEADER_BYTES + TOKEN_BYTES * first_token)

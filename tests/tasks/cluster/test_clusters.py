@@ -1,4 +1,4 @@
-"""Real Dask and Ray clusters on loopback: the shards of one machine, also when a worker dies."""
+"""Real Dask and Ray clusters on loopback: the same shards, also when a worker dies."""
 
 import os
 import secrets
@@ -25,7 +25,7 @@ from tasks.cluster import backends, runner
 from tasks.cluster.runner import resolve_cluster
 from tasks.tokenize_parquet import find_or_tokenize, tokenize_parquet
 
-# Ray reads these as it is imported: a token of our own, and none left in the home.
+# Ray reads these when it is imported. Its own token would be written to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(sys.path),
@@ -38,7 +38,7 @@ SECONDS = 60
 
 @contextmanager
 def programs(log):
-    """Starts programs, and ends them with all that they started."""
+    """Start programs; kill them and their children at the end."""
     started = []
 
     def start(*command):
@@ -69,8 +69,8 @@ def wait_for(condition):
 
 
 def answers(port):
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 class DaskCluster:
@@ -107,7 +107,7 @@ class RayCluster:
 
 @pytest.fixture(scope="module", params=KINDS)
 def running(request, tmp_path_factory):
-    """A cluster of two workers, and which kind it is."""
+    """The kind of a running cluster of two workers, and the cluster."""
     folder = tmp_path_factory.mktemp(request.param)
     kind = {"dask": DaskCluster, "ray": RayCluster}[request.param]
     with programs(folder / "log") as start:
@@ -116,7 +116,7 @@ def running(request, tmp_path_factory):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A dozen units, each of which takes a worker a moment."""
+    """About a dozen units, each of which takes a worker some time."""
     monkeypatch.setattr(units, "UNIT_BYTES", 500_000)
     texts = [f"{i} {text * 60}" for i, text in enumerate(TEXTS * 6)]
     return write_parquet(tmp_path / "a.parquet", texts, row_group_size=100)
@@ -130,8 +130,8 @@ def no_local_workers(monkeypatch):
     return lambda: monkeypatch.setattr(pipeline, "open_pool", refused)
 
 
-def finished(steps):
-    """The last progress, and the manifest."""
+def run_to_end(steps):
+    """Run to the end: the last progress report and the manifest."""
     while True:
         try:
             last = next(steps)
@@ -139,7 +139,7 @@ def finished(steps):
             return last, end.value
 
 
-def but_folder(manifest):
+def without_folder(manifest):
     return manifest.model_dump(exclude={"folder"})
 
 
@@ -148,8 +148,8 @@ def test_cluster_builds_the_same_dataset(tmp_path, source, running, no_local_wor
     settings = {"tokens_per_shard": 1_000_000, "drop_duplicates": True}
     here = build_dataset(tmp_path / "here", source, **settings)
     no_local_workers()
-    asked = make_config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
-    assert but_folder(find_or_tokenize(asked)) == but_folder(here)
+    config = make_config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    assert without_folder(find_or_tokenize(config)) == without_folder(here)
 
 
 def test_killed_worker_does_not_change_the_dataset(tmp_path, source, running, no_local_workers):
@@ -157,18 +157,18 @@ def test_killed_worker_does_not_change_the_dataset(tmp_path, source, running, no
     settings = {"tokens_per_shard": 1_000_000, "engine": "tiktoken"}
     here = build_dataset(tmp_path / "here", source, **settings)
     no_local_workers()
-    asked = make_config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
-    steps = tokenize_corpus(asked, resolve_cluster(asked.data))
+    config = make_config(tmp_path / "there", source, runner=kind, cluster=at.address, **settings)
+    steps = tokenize_corpus(config, resolve_cluster(config.data))
     victim = None
-    while victim is None:  # only a few units are on their way until the next step is asked for
+    while victim is None:  # few units are pending until the next step
         done = next(step for step in steps if step.rows_done)
         victim = at.busy_worker()
     assert done.rows_done < done.rows_total
     victim.send_signal(signal.SIGKILL)
     psutil.wait_procs([victim], timeout=SECONDS)
-    last, manifest = finished(steps)
+    last, manifest = run_to_end(steps)
     assert last.rows_done == last.rows_total
-    assert but_folder(manifest) == but_folder(here)
+    assert without_folder(manifest) == without_folder(here)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,22 +177,22 @@ def test_local_cluster_leaves_no_process(tmp_path, source, kind, no_local_worker
     no_local_workers()
     before = set(psutil.Process().children(recursive=True))
     there = find_or_tokenize(make_config(tmp_path / "there", source, runner=kind, workers=2))
-    assert but_folder(there) == but_folder(here)
-    # Not what was there may have started, as a browser does.
+    assert without_folder(there) == without_folder(here)
+    # Not the children of processes that ran before, e.g. of a browser.
     left = {
         each
         for each in set(psutil.Process().children(recursive=True)) - before
         if before.isdisjoint(each.parents())
     }
-    # Python's own, of its spawned processes: it ends with the process that spawned them.
+    # Python's resource tracker ends with the process that started it.
     ours = [each for each in left if "resource_tracker" not in " ".join(each.cmdline())]
     assert not psutil.wait_procs(ours, timeout=SECONDS)[1]
 
 
 def test_error_on_a_worker_is_raised_here(tmp_path, source, monkeypatch, running):
     kind, at = running
-    asked = make_config(tmp_path / "runs", source, runner=kind, cluster=at.address)
-    steps = tokenize_corpus(asked, resolve_cluster(asked.data))
+    config = make_config(tmp_path / "runs", source, runner=kind, cluster=at.address)
+    steps = tokenize_corpus(config, resolve_cluster(config.data))
     monkeypatch.setattr("gpt.data.sources.CorpusFile.size_bytes", lambda _: 1)
     with pytest.raises(CorpusError, match=r"a\.parquet\n.* bytes instead of 1 \(on "):
         list(steps)
@@ -203,24 +203,24 @@ def test_units_are_task_runs_of_the_flow_run(tmp_path):
     import prefect
     from prefect.client.orchestration import get_client
 
-    made = make_config(
+    config = make_config(
         tmp_path / "runs", write_parquet(tmp_path / "a.parquet"), runner="dask", workers=1
     )
 
     @prefect.flow
     def tokenizing():
-        tokenize_parquet(made)
+        tokenize_parquet(config)
         return prefect.runtime.flow_run.id
 
     flow_run = tokenizing()
 
-    def told():
+    def find_unit_runs():
         with get_client(sync_client=True) as client:
             runs = client._client.post("/task_runs/filter", json={}).json()
         ours = [run for run in runs if run["flow_run_id"] == flow_run]
         return [run for run in ours if run["name"].startswith("tokenize-unit")]
 
-    (unit,) = wait_for(told)
+    (unit,) = wait_for(find_unit_runs)
     assert unit["task_key"].startswith("tokenize_unit")
 
 
@@ -236,11 +236,11 @@ def test_workers_without_prefect_api_run_the_plain_function(
     monkeypatch.setattr(runner, "FlowRunContext", SimpleNamespace(get=lambda: "a flow run"))
     monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
     there = find_or_tokenize(make_config(tmp_path / "there", source, runner=kind, workers=2))
-    assert but_folder(there) == but_folder(here)
+    assert without_folder(there) == without_folder(here)
     assert caplog.text.count("cannot reach Prefect's API") == 1
 
 
-# --- mistakes, told before anything is begun -----------------------------------------------------
+# --- mistakes, reported before anything starts ---------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,7 +300,7 @@ def test_server_that_is_not_a_cluster_is_explained(tmp_path, source, monkeypatch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_silent_port_is_explained(tmp_path, source, monkeypatch, kind):
-    """As one of a page that waits to be asked for it, Dask's dashboard or Prefect's."""
+    """A web server, e.g. Dask's dashboard, waits for a request."""
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"

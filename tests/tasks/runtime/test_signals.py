@@ -39,7 +39,7 @@ def test_run_stopped_at_every_stage_completes(tiny_config: Path, new_root: Path)
         assert "re-run the same command" in output, place
         assert "Traceback" not in output, place
         assert last_state(root, place) == "CANCELLED", place
-        if place != "tokenising":
+        if place != "tokenizing":
             assert mlflow_run(root)[1].info.status == "KILLED", place
             (folder,) = (root / "train").iterdir()
             checkpoint = latest_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""gigatoken: the same ids, or given up for the whole data set."""
+"""gigatoken: the ids of tiktoken, or a fallback to tiktoken for the whole dataset."""
 
 import logging
 
@@ -33,13 +33,13 @@ def test_ids_equal_those_of_tiktoken(text):
 @given(AWKWARD_TEXTS.filter(bool))
 @settings(max_examples=200, deadline=None)
 def test_special_long_and_non_ascii_text_is_verified(text):
-    """Each character beyond ASCII, each long run and all of a text with `<|` lies in a stretch."""
+    """A span contains each non-ASCII character, each long run and all of a text with `<|`."""
     texts = [PLAIN.encode(), f"{PLAIN[:500]}{text} and {'=' * 140}{PLAIN[:300]}".encode()]
     joined = b"".join(texts)
     edges = np.cumsum([0, *map(len, texts)])
-    stretches = spans_to_verify(joined, edges)
+    spans = spans_to_verify(joined, edges)
     covered = np.zeros(len(joined), dtype=bool)
-    for start, end in stretches.tolist():
+    for start, end in spans.tolist():
         assert not covered[start:end].any()
         assert not any(start < edge < end for edge in edges)
         covered[start:end] = True
@@ -53,7 +53,7 @@ def test_special_long_and_non_ascii_text_is_verified(text):
 
 
 class Faulty:
-    """gigatoken with a fault: another cut of the same bytes wherever `marker` stands."""
+    """gigatoken with a fault: other tokens for the same bytes wherever `marker` occurs."""
 
     def __init__(self, encoder, marker, ids):
         self.encoder, self.marker, self.ids = encoder, marker, ids
@@ -72,7 +72,7 @@ def letters(text):
 FAULTS = {
     "special": (b"<|endoftext|>", [50256]),
     "special letter by letter": (b"<|endoftext|>", letters(b"<|endoftext|>")),
-    "beyond ASCII": ("東京".encode(), letters("東京".encode())),
+    "non-ASCII": ("東京".encode(), letters("東京".encode())),
     "a long run": (b"-" * 140, letters(b"-" * 140)),
     "other bytes": (b"word", [1, 2]),
     "plain words": (b" the", letters(b" the")),
@@ -95,11 +95,11 @@ def test_any_mismatch_falls_back_to_tiktoken_for_the_dataset(tmp_path, monkeypat
     texts.insert(250, f"It is {marker.decode()} in here, and the rest is plain.")
     source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=50)
     with caplog.at_level(logging.WARNING):
-        made = build_dataset(tmp_path / "runs", source, engine="gigatoken")
-    assert stored_ids(made) == reference_ids(texts)
-    assert made.engine == "tiktoken"
-    assert "gigatoken was replaced" in made.notes[0]
-    assert made.notes[0] in caplog.text
+        dataset = build_dataset(tmp_path / "runs", source, engine="gigatoken")
+    assert stored_ids(dataset) == reference_ids(texts)
+    assert dataset.engine == "tiktoken"
+    assert "gigatoken was replaced" in dataset.notes[0]
+    assert dataset.notes[0] in caplog.text
     assert not list((tmp_path / "runs/datasets").glob("*.partial"))
 
 

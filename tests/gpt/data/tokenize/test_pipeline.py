@@ -1,4 +1,4 @@
-"""Parquet to shards: real files in, rows decoded back out of the shards."""
+"""Parquet to shards: real files are tokenized, and the shards are decoded to rows."""
 
 import logging
 import os
@@ -142,11 +142,11 @@ def test_tokens_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, wo
     monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
     source = write_parquet(tmp_path / "a.parquet", row_group_size=64)
-    made = build_dataset(tmp_path / "runs", source, workers=workers)
-    assert stored_ids(made) == reference_ids(TEXTS)
+    dataset = build_dataset(tmp_path / "runs", source, workers=workers)
+    assert stored_ids(dataset) == reference_ids(TEXTS)
 
 
-# --- what is asked for ---------------------------------------------------------------------------
+# --- filters and sources --------------------------------------------------------------------------
 
 
 def hive(folder):
@@ -158,14 +158,14 @@ def hive(folder):
 
 def test_where_uses_columns_and_hive_partitions(tmp_path):
     hive(tmp_path / "in")
-    made = build_dataset(
+    dataset = build_dataset(
         tmp_path / "runs",
         str(tmp_path / "in"),
         where="year >= 2024 AND language = 'en' AND id < 30",
     )
-    assert decode_all(made) == sorted(f"2024 en number {i}" for i in range(30))
-    assert made.skipped == {"null": 0, "empty": 0, "where": 90}
-    assert made.settings["where"].startswith("year")
+    assert decode_all(dataset) == sorted(f"2024 en number {i}" for i in range(30))
+    assert dataset.skipped == {"null": 0, "empty": 0, "where": 90}
+    assert dataset.settings["where"].startswith("year")
 
 
 def test_partition_values_change_the_fingerprint(tmp_path):
@@ -182,40 +182,40 @@ def test_partition_values_change_the_fingerprint(tmp_path):
 def test_where_treats_null_as_false(tmp_path):
     table = pa.table({"text": [f"text {i}" for i in range(60)], "score": [None, 0.5, 0.95] * 20})
     pq.write_table(table, tmp_path / "a.parquet")
-    made = build_dataset(tmp_path / "runs", str(tmp_path / "a.parquet"), where="score > 0.9")
-    assert decode_all(made) == sorted(f"text {i}" for i in range(2, 60, 3))
-    assert made.skipped["where"] == 40
+    dataset = build_dataset(tmp_path / "runs", str(tmp_path / "a.parquet"), where="score > 0.9")
+    assert decode_all(dataset) == sorted(f"text {i}" for i in range(2, 60, 3))
+    assert dataset.skipped["where"] == 40
 
 
 def test_lengths_count_characters(tmp_path):
     texts = ["é" * n for n in range(1, 41) for _ in range(3)]
     source = write_parquet(tmp_path / "a.parquet", texts)
-    made = build_dataset(tmp_path / "runs", source, min_length=5, max_length=30)
-    assert decode_all(made) == sorted(text for text in texts if 5 <= len(text) <= 30)
-    assert made.skipped == {"null": 0, "empty": 0, "short": 12, "long": 30}
+    dataset = build_dataset(tmp_path / "runs", source, min_length=5, max_length=30)
+    assert decode_all(dataset) == sorted(text for text in texts if 5 <= len(text) <= 30)
+    assert dataset.skipped == {"null": 0, "empty": 0, "short": 12, "long": 30}
 
 
 def test_exact_duplicates_are_dropped_across_files(tmp_path):
     a = write_parquet(tmp_path / "a.parquet", [*TEXTS[:80], *TEXTS[:80], TEXTS[0] + " "])
     b = write_parquet(tmp_path / "b.parquet", TEXTS[40:120])
-    made = build_dataset(tmp_path / "runs", [a, b], drop_duplicates=True)
-    assert stored_ids(made) == reference_ids([*TEXTS[:80], TEXTS[0] + " ", *TEXTS[80:120]])
-    assert made.skipped["duplicate"] == 120
-    assert not list(made.folder.glob("seen*"))
+    dataset = build_dataset(tmp_path / "runs", [a, b], drop_duplicates=True)
+    assert stored_ids(dataset) == reference_ids([*TEXTS[:80], TEXTS[0] + " ", *TEXTS[80:120]])
+    assert dataset.skipped["duplicate"] == 120
+    assert not list(dataset.folder.glob("seen*"))
 
 
 @pytest.mark.parametrize("most", [1_000, 1_777, 2_345])
 def test_max_tokens_is_a_limit_and_keeps_documents_complete(tmp_path, monkeypatch, most):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 90)
     texts = [text * (1 + i % 3) for i, text in enumerate(TEXTS)]
-    made = build_dataset(
+    dataset = build_dataset(
         tmp_path / "runs", write_parquet(tmp_path / "a.parquet", texts), max_tokens=most
     )
     sizes = [1 + len(pipeline.tokenizer.encode(text)) for text in texts]
     fitting = max(n for n in range(len(texts)) if sum(sizes[:n]) <= most)
-    assert stored_ids(made) == reference_ids(texts[:fitting])
-    assert made.skipped["max_tokens"] == len(texts) - fitting
-    verify_shards(made)
+    assert stored_ids(dataset) == reference_ids(texts[:fitting])
+    assert dataset.skipped["max_tokens"] == len(texts) - fitting
+    verify_shards(dataset)
 
 
 def test_sources_at_fsspec_addresses(tmp_path):
@@ -227,13 +227,13 @@ def test_sources_at_fsspec_addresses(tmp_path):
         memory.pipe(f"/bucket/{tmp_path.name}/{name}.parquet", Path(source).read_bytes())
     address = f"memory://bucket/{tmp_path.name}"
     for pattern in (address, f"{address}/*.parquet"):
-        made = build_dataset(tmp_path / "runs", pattern)
-        assert stored_ids(made) == reference_ids(TEXTS * 2)
+        dataset = build_dataset(tmp_path / "runs", pattern)
+        assert stored_ids(dataset) == reference_ids(TEXTS * 2)
     single = build_dataset(tmp_path / "runs", f"{address}/one.parquet")
     assert stored_ids(single) == reference_ids(TEXTS)
 
 
-# --- order and sides -----------------------------------------------------------------------------
+# --- order and splits ----------------------------------------------------------------------------
 
 
 def test_split_depends_on_the_document_alone(tmp_path):
@@ -292,20 +292,20 @@ def test_documents_are_in_the_order_of_the_sources(tmp_path):
 def test_existing_dataset_is_found_without_reading_sources(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "a.parquet")
     time.sleep(2 * sources.SETTLED_SECONDS)
-    made = make_config(tmp_path / "runs", source)
-    assert find_dataset(made) is None
-    _, manifest = tokenize_with_progress(made)
+    config = make_config(tmp_path / "runs", source)
+    assert find_dataset(config) is None
+    _, manifest = tokenize_with_progress(config)
     monkeypatch.setattr(sources, "compute_sha256", None)
     monkeypatch.setattr(parquet_files, "inspect_parquet", None)
     monkeypatch.setattr(pool, "load_encoder", None)
-    assert find_dataset(made) == manifest
-    assert tokenize_with_progress(made) == ([], manifest)
+    assert find_dataset(config) == manifest
+    assert tokenize_with_progress(config) == ([], manifest)
 
 
 def test_hash_of_a_file_just_written_is_not_cached(tmp_path):
-    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
+    config = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
     os.utime(tmp_path / "a.parquet")
-    find_dataset(made)
+    find_dataset(config)
     assert not (tmp_path / "runs/datasets/source-hashes.json").exists()
 
 
@@ -343,8 +343,8 @@ def test_settings_and_bytes_change_the_folder(tmp_path):
     assert len(folders) == 4
 
 
-def spied(monkeypatch):
-    """The texts that are encoded from now on."""
+def record_encoded(monkeypatch):
+    """Record the texts that are encoded from now on."""
     seen, encode = [], pool.encode_chunk
 
     def spy(encoder, chunk):
@@ -372,24 +372,24 @@ DAMAGES = {
 def test_only_the_damaged_shard_is_rebuilt(tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
     source = write_parquet(tmp_path / "a.parquet", row_group_size=20)
-    made = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
-    _, manifest = tokenize_with_progress(made)
+    config = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
+    _, manifest = tokenize_with_progress(config)
     DAMAGES[kind](manifest.folder / "train-00002.bin")
     with caplog.at_level(logging.WARNING):
-        assert find_dataset(made) is None
+        assert find_dataset(config) is None
     assert "train-00002.bin" in caplog.text
-    encoded = spied(monkeypatch)
-    assert tokenize_with_progress(made)[1] == manifest
+    encoded = record_encoded(monkeypatch)
+    assert tokenize_with_progress(config)[1] == manifest
     verify_shards(manifest)
     assert 0 < len(b"".join(encoded)) < sum(len(t.encode()) for t in TEXTS) / 2
 
 
 def test_folder_without_manifest_is_rebuilt(tmp_path):
-    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
-    _, manifest = tokenize_with_progress(made)
+    config = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
+    _, manifest = tokenize_with_progress(config)
     (manifest.folder / "manifest.json").unlink()
-    assert find_dataset(made) is None
-    assert tokenize_with_progress(made)[1] == manifest
+    assert find_dataset(config) is None
+    assert tokenize_with_progress(config)[1] == manifest
     verify_shards(manifest)
 
 
@@ -398,7 +398,7 @@ def test_only_units_of_changed_files_are_encoded(tmp_path, monkeypatch):
         write_parquet(tmp_path / f"{i}.parquet", TEXTS[i * 60 : i * 60 + 60]) for i in range(5)
     ]
     build_dataset(tmp_path / "runs", places)
-    encoded = spied(monkeypatch)
+    encoded = record_encoded(monkeypatch)
     changed = [f"new {text}" for text in TEXTS[120:180]]
     write_parquet(tmp_path / "2.parquet", changed)
     after = build_dataset(tmp_path / "runs", places)
@@ -415,7 +415,7 @@ def test_drop_duplicates_reencodes_everything_after_a_change(tmp_path, monkeypat
         write_parquet(tmp_path / f"{i}.parquet", TEXTS[i * 50 : i * 50 + 60]) for i in range(5)
     ]
     build_dataset(tmp_path / "runs", places, drop_duplicates=True)
-    encoded = spied(monkeypatch)
+    encoded = record_encoded(monkeypatch)
     write_parquet(tmp_path / "3.parquet", [*TEXTS[:10], *TEXTS[160:200]])
     after = build_dataset(tmp_path / "runs", places, drop_duplicates=True)
     kept = [*TEXTS[:160], *TEXTS[160:200], *TEXTS[200:260]]
@@ -424,25 +424,25 @@ def test_drop_duplicates_reencodes_everything_after_a_change(tmp_path, monkeypat
 
 
 def test_damaged_hash_cache_is_ignored(tmp_path):
-    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
-    _, manifest = tokenize_with_progress(made)
+    config = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet"))
+    _, manifest = tokenize_with_progress(config)
     for text in ("", "[1]", '{"x": 3}', "{"):
         (tmp_path / "runs/datasets/source-hashes.json").write_text(text)
-        assert find_dataset(made) == manifest
+        assert find_dataset(config) == manifest
 
 
 def test_interrupted_build_keeps_finished_units(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
     source = write_parquet(tmp_path / "a.parquet", row_group_size=20)
-    made = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
-    generator = tokenize_corpus(made)
+    config = make_config(tmp_path / "runs", source, tokens_per_shard=1_000)
+    generator = tokenize_corpus(config)
     done = [next(generator) for _ in range(5)][-1]
     generator.close()
-    assert find_dataset(made) is None
+    assert find_dataset(config) is None
     (left,) = (tmp_path / "runs/datasets").glob("*.partial")
     assert not (left / "manifest.json").exists()
-    encoded = spied(monkeypatch)
-    progress, manifest = tokenize_with_progress(made)
+    encoded = record_encoded(monkeypatch)
+    progress, manifest = tokenize_with_progress(config)
     assert stored_ids(manifest) == reference_ids(TEXTS)
     assert progress[0].rows_reused >= 40
     assert progress[0].rows_reused <= done.rows_done
@@ -453,8 +453,10 @@ def test_interrupted_build_keeps_finished_units(tmp_path, monkeypatch):
 
 def test_units_that_differ_from_the_journal_are_encoded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
-    made = make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet", row_group_size=20))
-    generator = tokenize_corpus(made)
+    config = make_config(
+        tmp_path / "runs", write_parquet(tmp_path / "a.parquet", row_group_size=20)
+    )
+    generator = tokenize_corpus(config)
     for _ in range(5):
         next(generator)
     generator.close()
@@ -463,7 +465,7 @@ def test_units_that_differ_from_the_journal_are_encoded_again(tmp_path, monkeypa
     data = bytearray(path.read_bytes())
     data[1_500] ^= 1
     path.write_bytes(data)
-    assert stored_ids(tokenize_with_progress(made)[1]) == reference_ids(TEXTS)
+    assert stored_ids(tokenize_with_progress(config)[1]) == reference_ids(TEXTS)
 
 
 def test_old_unfinished_folders_are_deleted(tmp_path):

@@ -1,4 +1,4 @@
-"""Worker processes: order, bounds, deaths, and what stays behind (nothing)."""
+"""Worker processes: order and number of pending requests, dead workers, cleanup."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def _all_children():
 
 @pytest.fixture
 def children():
-    """Gives the processes that have come since the test began."""
+    """Returns the child processes started since the test began."""
     before = _all_children()
     return lambda: _all_children() - before
 
@@ -82,17 +82,17 @@ def test_dead_worker_is_explained_and_the_next_run_resumes(tmp_path, monkeypatch
     monkeypatch.setattr(pipeline, "TEXT_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
-    made = make_config(
+    config = make_config(
         tmp_path / "runs", write_parquet(tmp_path / "a.parquet", row_group_size=20), workers=2
     )
-    generator = tokenize_corpus(made)
+    generator = tokenize_corpus(config)
     next(generator)
     for child in children():
         child.kill()
     with pytest.raises(CorpusError, match="exit status -9"):
         list(generator)
     assert not children()
-    assert stored_ids(tokenize_with_progress(made)[1]) == reference_ids(TEXTS)
+    assert stored_ids(tokenize_with_progress(config)[1]) == reference_ids(TEXTS)
 
 
 def test_error_in_a_worker_has_its_traceback(monkeypatch):
@@ -118,17 +118,17 @@ def test_engine_that_is_not_installed_is_explained(monkeypatch):
         resolve_engine("gigatoken")
 
 
-# --- whole processes, killed ---------------------------------------------------------------------
+# --- the command killed --------------------------------------------------------------------------
 
-# No guard around the work: workers must not import the parent's program again.
+# No `if __name__ == "__main__"`: workers must not import the parent's program.
 SCRIPT = """
 import sys
 from corpus_data import make_config
 from gpt.data.tokenize import chunks, pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
 pipeline.TEXT_BYTES_PER_WORKER, chunks.CHUNK_BYTES, units.UNIT_BYTES = 1, 5_000, 25_000
-made = make_config(sys.argv[1], sys.argv[2], workers=2, tokens_per_shard=20_000)
-for step in tokenize_corpus(made):
+config = make_config(sys.argv[1], sys.argv[2], workers=2, tokens_per_shard=20_000)
+for step in tokenize_corpus(config):
     print(step.rows_reused, step.rows_done, flush=True)
 print("done", flush=True)
 """
@@ -141,27 +141,27 @@ def start(root, source, first=""):
 
 
 def finished_rows(root):
-    """Rows of the units that the journal of the unfinished data set holds."""
+    """Rows of the units in the journal of the unfinished dataset."""
     journals = list(root.glob("datasets/*.partial/units.jsonl"))
     lines = journals[0].read_text().splitlines()[1:] if journals else []
-    whole = [line for line in lines if line.endswith("}")]
-    return sum(json.loads(line)["tally"]["rows"] for line in whole)
+    complete = [line for line in lines if line.endswith("}")]
+    return sum(json.loads(line)["tally"]["rows"] for line in complete)
 
 
-def killed_at_random(root, source, kills, seed):
-    """Kill -9 after a random number of steps; every finished unit must be kept. Returns the
-    number of kills that came in the middle of the work."""
+def kill_at_random(root, source, kills, seed):
+    """Kill the command after a random number of steps; every finished unit must be reused. Returns
+    the number of kills that interrupted it."""
     generator = np.random.default_rng(seed)
     hits = 0
     for _ in range(kills):
         before = finished_rows(root)
         process = start(root, source)
         lines = int(generator.integers(1, 60))
-        kept = None
+        reused = None
         for line in process.stdout:
             if line.startswith("done"):
                 break
-            kept = kept or line.split()[0]
+            reused = reused or line.split()[0]
             lines -= 1
             if lines == 0:
                 time.sleep(generator.random() / 20)
@@ -174,7 +174,7 @@ def killed_at_random(root, source, kills, seed):
         assert not [worker for worker in workers if worker.is_running()]
         assert not list(root.glob("datasets/*.partial/manifest.json"))
         if before:
-            assert int(kept) >= before
+            assert int(reused) >= before
         hits += bool(list(root.glob("datasets/*.partial")))
     return hits
 
@@ -182,7 +182,7 @@ def killed_at_random(root, source, kills, seed):
 def test_finished_units_survive_random_kills(tmp_path):
     root = tmp_path / "runs"
     source = write_parquet(tmp_path / "a.parquet", LONG, row_group_size=70)
-    assert killed_at_random(root, source, 3, seed=0)
+    assert kill_at_random(root, source, 3, seed=0)
     assert stored_ids(build_dataset(root, source, tokens_per_shard=20_000)) == reference_ids(LONG)
     assert not list(root.glob("datasets/*.partial"))
 

@@ -1,4 +1,4 @@
-"""Units as orders: what another machine makes of them is what this one would have made."""
+"""Units encoded on request: other machines return what this one would have written."""
 
 import pickle
 import sys
@@ -17,17 +17,17 @@ from gpt.data.tokenize.requests import encode_unit
 from gpt.errors import CorpusError
 
 
-class Elsewhere:
-    """Two workers that get and send nothing but bytes, and work in another folder."""
+class RemotePool:
+    """A pool of two workers that exchange pickles only, as on other machines."""
 
     max_pending = 4
 
     def __init__(self, threads):
-        self._threads, self.orders = threads, []
+        self._threads, self.requests = threads, []
 
-    def submit(self, order):
-        self.orders.append(order)
-        return self._threads.submit(self._work, pickle.dumps(order))
+    def submit(self, request):
+        self.requests.append(request)
+        return self._threads.submit(self._work, pickle.dumps(request))
 
     def _work(self, sent):
         return pickle.loads(pickle.dumps(encode_unit(pickle.loads(sent))))
@@ -35,7 +35,7 @@ class Elsewhere:
 
 @pytest.fixture
 def cluster():
-    """Opens `Elsewhere`; `cluster.orders` is what it was sent."""
+    """Opens a `RemotePool`; `cluster.requests` are the requests it received."""
 
     class Opened:
         requests = ()
@@ -43,9 +43,9 @@ def cluster():
         @contextmanager
         def __call__(self):
             with ThreadPoolExecutor(2) as threads:
-                elsewhere = Elsewhere(threads)
-                self.orders = elsewhere.orders
-                yield elsewhere
+                pool = RemotePool(threads)
+                self.requests = pool.requests
+                yield pool
 
     return Opened()
 
@@ -55,8 +55,8 @@ def small_units(monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
 
 
-def made_by(cluster, made):
-    steps = tokenize_corpus(made, cluster)
+def build_on(cluster, config):
+    steps = tokenize_corpus(config, cluster)
     while True:
         try:
             next(steps)
@@ -64,7 +64,7 @@ def made_by(cluster, made):
             return done.value
 
 
-def but_folder(manifest):
+def without_folder(manifest):
     return manifest.model_dump(exclude={"folder"})
 
 
@@ -89,33 +89,33 @@ def test_cluster_builds_the_same_dataset(tmp_path, monkeypatch, cluster, setting
     ]
     settings = {"tokens_per_shard": 1_000, **settings}
     here = build_dataset(tmp_path / "here", sources, **settings)
-    there = made_by(cluster, make_config(tmp_path / "there", sources, runner="dask", **settings))
-    assert len(cluster.orders) >= (3 if "max_tokens" in settings else 10)
+    there = build_on(cluster, make_config(tmp_path / "there", sources, runner="dask", **settings))
+    assert len(cluster.requests) >= (3 if "max_tokens" in settings else 10)
     if settings.get("drop_duplicates") and "max_tokens" in settings:
-        # Rows behind the last document may count under another reason.
+        # Rows after the last document may count as skipped for another reason.
         assert sum(here.skipped.values()) == sum(there.skipped.values())
         here, there = (each.model_copy(update={"skipped": {}}) for each in (here, there))
-    assert but_folder(there) == but_folder(here)
+    assert without_folder(there) == without_folder(here)
 
 
 @pytest.mark.usefixtures("small_units")
 def test_finished_units_are_not_requested(tmp_path, cluster):
     a = write_parquet(tmp_path / "a.parquet", TEXTS[:150], row_group_size=20)
     b = write_parquet(tmp_path / "b.parquet", TEXTS[150:], row_group_size=20)
-    made = make_config(tmp_path / "runs", [a, b], tokens_per_shard=1_000)
+    config = make_config(tmp_path / "runs", [a, b], tokens_per_shard=1_000)
     build_dataset(tmp_path / "runs", b)
-    of_b = made_by(cluster, make_config(tmp_path / "runs", b, tokens_per_shard=1_000))
-    assert not cluster.orders
+    of_b = build_on(cluster, make_config(tmp_path / "runs", b, tokens_per_shard=1_000))
+    assert not cluster.requests
     assert of_b.train.tokens
-    generator = tokenize_corpus(made)
-    kept = [next(generator) for _ in range(3)][-1]
+    generator = tokenize_corpus(config)
+    before = [next(generator) for _ in range(3)][-1]
     generator.close()
-    whole = made_by(cluster, made)
-    sent = [order.unit.rows for order in cluster.orders]
+    resumed = build_on(cluster, config)
+    sent = [encode_request.unit.rows for encode_request in cluster.requests]
     assert sent
-    assert sent[0].start >= kept.rows_done - 40
-    assert {order.source.file.name for order in cluster.orders} == {a}
-    assert but_folder(whole) == but_folder(
+    assert sent[0].start >= before.rows_done - 40
+    assert {encode_request.source.file.name for encode_request in cluster.requests} == {a}
+    assert without_folder(resumed) == without_folder(
         build_dataset(tmp_path / "other", [a, b], tokens_per_shard=1_000)
     )
 
@@ -123,34 +123,34 @@ def test_finished_units_are_not_requested(tmp_path, cluster):
 def test_relative_paths_are_resolved_on_the_requesting_machine(tmp_path, monkeypatch, cluster):
     write_parquet(tmp_path / "a.parquet")
     monkeypatch.chdir(tmp_path)
-    made = made_by(cluster, make_config(tmp_path / "runs", "a.parquet"))
-    assert [source.path for source in made.sources] == ["a.parquet"]
+    dataset = build_on(cluster, make_config(tmp_path / "runs", "a.parquet"))
+    assert [source.path for source in dataset.sources] == ["a.parquet"]
     monkeypatch.chdir("/")
-    assert encode_unit(cluster.orders[0]).chunks
+    assert encode_unit(cluster.requests[0]).chunks
 
 
 @pytest.fixture
-def order(tmp_path, cluster):
-    made_by(cluster, make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet")))
-    return cluster.orders[0]
+def encode_request(tmp_path, cluster):
+    build_on(cluster, make_config(tmp_path / "runs", write_parquet(tmp_path / "a.parquet")))
+    return cluster.requests[0]
 
 
-def test_worker_reports_a_different_file(order):
-    with Path(order.source.file.name).open("ab") as file:
+def test_worker_reports_a_different_file(encode_request):
+    with Path(encode_request.source.file.name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(CorpusError, match=r"a\.parquet\n.*bytes instead of .* \(on .*\)"):
-        encode_unit(order)
-    Path(order.source.file.name).unlink()
+        encode_unit(encode_request)
+    Path(encode_request.source.file.name).unlink()
     with pytest.raises(CorpusError, match=r"No such file or directory \(on .*\)"):
-        encode_unit(order)
+        encode_unit(encode_request)
 
 
-def test_worker_reports_a_different_installation(order, monkeypatch):
+def test_worker_reports_a_different_installation(encode_request, monkeypatch):
     with pytest.raises(CorpusError, match="same version"):
-        encode_unit(replace(order, format=0))
+        encode_unit(replace(encode_request, format=0))
     monkeypatch.setattr(requests, "resolve_engine", lambda _: "tiktoken")
     with pytest.raises(CorpusError, match="gigatoken is not installed"):
-        encode_unit(replace(order, engine="gigatoken"))
+        encode_unit(replace(encode_request, engine="gigatoken"))
 
 
 def test_mismatch_on_a_worker_falls_back_for_the_dataset(tmp_path, monkeypatch, cluster):
@@ -158,12 +158,12 @@ def test_mismatch_on_a_worker_falls_back_for_the_dataset(tmp_path, monkeypatch, 
     expected = tokenize_with_progress(make_config(tmp_path / "here", source, engine="tiktoken"))[1]
     work = requests.encode_unit
 
-    def mistaken(order):
-        if order.engine == "gigatoken":
+    def mistaken(encode_request):
+        if encode_request.engine == "gigatoken":
             raise EncoderMismatchError("for a test")
-        return work(order)
+        return work(encode_request)
 
     monkeypatch.setattr(sys.modules[__name__], "encode_unit", mistaken)
-    made = made_by(cluster, make_config(tmp_path / "there", source, engine="gigatoken"))
-    assert made.engine == "tiktoken"
-    assert made.train.shards == expected.train.shards
+    dataset = build_on(cluster, make_config(tmp_path / "there", source, engine="gigatoken"))
+    assert dataset.engine == "tiktoken"
+    assert dataset.train.shards == expected.train.shards

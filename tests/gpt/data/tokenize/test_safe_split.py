@@ -1,4 +1,4 @@
-"""Safe cuts: the parts' ids are the whole's, wherever it is cut."""
+"""Safe splits: the ids of the parts are the ids of the ids text."""
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ def view(text):
 @given(AWKWARD_TEXTS)
 @settings(max_examples=400, deadline=None)
 def test_ids_do_not_change_at_safe_places(text):
-    whole = encode(text).tolist()
+    ids = encode(text).tolist()
     for match in SAFE_SPLIT.finditer(text):
         left, right = text[: match.end()], text[match.end() :]
-        assert encode(left).tolist() + encode(right).tolist() == whole, (left, right)
+        assert encode(left).tolist() + encode(right).tolist() == ids, (left, right)
 
 
 @given(AWKWARD_TEXTS, st.integers(1, 50))

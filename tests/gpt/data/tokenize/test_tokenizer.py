@@ -1,4 +1,4 @@
-"""The tokenizer: tiktoken's own GPT-2, without its download."""
+"""The tokenizer: tiktoken's GPT-2 encoding without the download."""
 
 import subprocess
 import sys
@@ -25,15 +25,15 @@ from gpt.errors import TokenizerError
 
 
 def test_hashes_equal_those_of_tiktoken(monkeypatch):
-    asked = {}
+    expected = {}
 
     def reader(vocab_bpe_file, encoder_json_file, vocab_bpe_hash, encoder_json_hash):
-        asked.update({"vocab.bpe": vocab_bpe_hash, "encoder.json": encoder_json_hash})
+        expected.update({"vocab.bpe": vocab_bpe_hash, "encoder.json": encoder_json_hash})
         return {}
 
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", reader)
     recipe = openai_public.gpt2()
-    assert asked == FILES_SHA256
+    assert expected == FILES_SHA256
     assert RANKS_SHA256 in FILES_SHA256.values()
     encoding = load_tokenizer()
     assert recipe["pat_str"] == encoding._pat_str
