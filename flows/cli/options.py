@@ -44,6 +44,11 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def print_links(prefect_ui: str, mlflow_ui: str, hint: str = "") -> None:
+    """Print where to see a result in Prefect and MLflow."""
+    print(f"open in Prefect and MLflow{hint}:\n  {prefect_ui}\n  {mlflow_ui}")
+
+
 def display_path(path: Path) -> str:
     """Return the path relative to the current folder if it lies below it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

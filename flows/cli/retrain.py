@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import ConfigPath, Overrides, Root, resumable
+from flows.cli.options import ConfigPath, Overrides, Root, print_links, resumable
 from gpt.config.loading import load_config, merge_overrides
 from gpt.errors import ConfigError
 
@@ -59,7 +59,7 @@ def retrain(
     width = max(len(name) for name, _ in result.lines)
     for name, text in result.lines:
         print(f"  {name:<{width}}  {text}")
-    print(f"open in Prefect and MLflow:\n  {result.prefect_ui}\n  {result.mlflow_ui}")
+    print_links(result.prefect_ui, result.mlflow_ui)
 
 
 @app.command()

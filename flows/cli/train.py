@@ -19,6 +19,7 @@ from flows.cli.options import (
     Json,
     Overrides,
     display_path,
+    print_links,
     resumable,
 )
 from gpt.config.loading import load_config, merge_overrides, read_toml
@@ -120,21 +121,13 @@ def _root(config: str, overrides: Mapping[str, Any]) -> Path:
 
 
 def _print_outcome(outcome: Outcome) -> None:
-    version = outcome.registered
-    registered = (
-        f", registered as {version.name} version {version.version}, {version.alias}"
-        if version
-        else ""
-    )
-    print(
-        f"""
-{outcome.name}: {outcome}
-  run    {display_path(outcome.folder)}
-  model  {display_path(outcome.model)}{registered}
-open in Prefect and MLflow:
-  {outcome.prefect_ui}
-  {outcome.mlflow_ui}"""
-    )
+    print(f"\n{outcome.name}: {outcome}")
+    print(f"  run    {display_path(outcome.folder)}")
+    print(f"  model  {display_path(outcome.model)}", end="")
+    if version := outcome.registered:
+        print(f", registered as {version.name} version {version.version}, {version.alias}", end="")
+    print()
+    print_links(outcome.prefect_ui, outcome.mlflow_ui)
 
 
 @app.command()
@@ -218,14 +211,9 @@ def compare(
     parameters = {"configs": configs, "overrides": values, "tokens": tokens}
     with resumable():
         result: ComparisonResult = run_flow(flow, parameters | {"seeds": seeds, "name": name})
-    print(
-        f"""
-{result.markdown}
-page   {display_path(result.page)}
-open in Prefect and MLflow, where + expands the comparison's runs:
-  {result.prefect_ui}
-  {result.mlflow_ui}"""
-    )
+    print(f"\n{result.markdown}\npage   {display_path(result.page)}")
+    hint = ", where + expands the comparison's runs"
+    print_links(result.prefect_ui, result.mlflow_ui, hint)
     if result.failed:
         raise typer.Exit(INCOMPLETE)
 

@@ -142,20 +142,21 @@ def _read_driver() -> tuple[str, str]:
 
 
 def check_memory(available_bytes: int) -> Finding:
-    found = f"{available_bytes / GIB:.1f} GiB free"
-    if available_bytes >= FREE_MEMORY_BYTES:
-        return good("memory", found)
-    found += f", needs {FREE_MEMORY_BYTES / GIB:.0f}"
-    return fault("memory", found, "stop other programs (top, then M), or lower data.workers")
+    remedy = "stop other programs (top, then M), or lower data.workers"
+    return _check_free("memory", available_bytes, FREE_MEMORY_BYTES, "", remedy)
 
 
 def check_disk(root: Path) -> Finding:
     free = psutil.disk_usage(str(_nearest_existing(root))).free
-    found = f"{free / GIB:.1f} GiB free below {root}"
-    if free >= FREE_DISK_BYTES:
-        return good("disk", found)
-    found += f", needs {FREE_DISK_BYTES / GIB:.0f}"
-    return fault("disk", found, "free some space, or set run.root to another disk")
+    remedy = "free some space, or set run.root to another disk"
+    return _check_free("disk", free, FREE_DISK_BYTES, f" below {root}", remedy)
+
+
+def _check_free(what: str, free: int, needed: int, where: str, remedy: str) -> Finding:
+    found = f"{free / GIB:.1f} GiB free{where}"
+    if free >= needed:
+        return good(what, found)
+    return fault(what, f"{found}, needs {needed / GIB:.0f}", remedy)
 
 
 def check_writable(root: Path) -> Finding:
@@ -239,7 +240,7 @@ def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
     else:
         remedy = f"use the same version on both sides: pip install prefect=={theirs}"
         yield fault(what, f"{url} has version {theirs}, this machine {ours}", remedy)
-    yield check_server_clock(answer.headers.get("date", ""))
+    yield check_server_clock(answer.headers["date"])
     with get_client(sync_client=True) as client:
         yield check_work_pool(client)
         yield check_workers(client)
@@ -249,8 +250,6 @@ def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
 
 def check_server_clock(date: str) -> Finding:
     """Compare this clock with a `Date` header, which has whole seconds."""
-    if not date:
-        return Finding("clock", NOTE, "Prefect's server does not send its time")
     ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()
     if abs(ahead) < CLOCK_SECONDS:
         return good("clock", "agrees with Prefect's server")

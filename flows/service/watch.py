@@ -8,14 +8,23 @@ import time
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import httpx
 from filelock import FileLock, Timeout
+from prefect.client.orchestration import get_client
+from prefect.events import Event, RelatedResource, Resource
+from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.service.events import SERVER_UNREACHABLE, require_prefect_server, send_file_event
 from gpt.data.new_files import NewFileScanner
 from gpt.errors import Problem, WatchError, first_line
 from gpt.files import write_text
 from tasks.display import log_info, log_warning
+
+FILE_ARRIVED = "overnight.parquet.arrived"
+SOURCE_ID = "overnight.source"
+"""`prefect.resource.id` of every such event, which the automation in prefect.yaml matches."""
+SERVER_UNREACHABLE = (httpx.HTTPError, RuntimeError, OSError)
+"""What `send_file_event` raises if the server cannot be reached or refuses."""
 
 
 class PendingEvent(BaseModel):
@@ -44,7 +53,9 @@ class Watcher:
     def __init__(self, folder: Path, pattern: str, state_file: Path, existing: bool) -> None:
         self._state_file = state_file
         is_first_start = not state_file.exists()
-        state = WatchState() if is_first_start else _load_state(state_file)
+        state = WatchState()
+        if not is_first_start:
+            state = WatchState.model_validate_json(state_file.read_bytes())
         self._scanner = NewFileScanner(folder, pattern, state.known)
         self._unsent = state.unsent
         self._server_is_down = self._folder_is_gone = False
@@ -104,13 +115,40 @@ class Watcher:
         write_text(self._state_file, state.model_dump_json(indent=1))
 
 
-def _load_state(state_file: Path) -> WatchState:
-    try:
-        return WatchState.model_validate_json(state_file.read_bytes())
-    except ValueError as error:
-        rule = "was not written by `overnight watch`, so the known files are unknown"
-        remedy = "delete it; all files that exist then count as known"
-        raise WatchError(Problem(str(state_file), "", rule, remedy)) from error
+def require_prefect_server() -> str:
+    """Return the URL of Prefect's API. Raises `WatchError` if none is set: the embedded API runs no
+    automations."""
+    url = PREFECT_API_URL.value()
+    if url:
+        return str(url)
+    rule = "is not set: there is no Prefect server to start a flow on an event"
+    remedy = "start one with `overnight up`, or set it, e.g. to http://127.0.0.1:4200/api"
+    raise WatchError(Problem("PREFECT_API_URL", "", rule, remedy))
+
+
+def send_file_event(path: Path, event_id: UUID) -> None:
+    """Send the event and wait until the server has it. Raises one of `SERVER_UNREACHABLE`.
+
+    Events with the same id count once.
+    """
+    event = Event(
+        id=event_id,
+        event=FILE_ARRIVED,
+        resource=Resource({"prefect.resource.id": SOURCE_ID, "prefect.resource.name": path.name}),
+        related=[
+            RelatedResource(
+                {
+                    "prefect.resource.id": f"overnight.file.{path}",
+                    "prefect.resource.role": "file",
+                }
+            )
+        ],
+        payload={"path": str(path)},
+    )
+    # `emit_event` hands the event to a thread and does not report whether it was delivered.
+    with get_client(sync_client=True) as client:
+        answer = client.request("POST", "/events", json=[event.model_dump(mode="json")])  # type: ignore[arg-type]
+        answer.raise_for_status()
 
 
 def state_path(folder: Path, pattern: str, root: Path) -> Path:

@@ -366,7 +366,7 @@ def test_new_file_starts_retraining_with_its_path(service: Service, parquet: Pat
             service.python(f"""
 from pathlib import Path
 from uuid import UUID
-from flows.service.events import send_file_event
+from flows.service.watch import send_file_event
 for _ in range(2):
     send_file_event(Path({str(arrived)!r}), UUID(int=7))
 """)
