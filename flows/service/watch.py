@@ -137,10 +137,7 @@ def send_file_event(path: Path, event_id: UUID) -> None:
         resource=Resource({"prefect.resource.id": SOURCE_ID, "prefect.resource.name": path.name}),
         related=[
             RelatedResource(
-                {
-                    "prefect.resource.id": f"overnight.file.{path}",
-                    "prefect.resource.role": "file",
-                }
+                {"prefect.resource.id": f"overnight.file.{path}", "prefect.resource.role": "file"}
             )
         ],
         payload={"path": str(path)},
