@@ -289,7 +289,7 @@ def test_refuses_invalid_start_and_leaking_validation_text(nights: Nights) -> No
     nights.arrives("a.parquet", FIRST)
     nights.night(training={"max_steps": 1})
     runs = len(list(nights.root.glob("train/*")))
-    with pytest.raises(ConfigError, match=r"validation_fraction = 0\.1\n.*kept for validation"):
+    with pytest.raises(ConfigError, match=r"validation_fraction = 0\.1\n.*would be trained on"):
         nights.night(data={"validation_fraction": 0.1})
     with pytest.raises(CorpusError, match=r"path = .*none\.parquet\n.*no such file"):
         nights.night(path=nights.root / "none.parquet")
