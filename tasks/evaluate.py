@@ -81,4 +81,4 @@ def _describe_checkpoint(checkpoint: Path, report: Path | None) -> PendingModel:
 def render_samples(report: EvaluationReport) -> str:
     """Return the sample texts of a report as Markdown."""
     samples = quote_samples(report.samples)
-    return f"# What the model writes after step {report.step}\n\n{samples}\n"
+    return f"# Samples after step {report.step}\n\n{samples}\n"

@@ -86,12 +86,9 @@ def _compare(pair: ReportPair, better: str, worse: str) -> str:
     if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
         return "not compared: their block sizes divide the slice differently"
     found = compare_reports(pair.challenger, pair.champion)
-    if found.low is None or found.high is None:
-        return found.basis
-    interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.basis}"
     if not found.is_significant:
-        return f"no significant difference ({interval})"
-    return f"{better if found.is_significantly_better else worse} ({interval})"
+        return f"no significant difference ({found.interval})"
+    return f"{better if found.is_significantly_better else worse} ({found.interval})"
 
 
 def render_result(result: RetrainResult) -> str:

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gpt.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable)
@@ -37,7 +39,7 @@ def find_compiler_error(device_type: str) -> str | None:
             x = torch.ones(8, device=device_type, requires_grad=True)
             torch.compile(_probe, dynamic=False)(x).backward()
     except Exception as error:  # training works without the compiler, whatever it raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         logger.warning("torch.compile does not work here, so training runs eagerly: %s", reason)
         return reason
     return None

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from gpt.evaluation.comparison import ConfigResult, RunResult, sort_by_loss
 from gpt.hardware.gpus import GIB
+from gpt.markdown import render_table
 
 NOT_AVAILABLE = "n/a"
 JOULES_PER_KWH = 3.6e6
@@ -95,8 +96,6 @@ HEADINGS = ("config", *(column.heading for column in COLUMNS))
 def render_markdown(name: str, results: Sequence[ConfigResult], summary: str) -> str:
     """Render the summary, the table with the best config first, and the failures."""
     rows = [[r.name, *(column.cell(r) for column in COLUMNS)] for r in sort_by_loss(results)]
-    lines = [HEADINGS, ["---", *["---:"] * len(COLUMNS)], *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     over = "seeds" if any(len(r.runs) > 1 for r in results) else "sequences and examples"
     legend = (
         f"± is one standard error over {over}. HellaSwag is the length-normalised accuracy, "
@@ -106,7 +105,7 @@ def render_markdown(name: str, results: Sequence[ConfigResult], summary: str) ->
     failures = [
         f"- **{r.name}**: {' '.join(failure.split())}" for r in results for failure in r.failures
     ]
-    parts = [f"# {name}", summary, *([table, legend] if rows else [])]
+    parts = [f"# {name}", summary, *([render_table(rows, HEADINGS), legend] if rows else [])]
     if failures:
         parts += ["## Configs without a result", "\n".join(failures)]
     return "\n\n".join(parts) + "\n"
