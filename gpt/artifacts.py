@@ -48,7 +48,7 @@ class Split(Artifact):
 
 
 class DatasetManifest(Artifact):
-    """A tokenised dataset. The manifest is written last, so a folder that has one is complete.
+    """A tokenized dataset. The manifest is written last, so a folder that has one is complete.
 
     `fingerprint` hashes the bytes of the sources and every setting that affects the tokens.
     """

@@ -61,7 +61,7 @@ class CorpusError(GPTError):
 class DatasetError(GPTError):
     """Token shards or their manifest are missing, truncated or changed."""
 
-    headline = "the tokenised dataset cannot be used"
+    headline = "the tokenized dataset cannot be used"
 
 
 class TokenizerError(GPTError):

@@ -18,7 +18,7 @@ from gpt.errors import ConfigError, Problem
 from gpt.training.identity import run_identity
 
 EXECUTION_KEYS = ("engine", "workers", "runner", "cluster", "store")
-"""Keys of [data] that say how and where text is tokenised; the tokens do not depend on them."""
+"""Keys of [data] that say how and where text is tokenized; the tokens do not depend on them."""
 SHARED_KEYS = (
     "run.root",
     *(f"data.{key}" for key in DataSection.model_fields if key not in EXECUTION_KEYS),

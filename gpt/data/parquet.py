@@ -1,6 +1,6 @@
 """Read one Parquet file: its footer, then its rows as text in small batches.
 
-Footers of all files are checked before tokenising. Pages are read in blocks, never as a whole
+Footers of all files are checked before tokenizing. Pages are read in blocks, never as a whole
 column chunk, with their checksums and the UTF-8 of the text. Errors name the file and the row group
 or row.
 """
@@ -158,7 +158,7 @@ def _is_text(kind: pa.DataType, annotation: str) -> bool:
 
 
 def check_all_rows(source: ParquetSource, row_filter: RowFilter) -> None:
-    """Read the whole file; raises the `CorpusError` that tokenising would raise."""
+    """Read the whole file; raises the `CorpusError` that tokenizing would raise."""
     skipped: Counter[str] = Counter()
     for rows in read_rows(source, source.units, row_filter):
         skipped.update(rows.skipped)

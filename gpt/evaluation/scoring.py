@@ -40,9 +40,9 @@ class Score:
 
 
 def encode_continuation(context: str, text: str) -> Continuation:
-    """Tokenise `text` as a continuation of `context`.
+    """Tokenize `text` as a continuation of `context`.
 
-    Both are tokenised together, because a word's tokens include the space before it; spaces at the
+    Both are tokenized together, because a word's tokens include the space before it; spaces at the
     end of the context count as part of the text. Only an empty context starts with end-of-text.
     """
     stripped = context.rstrip()

@@ -1,1 +1,1 @@
-"""Tokenising on a Dask or Ray cluster."""
+"""Tokenizing on a Dask or Ray cluster."""
