@@ -143,7 +143,7 @@ def render_evaluation(report: EvaluationReport) -> str:
         )
     if found := report.hellaswag:
         accuracy, error = found.normalized_accuracy, found.normalized_accuracy_error
-        rows["HellaSwag, length-normalised accuracy"] = _with_error(accuracy, error)
+        rows["HellaSwag, length-normalized accuracy"] = _with_error(accuracy, error)
         rows["HellaSwag, accuracy"] = _with_error(found.accuracy, found.accuracy_error)
         rows["HellaSwag, examples"] = f"{found.examples:,}"
     if last := report.lambada:
