@@ -1,4 +1,4 @@
-"""Made-up results of a comparison."""
+"""Synthetic results of a comparison."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import numpy as np
 from gpt.artifacts import EvaluationReport, Sample
 from gpt.evaluation.comparison import ConfigResult, LossCurve, RunResult
 
-CHANCE = np.random.default_rng(7)
-
-
-TEXT = CHANCE.normal(3.5, 0.5, 400)
+RNG = np.random.default_rng(7)
+TEXT_LOSSES = RNG.normal(3.5, 0.5, 400)
+"""Difficulty of each sequence, the same for every model."""
 
 
 def report(better_by: float = 0.0, noise: float = 0.02, count: int = 400, **changes):
-    losses = TEXT[:count] - better_by + CHANCE.normal(0, noise, count)
-    losses += TEXT[:count].mean() - better_by - losses.mean()  # exactly so much better
+    losses = TEXT_LOSSES[:count] - better_by + RNG.normal(0, noise, count)
+    losses += TEXT_LOSSES[:count].mean() - better_by - losses.mean()  # better by exactly that
     values = {
         "step": 9,
         "tokens": 128 * count,
