@@ -16,8 +16,7 @@ HEAD_LEARNING_RATE = 0.004
 INITIAL_MOMENTUM = 0.85
 MIN_BATCH_RATIO = 1 / 8
 """Below 2^16 tokens per step the rates stay the same: at 2^11 tokens, the rates for 2^16 and for
-2^19 trained equally well, and the square root rule's were far worse (tests/benchmarks/README.md).
-"""
+2^19 trained equally well, and the square root rule's were far worse (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)

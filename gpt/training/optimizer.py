@@ -117,7 +117,7 @@ def _non_empty(groups: list[dict]) -> list[dict]:
 class Float32Muon(torch.optim.Muon):
     """`torch.optim.Muon` (Jordan et al. 2024, kellerjordan.github.io/posts/muon), which iterates in
     bfloat16, in float32. Few CPUs multiply bfloat16 fast: with 4 layers of width 128 on two cores,
-    torch's step takes 0.80 s and this one 0.02 s (tests/benchmarks/README.md)."""
+    torch's step takes 0.80 s and this one 0.02 s (docs/benchmarks.md)."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
