@@ -1,4 +1,4 @@
-"""The flow `compare`: train several configs on one data set, and say which one is best."""
+"""The flow `compare`: train several configs on one dataset, and say which one is best."""
 
 from __future__ import annotations
 

@@ -36,11 +36,11 @@ class SliceReports(Artifact):
     """Reports on text that neither model was trained on."""
 
     current: ReportPair
-    """The slice of the current data set, which decides about the promotion."""
+    """The slice of the current dataset, which decides about the promotion."""
     old: ReportPair | None = None
-    """The slice of the champion's data set, if that still exists: has the challenger forgotten?"""
+    """The slice of the champion's dataset, if that still exists: has the challenger forgotten?"""
     new: ReportPair | None = None
-    """The validation text of the files that are new since the champion, if the data set has files
+    """The validation text of the files that are new since the champion, if the dataset has files
     of both: has the challenger learned?"""
 
 

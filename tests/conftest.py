@@ -192,7 +192,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
-    """One root for the session, so that the text is tokenised once."""
+    """One root for the session, so that the text is tokenized once."""
     root = tmp_path_factory.mktemp("runs")
     (root / "mlflow").mkdir()
     shutil.copy(mlflow_database, root / "mlflow")

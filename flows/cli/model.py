@@ -97,7 +97,7 @@ def export(
 
     folder = find_model(model, root)
     export_huggingface(folder, directory, read_model_facts(folder))
-    print(f"{directory}: written; fill in the licence in its README.md")
+    print(f"{directory}: written; fill in the license in its README.md")
 
 
 @app.command()

@@ -35,7 +35,7 @@ def evaluate_hellaswag(
 
     Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?", arXiv:1905.07830.
     The model's answer is the ending with the highest log-likelihood after "activity: context " or,
-    normalised, with the highest log-likelihood per byte of the ending (without the space before
+    normalized, with the highest log-likelihood per byte of the ending (without the space before
     it). Raises `BenchmarkError` for a file that cannot be used, and what `score_continuations`
     raises.
 

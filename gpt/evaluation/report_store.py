@@ -61,7 +61,7 @@ def load_champion_report(folder: Path, model: str) -> EvaluationReport | None:
 
 
 def model_report_key(model: str, dataset: str, config: RunConfig) -> dict[str, Any]:
-    """Build the key of a report on a model, by a permanent id, on a data set, by fingerprint."""
+    """Build the key of a report on a model, by a permanent id, on a dataset, by fingerprint."""
     return {"model": model, "dataset": dataset, "evaluation": _evaluation(config)}
 
 

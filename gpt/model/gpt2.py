@@ -1,4 +1,4 @@
-"""GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", initialised as
+"""GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", initialized as
 there and in nanoGPT.
 """
 

@@ -21,7 +21,7 @@ LOGIT_SOFTCAP = 15.0
 
 
 class NanoChatAttention(nn.Module):
-    """Attention with rotated and normalised queries and keys: (batch, time, n_embd) -> same."""
+    """Attention with rotated and normalized queries and keys: (batch, time, n_embd) -> same."""
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ def render_markdown(name: str, results: Sequence[ConfigResult], summary: str) ->
     rows = [[r.name, *(column.cell(r) for column in COLUMNS)] for r in sort_by_loss(results)]
     over = "seeds" if any(len(r.runs) > 1 for r in results) else "sequences and examples"
     legend = (
-        f"± is one standard error over {over}. HellaSwag is the length-normalised accuracy, "
+        f"± is one standard error over {over}. HellaSwag is the length-normalized accuracy, "
         "LAMBADA the accuracy of the last word. Hours are training time, without evaluations. "
         f"{NOT_AVAILABLE}: the benchmark is not configured, or the device does not measure it."
     )

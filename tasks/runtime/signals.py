@@ -57,8 +57,8 @@ class StopSignals:
         self._last = -REPEATED_SECONDS
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            behaviour = os.environ.get(PREFECT_DECIDES, "").lower()
-            handled = SIGNALS[:1] if behaviour in ("reschedule", "relinquish") else SIGNALS
+            behavior = os.environ.get(PREFECT_DECIDES, "").lower()
+            handled = SIGNALS[:1] if behavior in ("reschedule", "relinquish") else SIGNALS
             self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 

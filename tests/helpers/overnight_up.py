@@ -130,11 +130,11 @@ class Service:
 
     def start_command(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a `prefect` command with the environment of a Kubernetes job."""
-        behaviour = {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
+        behavior = {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
         return subprocess.Popen(
             [sys.executable, "-m", "prefect", *words],
             cwd=self.project,
-            env=self.environment | behaviour | {"PREFECT_API_URL": self.api_url},
+            env=self.environment | behavior | {"PREFECT_API_URL": self.api_url},
         )
 
     def python(self, code: str) -> None:

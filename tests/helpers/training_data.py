@@ -1,4 +1,4 @@
-"""Small training configs, token data sets to train on, and what a run leaves behind."""
+"""Small training configs, token datasets to train on, and what a run leaves behind."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def load_checkpoint(
 ) -> TrainingProgress:
     """Load weights, optimizer states and random states of a verified checkpoint.
 
-    Raises `CheckpointError` for each key in which its model, data set or optimizer differs from the
+    Raises `CheckpointError` for each key in which its model, dataset or optimizer differs from the
     config.
     """
     progress = read_progress(checkpoint)

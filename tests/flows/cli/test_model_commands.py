@@ -63,7 +63,7 @@ def test_generate_finds_model_by_run_name_folder_and_checkpoint(run_folder):
 
 
 def test_export_import_export_round_trip(run_folder, tmp_path):
-    assert "licence" in overnight("export", run_folder, tmp_path / "hf")
+    assert "license" in overnight("export", run_folder, tmp_path / "hf")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config
     assert (config.n_embd, config.n_layer, config.n_positions) == (16, 2, 8)
     card = (tmp_path / "hf" / "README.md").read_text()

@@ -35,7 +35,7 @@ def config_of(root):
 
 
 def tracked_run(root, dataset_folder):
-    """Run the part of the flow between tokenising and evaluating."""
+    """Run the part of the flow between tokenizing and evaluating."""
     torch.set_num_threads(1)
     config, dataset = config_of(root), read_manifest(dataset_folder)
     run = open_run(config, dataset, open_run_dir(config, dataset))
