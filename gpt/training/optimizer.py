@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from gpt.config.schema import OptimizerSection, RunConfig
@@ -38,7 +38,6 @@ def build_optimizers(
         optimizers = _muon_and_adamw(model, config.optimizer, rates, on_cpu)
     else:
         optimizers = _adamw(model, config.optimizer, rates)
-    _assert_partition(model, optimizers)
     for group in _groups(optimizers):
         group["initial_lr"] = group["lr"]
     return optimizers
@@ -57,9 +56,10 @@ def apply_schedule(optimizers: Iterable[Optimizer], config: RunConfig, step: int
 
 
 def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) -> list[Optimizer]:
+    matrices, vectors = _by_ndim(model.parameters())
     groups = [
-        {"params": _matrices(model.parameters()), "weight_decay": optimizer.weight_decay},
-        {"params": _vectors(model.parameters()), "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": optimizer.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     betas = (optimizer.beta1, optimizer.beta2)
     return [AdamW(_non_empty(groups), lr=rates.matrices, betas=betas, fused=True)]
@@ -68,19 +68,19 @@ def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) ->
 def _muon_and_adamw(
     model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates, on_cpu: bool
 ) -> list[Optimizer]:
-    inside = [p for block in model.blocks for p in block.parameters()]
-    blocks = {id(parameter) for parameter in inside}
-    outside = [p for p in model.parameters() if id(p) not in blocks]
+    matrices, vectors = _by_ndim(p for block in model.blocks for p in block.parameters())
+    in_blocks = {id(parameter) for parameter in (*matrices, *vectors)}
+    outside, vectors_outside = _by_ndim(p for p in model.parameters() if id(p) not in in_blocks)
     head = [p for p in outside if p is model.head]
-    embeddings = [p for p in _matrices(outside) if p is not model.head]
+    embeddings = [p for p in outside if p is not model.head]
     groups = [
         {"params": embeddings, "lr": rates.embedding, "weight_decay": _DECAY_BESIDE_MUON},
         {"params": head, "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
-        {"params": _vectors(inside + outside), "lr": rates.head, "weight_decay": 0.0},
+        {"params": vectors + vectors_outside, "lr": rates.head, "weight_decay": 0.0},
     ]
     muon_class = Float32Muon if on_cpu else Muon
     muon = muon_class(
-        _matrices(inside),
+        matrices,
         lr=rates.matrices,
         weight_decay=optimizer.weight_decay,
         momentum=optimizer.momentum,
@@ -91,23 +91,17 @@ def _muon_and_adamw(
     return [muon, adamw]
 
 
-def _assert_partition(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    grouped = [id(p) for group in _groups(optimizers) for p in group["params"]]
-    all_parameters = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == all_parameters, "a parameter is in no group"
-
-
 def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def _matrices(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p for p in parameters if p.ndim >= 2]
-
-
-def _vectors(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p for p in parameters if p.ndim < 2]
+def _by_ndim(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split parameters into matrices and vectors."""
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for parameter in parameters:
+        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
+    return matrices, vectors
 
 
 def _non_empty(groups: list[dict]) -> list[dict]:
@@ -125,11 +119,10 @@ class Float32Muon(torch.optim.Muon):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
