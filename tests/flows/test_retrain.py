@@ -303,7 +303,7 @@ def test_refuses_invalid_start_and_leaking_validation_text(nights: Nights) -> No
     with pytest.raises(ConfigError, match="registered_model"):
         nights.night(tracking={"registered_model": ""})
     nights.mlflow.delete_registered_model_alias("gpt", "champion")
-    with pytest.raises(RegistryError, match="give the alias champion"):
+    with pytest.raises(RegistryError, match="has the alias champion"):
         nights.night()
     assert len(list(nights.root.glob("train/*"))) == runs, "nothing was begun"
 
