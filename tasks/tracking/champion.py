@@ -69,7 +69,7 @@ def find_champion(name: str, uri: str, root: Path) -> Champion | None:
         if not number:
             known = ", ".join(str(version.version) for version in versions)
             rule = f"none of its versions ({known}) has the alias {Alias.CHAMPION}"
-            raise registry_error(name, rule, "give that alias to the version to beat")
+            raise registry_error(name, rule, "give the alias champion to the version to beat")
         version = client.get_model_version(name, number)
         run = version.run_id and get_or_none(lambda: client.get_run(version.run_id))
         dataset, is_local = _find_dataset(client, run, root) if run else (None, False)
