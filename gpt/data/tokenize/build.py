@@ -67,7 +67,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 
 class DatasetBuild:
-    """The unfinished folder of a dataset, its engine, and the units in it that can be kept."""
+    """The unfinished folder of a dataset, its engine, and the finished units in it."""
 
     def __init__(
         self, plan: DatasetPlan, sources: list[ParquetSource], skipped_files: list[Problem]
@@ -80,40 +80,37 @@ class DatasetBuild:
         engine = "tiktoken" if self.notes else plan.data.engine
         self.engine: EngineName = resolve_engine(engine)
         self._trusted = {"tiktoken"} if engine == "tiktoken" else {"tiktoken", "gigatoken"}
-        self.kept = self._find_kept()
+        self.finished = self._find_finished()
         self.total_rows = sum(source.rows for source in sources)
 
     def _is_usable(self, stored: StoredUnit) -> bool:
         return stored.entry.complete and stored.entry.engine in self._trusted
 
-    def _find_kept(self) -> list[StoredUnit]:
-        """The units that are in the unfinished folder already, without a gap from the first on."""
-        kept = []
+    def _find_finished(self) -> list[tuple[PlannedUnit, StoredUnit]]:
+        """The units that an interrupted run left in the folder, from the first without a gap."""
+        finished = []
         for unit, stored in zip(self._units(), read_stored_units(self.folder), strict=False):
             is_same = stored.entry.key == unit.key
             if not (is_same and self._is_usable(stored) and stored.is_intact()):
                 break
-            kept.append(stored)
-        return kept
+            finished.append((unit, stored))
+        return finished
 
     def _units(self) -> Iterator[PlannedUnit]:
         return plan_units(self.plan, self.sources)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all units are kept."""
-        return next(islice(self._units(), len(self.kept), None), None) is None
+        """Whether all units are finished."""
+        return next(islice(self._units(), len(self.finished), None), None) is None
 
-    def kept_units(self) -> Iterator[PlannedUnit]:
-        return islice(self._units(), len(self.kept))
-
-    def remaining_units(self, tokens: int) -> Iterator[tuple[PlannedUnit, StoredUnit | None]]:
-        """Every unit that is not kept, in order, and where it can be copied from, if anywhere.
-        `tokens` is the number of tokens of the kept units."""
+    def remaining_units(self) -> Iterator[tuple[PlannedUnit, StoredUnit | None]]:
+        """Every unit that is not finished, in order, and where it can be copied from, if
+        anywhere."""
         limit = self.plan.data.max_tokens
-        known_tokens: int | None = tokens
+        known_tokens: int | None = sum(stored.entry.counts.tokens for _, stored in self.finished)
         stored_units = self._find_in_other_datasets()
-        for unit in islice(self._units(), len(self.kept), None):
+        for unit in islice(self._units(), len(self.finished), None):
             stored = stored_units.get(unit.key)
             size = stored.entry.counts.tokens if stored else 0
             # Under max_tokens a unit is copied only where it is known to fit completely.

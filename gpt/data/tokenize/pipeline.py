@@ -154,13 +154,13 @@ def _run(build: DatasetBuild, open_cluster: OpenCluster | None) -> TokenizeSteps
 def _write_units(
     build: DatasetBuild, writer: DatasetWriter, open_cluster: OpenCluster | None
 ) -> Generator[TokenizeProgress, None, None]:
-    """Bring every unit that is not kept into the shards, in order."""
+    """Write every unit that is not finished, in order."""
     started = time.monotonic()
     rows_reused, tokens_reused = writer.rows, writer.tokens
     skipped_by_file: dict[str, Counter[str]] = defaultdict(Counter)
-    for unit, kept in zip(build.kept_units(), build.kept, strict=True):
-        skipped_by_file[unit.source.file.name].update(kept.entry.counts.skipped)
-    with _encoded_units(build, writer.tokens, open_cluster) as units:
+    for unit, stored in build.finished:
+        skipped_by_file[unit.source.file.name].update(stored.entry.counts.skipped)
+    with _encoded_units(build, open_cluster) as units:
         for unit, content in units:
             counts: UnitCounts | None = None
             if isinstance(content, StoredUnit):
@@ -215,22 +215,20 @@ def _check_counts(build: DatasetBuild, total: UnitCounts) -> None:
 
 
 @contextlib.contextmanager
-def _encoded_units(
-    build: DatasetBuild, tokens: int, open_cluster: OpenCluster | None
-) -> Iterator[EncodedUnits]:
-    """All units that are not kept. `tokens` is the number of tokens of those that are."""
+def _encoded_units(build: DatasetBuild, open_cluster: OpenCluster | None) -> Iterator[EncodedUnits]:
+    """Start the pool or the cluster, and yield all units that are not finished."""
     with contextlib.ExitStack() as stack:
         seen = None
         if build.plan.data.drop_duplicates:
             seen = stack.enter_context(contextlib.closing(SeenTexts(build.folder / SEEN_DATABASE)))
-            for unit in build.kept_units():
+            for unit, _ in build.finished:
                 build.add_to_seen(unit, seen)
         if open_cluster:
             cluster = stack.enter_context(open_cluster())
-            yield encode_on_cluster(cluster, build, tokens, seen)
+            yield encode_on_cluster(cluster, build, seen)
         else:
             pool = stack.enter_context(_open_local_pool(build))
-            yield _encode_here(pool, build, tokens, seen)
+            yield _encode_here(pool, build, seen)
 
 
 def _open_local_pool(
@@ -243,21 +241,21 @@ def _open_local_pool(
 
 
 def _encode_here(
-    pool: Pool[Chunk, EncodedChunk], build: DatasetBuild, tokens: int, seen: SeenTexts | None
+    pool: Pool[Chunk, EncodedChunk], build: DatasetBuild, seen: SeenTexts | None
 ) -> EncodedUnits:
-    for (unit, stored), encoded in map_in_order(pool, _read_units(build, tokens, seen)):
+    for (unit, stored), encoded in map_in_order(pool, _read_units(build, seen)):
         content = stored or encoded
         assert content
         yield unit, content
 
 
 def _read_units(
-    build: DatasetBuild, tokens: int, seen: SeenTexts | None
+    build: DatasetBuild, seen: SeenTexts | None
 ) -> Iterator[tuple[tuple[PlannedUnit, StoredUnit | None], Chunk | None]]:
-    """The chunks of each unit, or where to copy it from. Neighbouring units of a file are read in
+    """The chunks of each unit, or where to copy it from. Neighboring units of a file are read in
     one pass."""
     for (_, is_stored), group in groupby(
-        build.remaining_units(tokens), key=lambda item: (id(item[0].source), item[1] is not None)
+        build.remaining_units(), key=lambda item: (id(item[0].source), item[1] is not None)
     ):
         if is_stored:
             for unit, stored in group:

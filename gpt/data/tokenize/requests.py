@@ -130,14 +130,13 @@ def _thread_encoder(engine: EngineName) -> Encoder:
 def encode_on_cluster(
     cluster: Pool[EncodeRequest, EncodeResult],
     build: DatasetBuild,
-    tokens: int,
     seen: SeenTexts | None,
 ) -> Iterator[tuple[PlannedUnit, EncodedChunk | StoredUnit]]:
-    """Every unit that is not kept, in order: its encoded chunks, or where to copy it from. Units
-    that can be copied are not sent. `tokens` is the number of tokens of the kept units."""
+    """Every unit that is not finished, in order: its encoded chunks, or where to copy it from.
+    Units that can be copied are not sent."""
     items = (
         ((unit, stored), None if stored else _make_request(build, unit))
-        for unit, stored in build.remaining_units(tokens)
+        for unit, stored in build.remaining_units()
     )
     for (unit, stored), result in map_in_order(cluster, items):
         if stored:

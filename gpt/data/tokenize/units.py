@@ -144,13 +144,13 @@ class JournalEntry:
         return cls(value["key"], value["engine"], counts, value["whole"])
 
 
-def open_journal(folder: Path, tokens_per_shard: int, kept: Iterable[JournalEntry] = ()) -> IO[str]:
-    """Replace the journal by one with the `kept` entries; returns it open for appending."""
+def open_journal(folder: Path, tokens_per_shard: int, entries: Iterable[JournalEntry]) -> IO[str]:
+    """Replace the journal by one with these entries; returns it open for appending."""
     path = folder / UNIT_JOURNAL
     new_path = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
     journal = new_path.open("w", encoding="utf-8")
     journal.write(_to_line({"tokens_per_shard": tokens_per_shard}))
-    journal.writelines(entry.to_line() for entry in kept)
+    journal.writelines(entry.to_line() for entry in entries)
     journal.flush()
     new_path.replace(path)
     return journal

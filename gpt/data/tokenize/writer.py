@@ -21,19 +21,20 @@ from gpt.data.tokenize.units import SPLITS, JournalEntry, StoredUnit, UnitCounts
 class DatasetWriter(ExitStack):
     """Writes encoded chunks and copies stored units, in order. On exit it closes all files.
 
-    It never exceeds `max_tokens`: `is_full` tells that a document was left out because of it and
+    It never exceeds `max_tokens`: `is_full` means that a document was left out because of it and
     that nothing more can be written.
     """
 
     def __init__(self, build: DatasetBuild) -> None:
         super().__init__()
-        data, kept = build.plan.data, [stored.entry for stored in build.kept]
+        data, entries = build.plan.data, [stored.entry for _, stored in build.finished]
         self.total = UnitCounts()
-        for entry in kept:
+        for entry in entries:
             self.total.add(entry.counts)
-        self.is_full = any(not entry.complete for entry in kept)
+        self.is_full = False
         self._engine, self._max_tokens = build.engine, data.max_tokens
-        self._journal = self.enter_context(open_journal(build.folder, data.tokens_per_shard, kept))
+        journal = open_journal(build.folder, data.tokens_per_shard, entries)
+        self._journal = self.enter_context(journal)
         self._shards = {
             name: self.enter_context(
                 ShardWriter(build.folder, name, data.tokens_per_shard, counts.tokens)
