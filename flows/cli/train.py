@@ -102,6 +102,9 @@ def _pretrain(config: str, overrides: Mapping[str, Any], fresh: bool) -> Outcome
     from flows.runtime import environment
 
     environment.prepare(_root(config, overrides))
+    from flows.runtime.embedded_api import launch_api
+
+    launch_api()
     from flows.runtime.local_run import run_pretrain
 
     try:

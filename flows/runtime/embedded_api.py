@@ -14,9 +14,6 @@ import subprocess
 import sys
 import time
 
-import httpx
-from prefect.client.orchestration import get_client
-from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL
 
 from flows.runtime.environment import EMBEDDED_API
@@ -33,20 +30,13 @@ servers: list[subprocess.Popen[bytes]] = []
 """The embedded API that this process has started, if any."""
 
 
-def start_api() -> Exception | None:
-    """Start the embedded API unless a server is configured. Return why no API answers, or None."""
-    if PREFECT_API_URL.value():
-        return _check_health()
-    server, deadline = _launch(), time.monotonic() + START_SECONDS
-    while fault := _check_health():
-        if server.poll() is not None or time.monotonic() > deadline:
-            return fault
-        time.sleep(0.1)
-    return None
+def launch_api() -> None:
+    """Start the embedded API unless a server is configured or it is running, without waiting.
 
-
-def _launch() -> subprocess.Popen[bytes]:
-    """Start the server; point this process and its children at it."""
+    It comes up while this process imports torch and MLflow, which takes as long.
+    """
+    if servers or PREFECT_API_URL.value():
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,11 +49,26 @@ def _launch() -> subprocess.Popen[bytes]:
     servers.append(server)
     atexit.register(stop_process, server, STOP_SECONDS)
     os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", EMBEDDED_API: "1"}
+
+
+def start_api() -> Exception | None:
+    """Launch the API and wait for its answer. Return why no API answers, or None."""
+    from prefect.context import refresh_global_settings_context
+
+    launch_api()
     refresh_global_settings_context()
-    return server
+    deadline = time.monotonic() + START_SECONDS
+    while fault := _check_health():
+        if not servers or servers[-1].poll() is not None or time.monotonic() > deadline:
+            return fault
+        time.sleep(0.1)
+    return None
 
 
 def _check_health() -> Exception | None:
+    import httpx
+    from prefect.client.orchestration import get_client
+
     try:
         with get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client:
             return client.api_healthcheck()

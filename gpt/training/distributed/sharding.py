@@ -4,22 +4,28 @@ et al. 2023, arXiv:2304.11277)."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.base import GPT
 from gpt.training.distributed.process_group import ProcessGroup
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
 
 def apply_fsdp(model: GPT, group: ProcessGroup) -> None:
     """Keep only this process's shard of each parameter. A block is gathered when it is reached, and
     resharded after it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     device_type = next(model.parameters()).device.type
     mesh = init_device_mesh(device_type, (group.world_size,))
     for block in model.blocks:
@@ -37,10 +43,21 @@ def apply_ddp(model: GPT) -> DistributedDataParallel:
     )
 
 
+def _is_fsdp(model: nn.Module) -> TypeGuard[FSDPModule]:
+    # Importing FSDP2 takes over a second, which a run on one device saves.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+
+
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
 @contextmanager
 def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
     """Average the gradients of all processes after the backward pass in this block, if `sync`."""
-    if isinstance(model, FSDPModule):
+    if _is_fsdp(model):
         model.set_requires_gradient_sync(sync)
         model.set_is_last_backward(sync)
         yield
@@ -59,13 +76,13 @@ def keeps_gradient_buckets(model: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Free what a forward pass without a backward pass has gathered."""
-    if isinstance(model, FSDPModule):
+    if _is_fsdp(model):
         model.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor that may be sharded; every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def load_full_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -77,7 +94,9 @@ def load_full_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return this process's shard of a tensor that every process has in full, if `like` is
     sharded."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not _is_sharded(like) or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     on_device = tensor.to(like.device)
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
