@@ -132,13 +132,13 @@ def test_training_starts_from_a_model_s_weights(run_folder, tmp_path):
 
 
 def test_model_commands_report_user_errors(run_folder, tmp_path):
-    with pytest.raises(ConfigError, match="neither a run's folder nor the name of a run"):
+    with pytest.raises(ConfigError, match="neither a run folder nor the name of a run"):
         overnight("generate", "--model", "no-such-run", "The", "--root", tmp_path)
     with pytest.raises(GenerationError, match="2 problems"):
         overnight("generate", "--model", run_folder, "The", "--top-p", 2, "--temperature", -1)
     with pytest.raises(ConfigError, match=r"hardware.device = cuda:99"):
         overnight("generate", "--model", run_folder, "The", "--device", "cuda:99")
-    with pytest.raises(ExchangeError, match="is there already"):
+    with pytest.raises(ExchangeError, match="already exists"):
         overnight("export", run_folder, run_folder)
     with pytest.raises(ExchangeError, match="cannot be read"):
         overnight("import-hf", tmp_path, tmp_path / "x")
