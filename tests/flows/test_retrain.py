@@ -305,7 +305,7 @@ def test_refuses_invalid_start_and_leaking_validation_text(nights: Nights) -> No
     nights.mlflow.delete_registered_model_alias("gpt", "champion")
     with pytest.raises(RegistryError, match="has the alias champion"):
         nights.night()
-    assert len(list(nights.root.glob("train/*"))) == runs, "nothing was begun"
+    assert len(list(nights.root.glob("train/*"))) == runs, "no run was started"
 
 
 def test_lost_dataset_is_noted_and_new_settings_are_a_change(nights: Nights) -> None:
