@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import pickle
 import queue
@@ -19,7 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from gpt.data.tokenize.encoders import (
     Chunk,
@@ -143,10 +144,10 @@ class _ProcessPool:
 
     def __init__(self, engine: EngineName, workers: int) -> None:
         self.max_pending = CHUNKS_PER_WORKER * workers
-        self._process, self._workers = _start_workers(engine, workers)
-        self._idle: queue.SimpleQueue[IO[bytes]] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._process, self._sockets = _start_workers(engine, workers)
+        self._idle: queue.SimpleQueue[io.BufferedRWPair] = queue.SimpleQueue()
+        for each in self._sockets:
+            self._idle.put(each.makefile("rwb"))
         self._threads = ThreadPoolExecutor(workers, "tokenize")
 
     def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
@@ -167,20 +168,24 @@ class _ProcessPool:
         return answer
 
     def close(self) -> None:
-        """Stop the workers and drop whatever they were doing."""
+        """Stop the workers. One that does not finish its chunk in time is killed."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        with contextlib.suppress(ProcessLookupError):
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # the worker has exited
+                each.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._threads.shutdown(wait=True)
-        self._process.wait(STOP_SECONDS)
-        for worker in self._workers:
-            with contextlib.suppress(OSError):
-                worker.close()
+        for each in self._sockets:
+            each.close()
 
 
 def _start_workers(
     engine: EngineName, workers: int
-) -> tuple[subprocess.Popen[bytes], list[IO[bytes]]]:
+) -> tuple[subprocess.Popen[bytes], tuple[socket.socket, ...]]:
     """Start the program of `gpt.data.tokenize.worker`, with a socket to each of its workers."""
     ours, theirs = zip(*(socket.socketpair() for _ in range(workers)), strict=True)
     descriptors = [each.fileno() for each in theirs]
@@ -194,12 +199,12 @@ def _start_workers(
             stdout=2,  # what a library prints is not part of our output
             pass_fds=descriptors,
             env=os.environ | WORKER_ENVIRONMENT,
-            start_new_session=True,  # Ctrl-C is for this process, which then kills all of them
+            start_new_session=True,  # Ctrl-C is for this process, which then stops all of them
         )
-        return process, [each.makefile("rwb") for each in ours]
     finally:
-        for each in (*ours, *theirs):
+        for each in theirs:
             each.close()
+    return process, ours
 
 
 def _worker_died(process: subprocess.Popen[bytes]) -> CorpusError:

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import os
 import pickle
+import signal
 import socket
 import sys
 import traceback
@@ -46,20 +47,25 @@ def main() -> None:
     with contextlib.suppress(Exception):  # reported with the first chunk, which tries again
         encoder = load_encoder(engine)
     gc.freeze()  # a collection would write to pages that the workers share
-    workers = 0
+    workers: list[int] = []
     while descriptors:
-        if not os.fork():
+        pid = os.fork()
+        if not pid:
             _run_worker(engine, encoder, *descriptors)
-        workers += 1
+        workers.append(pid)
         os.close(descriptors.pop(0))
-    for _ in range(workers):
-        _, status = os.wait()
+    while workers:
+        pid, status = os.wait()
+        workers.remove(pid)
         if status:
-            _exit_with(os.waitstatus_to_exitcode(status))
+            _fail(os.waitstatus_to_exitcode(status), workers)
 
 
-def _exit_with(code: int) -> None:
-    """End as the failed worker did: the parent reads the status and kills the other workers."""
+def _fail(code: int, others: list[int]) -> None:
+    """Kill the other workers and end as the failed one did: the parent reads the exit status."""
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     if code < 0:
         os.kill(os.getpid(), -code)
     sys.exit(code)
