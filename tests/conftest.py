@@ -50,17 +50,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors of tests are small: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-EMBEDDED_PREFECT = (
-    *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_cli.py::test_invalid_run"),
-    *(
-        "test_unreachable_servers.py::test_run_survives_loss_of_prefect_api",
-        "test_clusters.py::test_units_are_task_runs",
-    ),
-    *("test_deployments.py", "test_doctor.py"),
+PREFECT_SERVER_TESTS = (
+    *("test_signals.py", "test_pretrain.py", "test_compare.py", "test_deployments.py"),
+    "test_clusters.py::test_units_are_task_runs",
 )
-"""What starts Prefect's embedded API, never two at once: it picks its port at random among a
-thousand some seconds before it listens, so that two may come to share a server. And what wants the
-suite's own server, which is started once then."""
+"""What uses the suite's Prefect server, which one process starts once for all of them."""
 SLOW_FIRST = (
     *("prefect", "test_service", "test_mlflow_page", "test_unreachable_servers", "test_kills"),
     *("test_other_stores", "test_retrain", "test_two_hosts", "test_distributed", "test_clusters"),
@@ -103,7 +97,7 @@ sample_tokens = 4
 def group_of(nodeid: str) -> str:
     """Tests that one process does, where several share them: those of a file, for its fixtures."""
     test = nodeid.rpartition("/")[2]
-    return "prefect" if test.startswith(EMBEDDED_PREFECT) else test.partition(".")[0]
+    return "prefect" if test.startswith(PREFECT_SERVER_TESTS) else test.partition(".")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -65,6 +65,7 @@ def final_checkpoint_times(root: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_comparison_resumes_after_kill_and_leaves_out_failed_config(
     config_paths: list[Path], tmp_path: Path
@@ -119,6 +120,7 @@ def test_comparison_resumes_after_kill_and_leaves_out_failed_config(
     assert points[0]["train/loss"] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_sigterm_stops_the_subprocess_with_a_checkpoint(
     config_paths: list[Path], tmp_path: Path

@@ -102,6 +102,7 @@ def test_end_to_end_then_again_without_change(
     assert steps(mlflow_client, run.info.run_id) == once
 
 
+@pytest.mark.slow
 def test_fresh_starts_a_new_run(tiny_config: Path, mlflow_client: MlflowClient) -> None:
     overrides = {"run": {"name": "fresh"}, "training": {"max_steps": 2}}
     first = pretrain(str(tiny_config), overrides)
@@ -111,6 +112,7 @@ def test_fresh_starts_a_new_run(tiny_config: Path, mlflow_client: MlflowClient) 
     assert len(named(mlflow_client, "fresh")) == 2
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_in_same_mlflow_run(
     tiny_config: Path, mlflow_client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +142,7 @@ def test_interrupted_run_resumes_in_same_mlflow_run(
     assert steps(mlflow_client, run.info.run_id)["train/loss"] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_prefect_timeout_leaves_checkpoint(
     tiny_config: Path, mlflow_client: MlflowClient, tiny_root: Path
 ) -> None:

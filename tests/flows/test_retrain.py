@@ -29,6 +29,8 @@ from tasks import evaluate_slices
 from tasks.tracking import registry
 from tasks.tracking.mlflow_api import MlflowClient
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 500
 """Characters of a document: the slices are to be small and of many documents."""
 TEXTS = [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from waiting import scaled
 
 from tasks.tracking.mlflow_api import MlflowClient
 
@@ -74,5 +75,5 @@ def overnight(
         env=OUTSIDE | {"PYTHONPATH": str(ROOT)} | settings,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=scaled(60),
     )

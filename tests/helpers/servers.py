@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from waiting import free_port, wait_for
+from waiting import free_port, scaled, wait_for
 
-START_SECONDS = 90
+START_SECONDS = scaled(30)
 
 
 class MlflowServer:

@@ -31,7 +31,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import Artifact, FlowRun, StateType, TaskRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Cancelled, Running
-from waiting import free_port, wait_for
+from waiting import free_port, scaled, wait_for
 
 from flows.service import deployments
 from flows.service.settings import POOL, ServiceSettings
@@ -40,7 +40,7 @@ from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.tracking.journal import METRICS_FILE, read_metrics
 from tasks.tracking.mlflow_api import MlflowClient
 
-EXIT_SECONDS = 25.0
+EXIT_SECONDS = scaled(10)
 DEPLOYED = [
     *("compare/widths", "pretrain/gpt-480", "pretrain/gpt-576", "pretrain/gpt-720"),
     *("pretrain/gpt-768", "pretrain/tiny", "retrain/nightly"),
@@ -114,6 +114,7 @@ def test_up_prints_addresses_and_refuses_second_service(service: Service) -> Non
     assert service.api_url in again.stderr
 
 
+@pytest.mark.slow
 def test_runs_started_together_run_one_after_the_other(service: Service, webhook: Webhook) -> None:
     """Three deployments, and one of them again from the command line."""
     names = ("pretrain/tiny", "pretrain/gpt-480", "pretrain/gpt-576")
@@ -167,6 +168,7 @@ def planned(client: SyncPrefectClient) -> list[FlowRun]:
     return [run for run in runs if run.expected_start_time > datetime.now(UTC)]
 
 
+@pytest.mark.slow
 def test_schedule_fires_until_it_is_paused(service: Service) -> None:
     with service.client() as client:
         fired = wait_for("a run on schedule", lambda: on_schedule(client, StateType.FAILED))
@@ -184,6 +186,7 @@ def test_schedule_fires_until_it_is_paused(service: Service) -> None:
 # --- one run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_invalid_config_fails_at_first_task_with_remedy(service: Service, webhook: Webhook) -> None:
     run = service.start_run(
         "pretrain/gpt-576", **notifying("wrong"), model={"n_embd": 512, "n_head": 12}
@@ -252,6 +255,7 @@ def pid_of(run: FlowRun) -> int:
     return pid
 
 
+@pytest.mark.slow
 def test_cancelled_run_writes_checkpoint(service: Service, webhook: Webhook) -> None:
     run = in_training(service, 0)
     pid = pid_of(run)
@@ -268,6 +272,7 @@ def test_cancelled_run_writes_checkpoint(service: Service, webhook: Webhook) -> 
     assert "Run it again" in webhook.about("night: cancelled")["body"].splitlines()[0]
 
 
+@pytest.mark.slow
 def test_killed_run_is_reported(service: Service, webhook: Webhook) -> None:
     run = in_training(service, last_step(service))
     os.kill(pid_of(run), signal.SIGKILL)
@@ -277,6 +282,7 @@ def test_killed_run_is_reported(service: Service, webhook: Webhook) -> None:
     assert "a checkpoint of step" in body
 
 
+@pytest.mark.slow
 def test_killed_worker_restarts_and_its_runs_continue(service: Service) -> None:
     run = in_training(service, last_step(service))
     pid, worker = pid_of(run), service.worker()
@@ -296,6 +302,7 @@ def test_killed_worker_restarts_and_its_runs_continue(service: Service) -> None:
     assert service.wait_for_end(run).state_name == "Cancelled"
 
 
+@pytest.mark.slow
 def test_run_on_preempted_node_is_rescheduled(service: Service) -> None:
     with service.client() as client:
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
@@ -316,6 +323,7 @@ def test_run_on_preempted_node_is_rescheduled(service: Service) -> None:
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
 
 
+@pytest.mark.slow
 def test_resumed_run_stays_one_mlflow_run(service: Service) -> None:
     steps = last_step(service) + 5
     run = service.wait_for_end(
@@ -335,6 +343,7 @@ def test_resumed_run_stays_one_mlflow_run(service: Service) -> None:
 # --- new data ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_new_file_starts_retraining_with_its_path(service: Service, parquet: Path) -> None:
     folder = service.project / "incoming"
     folder.mkdir()
@@ -400,6 +409,7 @@ def faults(service: Service) -> dict[str, dict[str, str]]:
     return {k: v for k, v in findings(service).items() if v["level"] == "FAULT"}
 
 
+@pytest.mark.slow
 def test_doctor_finds_faults_of_the_service(service: Service) -> None:
     assert faults(service) == {}
     settings = ServiceSettings(service.root, "127.0.0.1", *service.ports)
@@ -440,7 +450,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(service: Service) -> None:
     everything = [*service.family(), psutil.Process(pid_of(service.read(run)))]
     assert len(everything) >= 5
     service.interrupt()
-    _, left = psutil.wait_procs(everything, timeout=5)
+    _, left = psutil.wait_procs(everything, timeout=scaled(10))
     assert left == []
     (folder,) = (service.root / "train").glob("last-*")
     assert latest_checkpoint(folder)

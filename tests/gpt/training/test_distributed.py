@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from training_data import make_token_dataset, small_config
+from waiting import scaled
 
 from gpt.config.schema import RunConfig
 from gpt.data.loader import SequenceDataset, TrainingLoader
@@ -21,6 +22,8 @@ from gpt.training.checkpoint.retention import latest_checkpoint, write_batch_siz
 from gpt.training.distributed import launch
 from gpt.training.distributed.launch import launch_training
 from gpt.training.metrics import StepRecord
+
+pytestmark = pytest.mark.slow
 
 STEPS = 30
 
@@ -192,7 +195,7 @@ def test_workers_end_when_their_launcher_is_killed(dataset, tmp_path):
     children = psutil.Process(pid).children(recursive=True)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=scaled(10))
     assert alive == []
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from training_data import make_token_dataset, small_config, weights
+from waiting import scaled
 
 from gpt.data.shards import read_manifest
 from gpt.training.checkpoint.retention import latest_checkpoint
@@ -62,7 +63,8 @@ def curve(root):
     return points
 
 
-@pytest.mark.timeout(60 * KILLS)
+@pytest.mark.slow
+@pytest.mark.timeout(scaled(30) * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_kills_at_random_moments_change_nothing(tmp_path, mlflow_database):
     dataset = make_token_dataset(tmp_path / "tokens")

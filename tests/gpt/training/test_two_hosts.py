@@ -20,6 +20,8 @@ from waiting import wait_for
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.tracking.journal import MetricsJournal
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 STEPS = 60

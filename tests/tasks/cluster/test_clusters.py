@@ -16,7 +16,7 @@ import psutil
 import pytest
 from corpus_data import TEXTS, build_dataset, make_config, write_parquet
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from waiting import free_port
+from waiting import free_port, scaled
 
 from gpt.data.tokenize import pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
@@ -24,6 +24,8 @@ from gpt.errors import ConfigError, CorpusError
 from tasks.cluster import backends, runner
 from tasks.cluster.runner import resolve_cluster
 from tasks.tokenize_parquet import find_or_tokenize, tokenize_parquet
+
+pytestmark = pytest.mark.slow
 
 # Ray reads these when it is imported. Its own token would be written to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -33,7 +35,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
 }
 KINDS = ("dask", "ray")
-SECONDS = 60
+SECONDS = scaled(30)
 
 
 @contextmanager
@@ -186,7 +188,7 @@ def test_local_cluster_leaves_no_process(tmp_path, source, kind, no_local_worker
     }
     # Python's resource tracker ends with the process that started it.
     ours = [each for each in left if "resource_tracker" not in " ".join(each.cmdline())]
-    assert not psutil.wait_procs(ours, timeout=SECONDS)[1]
+    assert not psutil.wait_procs(ours, timeout=scaled(10))[1]
 
 
 def test_error_on_a_worker_is_raised_here(tmp_path, source, monkeypatch, running):

@@ -17,11 +17,13 @@ from overnight_command import (
     mlflow_run,
 )
 from prefect.settings import PREFECT_API_URL
+from waiting import scaled
 
 from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.runtime.signals import StopRequested, StopSignals
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_run_stopped_at_every_stage_completes(tiny_config: Path, new_root: Path) -> None:
     """Stop one run at one place after another: in training by Ctrl-C, elsewhere by SIGTERM, each
@@ -33,7 +35,7 @@ def test_run_stopped_at_every_stage_completes(tiny_config: Path, new_root: Path)
         number = signal.SIGINT if fault == "interrupt" else signal.SIGTERM
         server = {} if place in OWN_API else {"PREFECT_API_URL": PREFECT_API_URL.value()}
         process = command("tests/helpers/fault_at.py", fault, place, *arguments, **server)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=scaled(60))
         assert process.returncode == 128 + number, (place, output)
         assert f"stopped by {number.name}" in output, place
         assert "re-run the same command" in output, place
@@ -46,7 +48,7 @@ def test_run_stopped_at_every_stage_completes(tiny_config: Path, new_root: Path)
             assert f"after step {checkpoint.step if checkpoint else 0};" in output, place
     assert "after step 12;" in output
     process = command("-m", "flows.cli.main", *arguments)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=scaled(60))
     assert process.returncode == 0, output
     assert flow_states(root)[-1] == "COMPLETED"
     client, run = mlflow_run(root)
@@ -56,7 +58,7 @@ def test_run_stopped_at_every_stage_completes(tiny_config: Path, new_root: Path)
         assert [point.step for point in points] == list(steps), key
     # A finished run is reported without Prefect.
     process = command("-m", "flows.cli.main", *arguments)
-    again, _ = process.communicate(timeout=120)
+    again, _ = process.communicate(timeout=scaled(60))
     assert "already finished at step 12" in again
     assert again.splitlines()[-1] == output.splitlines()[-1]
     assert len(flow_states(root)) == len(OWN_API) + 1

@@ -13,6 +13,7 @@ import pytest
 from browser import WINDOW, requested_hosts
 from servers import MlflowServer, with_store
 from training_data import make_token_dataset
+from waiting import scaled
 
 from gpt.artifacts import HeldoutLoss
 from gpt.config.loading import load_config
@@ -20,6 +21,8 @@ from gpt.training.metrics import StepRecord
 from gpt.training.run_dir import open_run_dir
 from tasks.tracking.journal import METRICS_FILE, read_metrics
 from tasks.tracking.runs import RunRef, open_recorder, open_run, track_run_status
+
+pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 FLOORS = {480: 3.42, 576: 3.36, 720: 3.28}
@@ -29,7 +32,7 @@ LOSSES = ("train/loss", "val/loss")
 WORKFLOW = "workflowType=machine_learning"
 """URL parameter of the switch between GenAI and model training at the top of the page."""
 STEPS, EVERY = 3250, 50
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = scaled(60)
 
 
 def loss(width: int, step: int) -> float:

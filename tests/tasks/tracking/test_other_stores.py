@@ -19,7 +19,11 @@ from tasks.tracking.mlflow_api import MlflowClient
 
 SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
-pytestmark = pytest.mark.skipif(not SERVERS, reason="needs Debian's postgresql")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not SERVERS, reason="needs Debian's postgresql"),
+]
 
 
 def unprivileged_user(folder: Path) -> dict[str, Any]:

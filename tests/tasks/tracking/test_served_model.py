@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from registry_data import finished_run, report
-from waiting import free_port
+from waiting import free_port, scaled
 
 from flows.cli.model_choice import find_model
 from gpt.model.generate import SamplingParams, generate
 from gpt.model.io import load_model
 from tasks.tracking.runs import register_last_model
 
-START_SECONDS = 90
+pytestmark = pytest.mark.slow
+
+START_SECONDS = scaled(30)
 NAME = "served"
 SETTINGS = {"max_tokens": 8, "seed": 3}
 
@@ -77,7 +79,7 @@ def ask(address: str, content: object) -> tuple[int, str]:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=scaled(30)) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -8,7 +8,7 @@ import pytest
 from overnight_command import command, flow_states, mlflow_run
 from servers import MlflowServer, with_store
 from training_data import make_token_dataset, small_config
-from waiting import free_port
+from waiting import free_port, scaled
 
 from gpt.config.schema import RunConfig
 from gpt.training.metrics import StepRecord
@@ -16,6 +16,8 @@ from gpt.training.run_dir import open_run_dir
 from tasks.tracking import journal
 from tasks.tracking.mlflow_api import MlflowClient
 from tasks.tracking.runs import RunRef, open_recorder, open_run, track_run_status
+
+pytestmark = pytest.mark.slow
 
 
 def opened(tmp_path: Path, uri: str) -> tuple[RunConfig, RunRef]:
@@ -67,14 +69,16 @@ def test_sync_sends_a_run_to_a_new_server(
     assert f"overnight sync {run.folder}" in capsys.readouterr().out
     words = ("-m", "flows.cli.main", "sync", run.folder.name, "--root", str(tmp_path))
     failing = command(*words)
-    output, _ = failing.communicate(timeout=120)
+    output, _ = failing.communicate(timeout=scaled(60))
     assert failing.returncode == 2
     assert "cannot be reached" in output
     assert "Traceback" not in output
     new = MlflowServer(with_store(tmp_path / "new", mlflow_database))
     new.start()
     try:
-        outputs = [command(*words, "--uri", new.uri).communicate(timeout=120)[0] for _ in range(2)]
+        outputs = [
+            command(*words, "--uri", new.uri).communicate(timeout=scaled(60))[0] for _ in range(2)
+        ]
         assert "sent 60 steps" in outputs[0]
         assert "is already up to date" in outputs[1]
         assert losses(new.uri) == EXPECTED
@@ -85,7 +89,7 @@ def test_sync_sends_a_run_to_a_new_server(
 
 def test_sync_of_an_unknown_run_fails(tmp_path: Path) -> None:
     process = command("-m", "flows.cli.main", "sync", "unknown", "--root", str(tmp_path))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=scaled(60))
     assert process.returncode == 2
     assert "RUN = unknown" in output
     assert "Traceback" not in output
@@ -141,7 +145,7 @@ def test_run_survives_loss_of_prefect_api(tiny_config: Path, new_root: Path, fau
         PREFECT_CLIENT_MAX_RETRIES="0",
         PREFECT_API_REQUEST_TIMEOUT="5",
     )
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=scaled(60))
     assert process.returncode == 0, output
     assert "the run continues without it" in output
     assert "Traceback" not in output
@@ -156,7 +160,7 @@ def test_run_starts_without_prefect_server(tiny_config: Path, new_root: Path) ->
         *("-m", "flows.cli.main", "run", str(tiny_config), "--set", f"run.root={root}"),
         PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api",
     )
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=scaled(60))
     assert process.returncode == 0, output
     assert output.count("Prefect's API is unreachable") == 1
     assert "Traceback" not in output

@@ -20,6 +20,7 @@ from corpus_data import (
     tokenize_with_progress,
     write_parquet,
 )
+from waiting import scaled
 
 from gpt.data.tokenize import chunks, pipeline, pool, units
 from gpt.data.tokenize.encoders import PART, Chunk, encode_chunk
@@ -170,7 +171,7 @@ def kill_at_random(root, source, kills, seed):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        psutil.wait_procs(workers, timeout=10)
+        psutil.wait_procs(workers, timeout=scaled(10))
         assert not [worker for worker in workers if worker.is_running()]
         assert not list(root.glob("datasets/*.partial/manifest.json"))
         if before:
