@@ -77,6 +77,10 @@ class DatasetManifest(Artifact):
     """Histogram of document lengths: entry k counts documents of 2^(k-1) to 2^k - 1 tokens,
     excluding end-of-text."""
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return self.train.shards + self.validation.shards
+
 
 class CheckpointRef(Artifact):
     """A complete checkpoint: a folder with weights, optimizer state and position in the data."""

@@ -10,6 +10,7 @@ Bugs in the program are not here: those are assertions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Problem:
 class GPTError(Exception):
     """Base of all errors that a user can fix. Only its subclasses are raised."""
 
-    headline = "overnight cannot continue"
+    headline: ClassVar[str]
+
+    def __init_subclass__(cls, headline: str) -> None:
+        cls.headline = headline
 
     def __init__(self, *problems: Problem) -> None:
         assert problems, "an error needs at least one problem"
@@ -46,106 +50,72 @@ class GPTError(Exception):
         return f"{self.headline}: {count}\n" + "\n".join(f"  {p}" for p in self.problems)
 
 
-class ConfigError(GPTError):
+class ConfigError(GPTError, headline="the config is invalid"):
     """The config is invalid. Lists every problem found, not only the first."""
 
-    headline = "the config is invalid"
 
-
-class CorpusError(GPTError):
+class CorpusError(GPTError, headline="the corpus cannot be used"):
     """A Parquet source cannot be read or has nothing to train on."""
 
-    headline = "the corpus cannot be used"
 
-
-class DatasetError(GPTError):
+class DatasetError(GPTError, headline="the tokenized dataset cannot be used"):
     """Token shards or their manifest are missing, truncated or changed."""
 
-    headline = "the tokenized dataset cannot be used"
 
-
-class TokenizerError(GPTError):
+class TokenizerError(GPTError, headline="the tokenizer cannot be loaded"):
     """The tokenizer's data files are missing or changed."""
 
-    headline = "the tokenizer cannot be loaded"
 
-
-class CheckpointError(GPTError):
+class CheckpointError(GPTError, headline="the checkpoint cannot be used"):
     """A checkpoint is incomplete, damaged, or does not match the model, dataset or optimizer."""
 
-    headline = "the checkpoint cannot be used"
 
-
-class ComparisonError(GPTError):
+class ComparisonError(GPTError, headline="there is nothing to compare"):
     """No config of a comparison finished."""
 
-    headline = "there is nothing to compare"
 
-
-class GenerationError(GPTError):
+class GenerationError(GPTError, headline="no text can be generated"):
     """The sampling settings are invalid."""
 
-    headline = "no text can be generated"
 
-
-class BenchmarkError(GPTError):
+class BenchmarkError(GPTError, headline="the benchmark cannot be run"):
     """A benchmark file cannot be read or lacks required columns."""
 
-    headline = "the benchmark cannot be run"
 
-
-class ExchangeError(GPTError):
+class ExchangeError(GPTError, headline="the model cannot be converted"):
     """A model cannot be converted to or from another project's format."""
 
-    headline = "the model cannot be converted"
 
-
-class OutOfMemoryError(GPTError):
+class OutOfMemoryError(GPTError, headline="out of memory"):
     """The device ran out of memory at the smallest batch size."""
 
-    headline = "out of memory"
 
-
-class NonFiniteLossError(GPTError):
+class NonFiniteLossError(GPTError, headline="the loss is not finite"):
     """Loss or gradients stayed non-finite after every rollback."""
 
-    headline = "the loss is not finite"
 
-
-class DistributedError(GPTError):
+class DistributedError(GPTError, headline="distributed training cannot continue"):
     """Ranks of a distributed run lost each other too often."""
 
-    headline = "distributed training cannot continue"
 
-
-class RunLockedError(GPTError):
+class RunLockedError(GPTError, headline="the run is locked"):
     """Another process is using the run folder."""
 
-    headline = "the run is locked"
 
-
-class RegistryError(GPTError):
+class RegistryError(GPTError, headline="the registered model cannot be used"):
     """A registered model does not exist or cannot be downloaded."""
 
-    headline = "the registered model cannot be used"
 
-
-class WatchError(GPTError):
+class WatchError(GPTError, headline="the folder cannot be watched"):
     """A folder cannot be watched, or there is no server to send events to."""
 
-    headline = "the folder cannot be watched"
 
-
-class TrackingError(GPTError):
+class TrackingError(GPTError, headline="the run cannot be tracked"):
     """The tracking server cannot be reached, or there is nothing to send."""
 
-    headline = "the run cannot be tracked"
 
-
-class ServiceError(GPTError):
+class ServiceError(GPTError, headline="the service cannot be started"):
     """Servers, workers or deployments cannot be started or are already running."""
-
-    headline = "the service cannot be started"
 
 
 def first_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 from gpt.config.schema import RunConfig
-from gpt.data.store import TransferProgress
+from gpt.data.store import Transfer
 from gpt.data.tokenize.pipeline import TokenizeProgress
 from gpt.evaluation.progress import ProgressGenerator
 from gpt.training.metrics import StepRecord
@@ -142,11 +142,11 @@ def show_tokenizing(steps: Generator[TokenizeProgress, None, Result]) -> Result:
     return _run_with_progress("tokenizing", steps, describe)
 
 
-def show_transfer(name: str, steps: Generator[TransferProgress, None, Result]) -> Result:
+def show_transfer(name: str, steps: Transfer[Result]) -> Result:
     start = time.monotonic()
 
-    def describe(progress: TransferProgress) -> tuple[int, int, str]:
-        done, total = progress.bytes_done, progress.bytes_total
+    def describe(progress: tuple[int, int]) -> tuple[int, int, str]:
+        done, total = progress
         left = (time.monotonic() - start) * (total - done) / max(1, done)
         text = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {format_duration(left)} left"
         return done, total, text

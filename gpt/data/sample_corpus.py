@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import os
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from gpt.data.tokenize import tokenizer
 from gpt.errors import CorpusError, Problem
-from gpt.files import PARTIAL
+from gpt.files import atomic_file
 
 MIN_BYTES = 10_000_000
 TARGET_BYTES = 13_000_000
@@ -78,12 +77,8 @@ def write_sample_corpus(
         raise CorpusError(Problem("sample corpus", f"{text_bytes} bytes", rule, remedy))
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["id"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
+    with atomic_file(path) as partial:
         pq.write_table(table, partial, row_group_size=ROW_GROUP_ROWS, compression="zstd")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return SampleCorpus(len(rows), text_bytes, sum(row["token_count"] for row in rows))
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from gpt.artifacts import DatasetManifest, Shard
 from gpt.errors import DatasetError, Problem
-from gpt.files import PARTIAL, compute_sha256, write_text
+from gpt.files import PARTIAL, compute_sha256, sync, write_text
 
 MAGIC = 20240520
 VERSION = 1
@@ -107,8 +106,7 @@ class ShardWriter:
         self._file.truncate(HEADER_BYTES + TOKEN_BYTES * rest)
         self._file.write(build_header(self._capacity))
         self._file.seek(0)
-        while block := self._file.read(1 << 20):
-            self._hash.update(block)
+        self._hash = hashlib.file_digest(self._file, "sha256")
         self._count = rest
 
     @property
@@ -135,13 +133,10 @@ class ShardWriter:
         if is_short := self._count < self._capacity:
             self._file.seek(0)
             self._file.write(build_header(self._count))
-        self._file.flush()
-        with ThreadPoolExecutor(1) as executor:
-            synced = executor.submit(os.fsync, self._file.fileno())
-            # The header, hashed first, holds the token count: a short shard is hashed again.
-            digest = compute_sha256(partial) if is_short else self._hash.hexdigest()
-            synced.result()
         self._file.close()
+        sync(partial)
+        # The header, hashed first, holds the token count: a short shard is hashed again.
+        digest = compute_sha256(partial) if is_short else self._hash.hexdigest()
         partial.replace(self._folder / self._name)
         self._finished.append(Shard(name=self._name, tokens=self._count, sha256=digest))
         self._file, self._count = None, 0
@@ -151,18 +146,16 @@ def _shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.bin"
 
 
+def _stored_shard(folder: Path, split: str, index: int) -> Path:
+    """Return the path of a shard, or its temporary path if it is not finished."""
+    path = folder / _shard_name(split, index)
+    return path if path.is_file() else path.with_name(path.name + PARTIAL)
+
+
 def _stream_files(folder: Path, split: str) -> list[Path]:
     """List the shards of a stream in order, up to the first gap; the last may be unfinished."""
-    files: list[Path] = []
-    while True:
-        path = folder / _shard_name(split, len(files))
-        partial = path.with_name(path.name + PARTIAL)
-        if path.is_file():
-            files.append(path)
-        elif partial.is_file():
-            files.append(partial)
-        else:
-            return files
+    paths = (_stored_shard(folder, split, index) for index in itertools.count())
+    return list(itertools.takewhile(Path.is_file, paths))
 
 
 def build_header(tokens: int) -> bytes:
@@ -188,8 +181,7 @@ def open_shard(path: Path, shard: Shard) -> np.memmap[Any, np.dtype[np.uint16]]:
     """
     problem = _find_length_problem(path, shard)
     if not problem:
-        with path.open("rb") as file:
-            found = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")[:3].tolist()
+        found = np.fromfile(path, "<i4", 3).tolist()
         if found != [MAGIC, VERSION, shard.tokens]:
             rule = f"a token file starts with {MAGIC}, {VERSION} and its {shard.tokens} tokens"
             problem = Problem(str(path), ", ".join(map(str, found)), rule, REBUILD)
@@ -208,9 +200,7 @@ def read_stream(
     while count > 0:
         index, offset = divmod(first, tokens_per_shard)
         size = min(count, tokens_per_shard - offset, BLOCK_TOKENS)
-        path = folder / _shard_name(split, index)
-        if not path.is_file():
-            path = path.with_name(path.name + PARTIAL)
+        path = _stored_shard(folder, split, index)
         try:
             ids = np.fromfile(path, "<u2", size, offset=HEADER_BYTES + TOKEN_BYTES * offset)
         except OSError:
@@ -237,7 +227,7 @@ def read_manifest(folder: Path) -> DatasetManifest:
     except ValidationError as error:
         problem = Problem(str(path), "", describe_invalid_manifest(error), REBUILD)
     else:
-        found = [_find_length_problem(folder / s.name, s) for s in _all_shards(manifest)]
+        found = [_find_length_problem(folder / s.name, s) for s in manifest.shards]
         if problems := [each for each in found if each]:
             raise DatasetError(*problems)
         return manifest
@@ -259,7 +249,7 @@ def describe_invalid_manifest(error: ValidationError) -> str:
 def verify_shards(manifest: DatasetManifest) -> None:
     """Hash every shard. Raises `DatasetError` for all that differ from the manifest."""
     problems = []
-    for shard in _all_shards(manifest):
+    for shard in manifest.shards:
         path = manifest.folder / shard.name
         if problem := _find_length_problem(path, shard):
             problems.append(problem)
@@ -289,16 +279,11 @@ def record_verified(manifest: DatasetManifest) -> None:
 
 
 def _stamp_shards(manifest: DatasetManifest) -> dict[str, list[Any]]:
-    stamps = {}
-    for shard in _all_shards(manifest):
-        status = (manifest.folder / shard.name).stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        stamps[shard.name] = [shard.sha256, *stamp]
-    return stamps
-
-
-def _all_shards(manifest: DatasetManifest) -> tuple[Shard, ...]:
-    return manifest.train.shards + manifest.validation.shards
+    stats = {shard: (manifest.folder / shard.name).stat() for shard in manifest.shards}
+    return {
+        shard.name: [shard.sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        for shard, status in stats.items()
+    }
 
 
 def _find_length_problem(path: Path, shard: Shard) -> Problem | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 from gpt.artifacts import DatasetManifest, Split
 from gpt.data.shards import open_shard
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt.files import PARTIAL, write_text
+from gpt.files import atomic_file, write_text
 from gpt.markdown import render_table
 
 PAGE = "summary.md"
@@ -101,12 +100,10 @@ def write_summary(manifest: DatasetManifest) -> dict[str, Path]:
 
 def _plot_document_lengths(manifest: DatasetManifest, path: Path) -> None:
     # Without pyplot, which would choose a window system and keep the figure in memory.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     bins = bin_document_lengths(manifest)
     figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.bar(range(len(bins)), [count for _, count in bins], width=0.9)
     axes.set_xticks(range(len(bins)), [name for name, _ in bins], rotation=45, ha="right")
@@ -114,9 +111,8 @@ def _plot_document_lengths(manifest: DatasetManifest, path: Path) -> None:
     axes.set_ylabel("documents")
     total = manifest.train.documents + manifest.validation.documents
     axes.set_title(f"{total:,} documents")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def read_samples(manifest: DatasetManifest, split: Split, count: int) -> Iterator[str]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from corpus_data import TEXTS, build_dataset, make_config, stored_ids, write_parquet
+from fsspec.implementations.dirfs import DirFileSystem
 from servers import BUCKET, KEYS, object_store
 
 from gpt.config.loading import load_config
 from gpt.data import store as stores
 from gpt.data.shards import CHECKED, MANIFEST, verify_shards
-from gpt.data.store import DatasetStore, download_dataset, upload_dataset
+from gpt.data.store import download_dataset, open_store, upload_dataset
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.errors import ConfigError, DatasetError
 
@@ -29,6 +30,17 @@ def run_transfer(transfer):
             progress.append(next(transfer))
         except StopIteration as end:
             return progress, end.value
+
+
+def record_files(monkeypatch, method, names, position):
+    """Append the file name, argument number `position`, of every transfer to `names`."""
+    real = getattr(DirFileSystem, method)
+
+    def recorded(*arguments):
+        names.append(arguments[position].rpartition("/")[2])
+        return real(*arguments)
+
+    monkeypatch.setattr(DirFileSystem, method, recorded)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +75,8 @@ def test_a_dataset_uploaded_by_one_machine_is_downloaded_by_another(tmp_path, so
     assert run_transfer(download_dataset(there)) == ([], None), "it is not in the store yet"
     progress, uploaded = run_transfer(upload_dataset(made, address))
     assert uploaded
-    assert (
-        progress[-1].bytes_done
-        == progress[-1].bytes_total
-        > 2 * (made.train.tokens + made.validation.tokens)
-    )
+    done, total = progress[-1]
+    assert done == total > 2 * (made.train.tokens + made.validation.tokens)
     assert run_transfer(upload_dataset(made, address)) == ([], False), "all of it is stored"
 
     progress, downloaded = run_transfer(download_dataset(there))
@@ -115,15 +124,12 @@ def test_an_interrupted_upload_is_not_visible_and_is_completed(
     # What an interrupted copy leaves.
     first = sorted(path for path in made.folder.iterdir() if path.suffix == ".bin")[0]
     (tmp_path / "short").write_bytes(first.read_bytes()[:100])
-    DatasetStore(address).upload(tmp_path / "short", made.folder.name, first.name)
+    open_store(address).put_file(str(tmp_path / "short"), f"{made.folder.name}/{first.name}")
     there = store_config(tmp_path / "there", source, address)
     assert run_transfer(download_dataset(there)) == ([], None)
 
     sent = []
-    real = DatasetStore.upload
-    monkeypatch.setattr(
-        DatasetStore, "upload", lambda *words: sent.append(words[-1]) or real(*words), raising=True
-    )
+    record_files(monkeypatch, "put_file", sent, -1)
     assert run_transfer(upload_dataset(made, address))[1]
     files = [path.name for path in made.folder.iterdir() if path.name not in (MANIFEST, CHECKED)]
     assert first.name in sent
@@ -144,10 +150,7 @@ def test_an_interrupted_download_continues_with_the_missing_files(
     download.close()
     assert find_dataset(there) is None
     got = []
-    real = DatasetStore.download
-    monkeypatch.setattr(
-        DatasetStore, "download", lambda *words: got.append(words[-2]) or real(*words)
-    )
+    record_files(monkeypatch, "get_file", got, -2)
     _, downloaded = run_transfer(download_dataset(there))
     assert stored_ids(downloaded) == stored_ids(made)
     shards = {shard.name for shard in (*made.train.shards, *made.validation.shards)}
@@ -184,10 +187,10 @@ def test_an_unreachable_store_is_logged_and_ignored(tmp_path, source, caplog, mo
     address = str(tmp_path / "shared")
     made = build_dataset(tmp_path / "here", source, tokens_per_shard=1_000)
 
-    def unreachable(*_):
+    def unreachable(*_, **__):
         raise ConnectionError("no answer")
 
-    monkeypatch.setattr(DatasetStore, "list_sizes", unreachable)
+    monkeypatch.setattr(DirFileSystem, "ls", unreachable)
     assert run_transfer(upload_dataset(made, address)) == ([], False)
     assert "cannot be written: ConnectionError: no answer" in caplog.text
     assert "the next run uploads it" in caplog.text
