@@ -90,6 +90,7 @@ def _run_worker(engine: EngineName, encoder: Encoder | None, own: int, *others: 
                     answer = RuntimeError(f"in a tokenizing worker:\n{traceback.format_exc()}")
                 pickle.dump(answer, stream, pickle.HIGHEST_PROTOCOL)
                 stream.flush()
+                del chunk, answer  # free before the next chunk arrives
     except BaseException:
         traceback.print_exc()
         os._exit(1)
