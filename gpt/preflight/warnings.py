@@ -45,7 +45,7 @@ def warn_about_gpu(context: CheckContext) -> Iterator[Problem]:
         rule = f"{context.memory_rule}. It is halved and grad_acc doubled until the run fits"
         remedy = "nothing to do; the suggestions fit at once"
         yield Problem("training.batch_size", value, rule, remedy)
-    if gpu.spec and gpu.spec.bf16_tflops is None and config.training.dtype == "bfloat16":
+    if gpu.spec and not gpu.spec.has_bfloat16 and config.training.dtype == "bfloat16":
         rule = f"is not supported by {gpu.spec.name}: float16 with gradient scaling is used"
         yield Problem("training.dtype", "bfloat16", rule, "nothing to do")
 
