@@ -12,10 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from gpt.config.loading import build_config, read_toml
-from gpt.config.schema import RunConfig
-from gpt.errors import ConfigError
-from gpt.preflight.generated_docs import (
+from docs.generate import (
     BEGIN,
     END,
     render_json_schema,
@@ -23,6 +20,9 @@ from gpt.preflight.generated_docs import (
     render_sizes_table,
     replace_sizes_table,
 )
+from gpt.config.loading import build_config, read_toml
+from gpt.config.schema import RunConfig
+from gpt.errors import ConfigError
 from gpt.preflight.render import render_markdown
 from gpt.preflight.report import run_preflight
 
@@ -95,9 +95,7 @@ def test_markdown_contains_problems_and_figures(overrides: list[str]) -> None:
 
 def test_sizes_table_in_readme_is_up_to_date() -> None:
     table = render_sizes_table(ROOT / "configs")
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "run python -m gpt.preflight.generated_docs"
-    )
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run python -m docs.generate"
     for size in ("12/12/480", "12/8/512", "12/16/512", "12/12/576", "12/12/720", "12/12/768"):
         assert f"| {size} |" in table
     assert "does not fit" not in table
@@ -112,7 +110,7 @@ def test_sizes_table_replaces_the_text_between_its_marks() -> None:
 def test_settings_page_is_up_to_date() -> None:
     page = render_settings_page()
     assert (ROOT / "configs" / "README.md").read_text(encoding="utf-8") == page, (
-        "run python -m gpt.preflight.generated_docs"
+        "run python -m docs.generate"
     )
     for section, field in RunConfig.model_fields.items():
         assert f"## [{section}]" in page
@@ -123,7 +121,7 @@ def test_settings_page_is_up_to_date() -> None:
 
 def test_json_schema_is_up_to_date() -> None:
     assert (ROOT / "configs" / "schema.json").read_text(encoding="utf-8") == render_json_schema(), (
-        "run python -m gpt.preflight.generated_docs"
+        "run python -m docs.generate"
     )
 
 

@@ -1,7 +1,7 @@
 """Generate the files that are computed from code: configs/README.md (every setting),
 configs/schema.json (JSON schema of a config) and the table of model sizes in README.md.
 
-Run `python -m gpt.preflight.generated_docs` to write them; a test checks that they are up to date.
+Run `python -m docs.generate` to write them; a test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
 from gpt.preflight.time import nominal_throughput, training_hours
 
-BEGIN = "<!-- sizes: written by `python -m gpt.preflight.generated_docs` -->"
+BEGIN = "<!-- sizes: written by `python -m docs.generate` -->"
 END = "<!-- end of sizes -->"
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 GPU = "rtx-4070"
@@ -84,7 +84,7 @@ def render_settings_page() -> str:
         "# Settings",
         "",
         "Every setting of a config, generated from `gpt/config/schema.py` by "
-        "`python -m gpt.preflight.generated_docs`. Any can be overridden on the command line: "
+        "`python -m docs.generate`. Any can be overridden on the command line: "
         "`overnight run CONFIG --set section.key=value`. To see memory and time of a config on "
         "your GPU: `overnight validate CONFIG --gpu rtx-4070`.",
     ]
