@@ -37,8 +37,8 @@ class GPUSpec:
     """Dense 16-bit peak with float32 accumulation, 10^12 FLOPs per second."""
     compute_capability: tuple[int, int]
     source: str
-    """Source of the peak: the formula for a GeForce, otherwise the figure of the data sheet. The peak
-    is half of a figure for sparse matrices, a quarter for fp8, an eighth for fp4 (both sparse)."""
+    """Source of the peak: the formula for a GeForce, otherwise the figure of the data sheet. The
+    peak is half of a figure for sparse matrices, a quarter for fp8, an eighth for fp4 (sparse)."""
     aliases: tuple[str, ...] = ()
     """Other names of the same GPU."""
 

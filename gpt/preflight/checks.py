@@ -8,55 +8,19 @@ Each check yields a `Problem` for everything that fails. Checks that only warn a
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config.schema import RunConfig
 from gpt.errors import CheckpointError, Problem
 from gpt.hardware.gpus import GIB
-from gpt.hardware.target_gpu import TargetGPU
 from gpt.model.section import MODEL_FILE, load_model_section
-from gpt.preflight.data_estimate import DataEstimate
-from gpt.preflight.memory import Memory, Sharding, estimate_memory
-from gpt.preflight.time import estimate_disk
+from gpt.preflight.figures import Figures
+from gpt.preflight.memory import estimate_memory
+from gpt.preflight.time import existing_ancestor
 
 NOT_PART_OF_THE_WEIGHTS = {"dropout"}
 """Keys of [model] that may differ from those of `training.init_from`."""
-
-
-@dataclass(frozen=True)
-class CheckContext:
-    """What the checks look at."""
-
-    config: RunConfig
-    gpu: TargetGPU
-    data: DataEstimate
-    memory: Memory
-    sharding: Sharding
-    starting: bool
-    """Whether a run starts now on this machine; False for a question about it."""
-    memory_savings: tuple[str, ...] = ()
-    """Overrides with which a run that does not fit would; none if it fits."""
-
-    @property
-    def exceeds_memory(self) -> bool:
-        memory_bytes = self.gpu.memory_bytes
-        if memory_bytes is None or self.config.hardware.device == "cpu":
-            return False
-        return self.memory.needed_bytes > memory_bytes
-
-    @property
-    def is_reduced_at_start(self) -> bool:
-        """Whether training reduces the micro-batch until the run fits; it does on one device."""
-        one_device = self.config.hardware.world_size == 1
-        return self.starting and one_device and self.exceeds_memory and bool(self.memory_savings)
-
-    @property
-    def memory_rule(self) -> str:
-        memory_bytes = self.gpu.memory_bytes or 0
-        return f"needs {gib(self.memory.needed_bytes)}; {self.gpu.name} has {gib(memory_bytes)}"
 
 
 def gb(count: float) -> str:
@@ -69,49 +33,55 @@ def gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB"
 
 
-def find_problems(context: CheckContext) -> Iterator[Problem]:
+def find_problems(figures: Figures) -> Iterator[Problem]:
     """Yield everything that keeps the run from working."""
     for check in (check_devices, check_memory, check_data, check_files, check_disk):
-        yield from check(context)
+        yield from check(figures)
 
 
-def check_devices(context: CheckContext) -> Iterator[Problem]:
-    hardware, gpu = context.config.hardware, context.gpu
+def check_devices(figures: Figures) -> Iterator[Problem]:
+    hardware, gpu = figures.config.hardware, figures.gpu
     device, missing = hardware.device, f"this machine has {gpu.installed} NVIDIA GPUs"
     if gpu.is_named:  # the run is for another machine
         return
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpu.installed:
         remedy = 'use "auto" or "cpu", repair the driver, or give --gpu NAME for another machine'
         yield Problem("hardware.device", device, f"does not exist: {missing}", remedy)
-    if context.starting and device != "cpu" and 0 < gpu.installed < hardware.devices:
+    if figures.starting and device != "cpu" and 0 < gpu.installed < hardware.devices:
         remedy = f"set hardware.devices to {gpu.installed}, or use a machine that has more"
         yield Problem("hardware.devices", str(hardware.devices), f"too many: {missing}", remedy)
 
 
-def check_memory(context: CheckContext) -> Iterator[Problem]:
-    if not context.exceeds_memory or context.is_reduced_at_start:
+def check_memory(figures: Figures) -> Iterator[Problem]:
+    if figures.fits is not False or figures.is_reduced_at_start:
         return
-    config, memory_bytes = context.config, context.gpu.memory_bytes or 0
-    savings = f"set {', or '.join(context.memory_savings)}" if context.memory_savings else ""
+    config, memory_bytes = figures.config, figures.gpu.memory_bytes or 0
+    savings = ", or ".join(suggestion.as_overrides() for suggestion in figures.memory_savings)
+    remedy = f"set {savings}" if savings else ""
     if config.hardware.world_size == 1:
-        remedy = savings or "use a smaller model or a larger GPU"
+        remedy = remedy or "use a smaller model or a larger GPU"
         value = str(config.training.batch_size)
-        yield Problem("training.batch_size", value, context.memory_rule, remedy)
+        yield Problem("training.batch_size", value, describe_need(figures), remedy)
         return
     setting = config.hardware.sharding
     if setting == "ddp" and estimate_memory(config, "fsdp").needed_bytes <= memory_bytes:
         remedy = 'set hardware.sharding to "auto" or "fsdp"'
-    else:
-        remedy = savings or "use more devices, a smaller model or a larger GPU"
-    rule = f"{context.memory_rule} (each of {config.hardware.world_size}, {context.sharding})"
+    remedy = remedy or "use more devices, a smaller model or a larger GPU"
+    rule = f"{describe_need(figures)} (each of {config.hardware.world_size}, {figures.sharding})"
     yield Problem("hardware.sharding", setting, rule, remedy)
 
 
-def check_data(context: CheckContext) -> Iterator[Problem]:
-    if context.starting:
-        yield from missing_data(context)
-    tokens, training = context.data.max_train_tokens, context.config.training
-    block = context.config.model.block_size
+def describe_need(figures: Figures) -> str:
+    """Return the memory that a device needs beside what the GPU has."""
+    gpu = figures.gpu
+    return f"needs {gib(figures.memory.needed_bytes)}; {gpu.name} has {gib(gpu.memory_bytes or 0)}"
+
+
+def check_data(figures: Figures) -> Iterator[Problem]:
+    if figures.starting:
+        yield from missing_data(figures)
+    tokens, training = figures.data.max_train_tokens, figures.config.training
+    block = figures.config.model.block_size
     if tokens is None or tokens > training.batch_size * block:
         return
     rule = (
@@ -126,20 +96,20 @@ def check_data(context: CheckContext) -> Iterator[Problem]:
         yield Problem("training.batch_size", str(training.batch_size), rule, remedy)
 
 
-def missing_data(context: CheckContext) -> Iterator[Problem]:
-    if context.data.missing:
-        sources, rule = ", ".join(context.data.missing), "does not exist, or matches no file"
+def missing_data(figures: Figures) -> Iterator[Problem]:
+    if figures.data.missing:
+        sources, rule = ", ".join(figures.data.missing), "does not exist, or matches no file"
         remedy = f"put Parquet there, or give another path; paths are relative to {Path.cwd()}"
         yield Problem("data.source", sources, rule, remedy)
 
 
-def check_files(context: CheckContext) -> Iterator[Problem]:
+def check_files(figures: Figures) -> Iterator[Problem]:
     """Check `training.init_from` and the benchmarks' files; addresses would take a download."""
-    if problem := check_init_from(context.config):
+    if problem := check_init_from(figures.config):
         yield problem
     for key in ("hellaswag", "lambada"):
-        path = getattr(context.config.evaluation, key)
-        if context.starting and path and "://" not in path and not Path(path).is_file():
+        path = getattr(figures.config.evaluation, key)
+        if figures.starting and path and "://" not in path and not Path(path).is_file():
             remedy = "give the path of the benchmark's Parquet file, or remove the key"
             yield Problem(f"evaluation.{key}", path, "does not exist", remedy)
 
@@ -171,10 +141,10 @@ def check_init_from(config: RunConfig) -> Problem | None:
     return Problem("training.init_from", path, rule, settings)
 
 
-def check_disk(context: CheckContext) -> Iterator[Problem]:
-    root = context.config.run.root
+def check_disk(figures: Figures) -> Iterator[Problem]:
+    root = figures.config.run.root
     try:
-        ancestor = _existing_ancestor(root)
+        ancestor = existing_ancestor(root)
         rule = None
         if not ancestor.is_dir():
             rule = f"is impossible: {ancestor} is a file, not a folder"
@@ -184,29 +154,9 @@ def check_disk(context: CheckContext) -> Iterator[Problem]:
         rule = f"is not a possible folder: {error}"
     if rule:
         yield Problem("run.root", str(root), rule, "use a writable folder")
-    needed, free = disk_needed(context.config, context.data), free_disk_bytes(context.config)
-    total = sum(needed.values())
+    total, free = sum(figures.disk.values()), figures.free_disk_bytes
     if free is not None and total > free:
-        parts = ", ".join(f"{name} {gb(size)}" for name, size in needed.items())
+        parts = ", ".join(f"{name} {gb(size)}" for name, size in figures.disk.items())
         rule = f"has {gb(free)} free; the run writes {gb(total)}: {parts}"
         remedy = "free space, lower training.checkpoints_kept, or change run.root"
         yield Problem("run.root", str(root), rule, remedy)
-
-
-def disk_needed(config: RunConfig, data: DataEstimate) -> dict[str, int]:
-    """Return the bytes to be written, by part; an existing dataset is not written again."""
-    tokens = 0 if data.exact else (data.train_tokens or 0) + (data.validation_tokens or 0)
-    return estimate_disk(config, tokens)
-
-
-def free_disk_bytes(config: RunConfig) -> int | None:
-    """Return the free space at `run.root`; None if it is unknown."""
-    try:
-        return shutil.disk_usage(_existing_ancestor(config.run.root)).free
-    except (OSError, ValueError):
-        return None
-
-
-def _existing_ancestor(path: Path) -> Path:
-    absolute = path.expanduser().absolute()
-    return next(p for p in (absolute, *absolute.parents) if p.exists())

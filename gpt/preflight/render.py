@@ -18,7 +18,8 @@ from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import Link
 from gpt.markdown import render_table
 from gpt.preflight.checks import gb, gib
-from gpt.preflight.report import Figures, Report
+from gpt.preflight.figures import Figures
+from gpt.preflight.report import Report
 from gpt.preflight.scaling import BASIS, Scaling
 from gpt.preflight.suggestions import Suggestion
 from gpt.preflight.time import total_tokens

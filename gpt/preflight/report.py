@@ -13,61 +13,15 @@ from typing import Any
 
 from gpt.config.loading import build_config, merge_overrides, read_toml
 from gpt.config.rules import HEAD_SPLIT_REMEDY
-from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
 from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
-from gpt.preflight.checks import CheckContext, disk_needed, find_problems, free_disk_bytes
-from gpt.preflight.data_estimate import DataEstimate, estimate_data
-from gpt.preflight.memory import Memory, Sharding, estimate_memory
-from gpt.preflight.parameters import Parameters, count_parameters
-from gpt.preflight.scaling import Scaling, estimate_scaling
-from gpt.preflight.sharding import choose_sharding, fits_memory
-from gpt.preflight.suggestions import (
-    Suggestion,
-    suggest_aligned_heads,
-    suggest_head_splits,
-    suggest_memory_savings,
-)
-from gpt.preflight.time import Throughput, estimate_throughput, total_tokens, training_hours
+from gpt.preflight.checks import find_problems
+from gpt.preflight.figures import Figures, compute_figures
+from gpt.preflight.suggestions import Suggestion, suggest_aligned_heads, suggest_head_splits
+from gpt.preflight.time import total_tokens
 from gpt.preflight.warnings import find_warnings
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The numbers of a valid config."""
-
-    config: RunConfig
-    parameters: Parameters
-    sharding: Sharding
-    memory: Memory
-    """Of one device with `sharding`."""
-    fits: bool | None
-    throughput: Throughput
-    """Of one device."""
-    data: DataEstimate
-    disk: Mapping[str, int]
-    free_disk_bytes: int | None
-    scaling: Scaling | None
-    """None with one device, or if GPU or throughput are unknown."""
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of all devices, without overlap of communication and computation."""
-        if self.config.hardware.world_size == 1:
-            return self.throughput.tokens_per_second
-        return self.config.tokens_per_step / self.scaling.step_seconds[1] if self.scaling else None
-
-    @property
-    def hours(self) -> float | None:
-        """Training time on all devices, without overlap."""
-        return training_hours(self.config, self.tokens_per_second)
-
-    @property
-    def epochs(self) -> float | None:
-        tokens = self.data.train_tokens
-        return total_tokens(self.config) / tokens if tokens else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +44,7 @@ class Report:
             "config": self.path,
             "gpu": self.gpu.name,
             "blocked": self.blocked,
-            **(_figures_json(self.figures, self.gpu) if self.figures else _NO_FIGURES),
+            **(_figures_json(self.figures) if self.figures else _NO_FIGURES),
             "problems": [asdict(problem) for problem in self.problems],
             "warnings": [asdict(warning) for warning in self.warnings],
             "suggestions": [suggestion.as_json() for suggestion in self.suggestions],
@@ -129,64 +83,25 @@ def run_preflight_on_values(
         config = build_config(raw)
     except ConfigError as error:
         unknown_gpu = (target.warning,) if target.warning else ()
-        heads = _suggest_heads(error.problems, raw, target.memory_bytes)
-        return Report(path, target, None, error.problems, unknown_gpu, heads)
-    figures = _compute_figures(config, target, network_gbit)
-    suggestions: list[Suggestion] = []
-    if figures.fits is False and target.memory_bytes is not None:
-        one_device = config.hardware.world_size == 1
-        key = "training.batch_size" if one_device else "hardware.sharding"
-        suggestions += suggest_memory_savings(key, config, target.memory_bytes)
-    context = CheckContext(
-        config=config,
-        gpu=target,
-        data=figures.data,
-        memory=figures.memory,
-        sharding=figures.sharding,
-        starting=starting,
-        memory_savings=tuple(suggestion.as_overrides() for suggestion in suggestions),
-    )
-    problems, warnings = tuple(find_problems(context)), tuple(find_warnings(context))
+        heads = [
+            suggestion
+            for problem in error.problems
+            if problem.remedy.startswith(HEAD_SPLIT_REMEDY)
+            for suggestion in suggest_head_splits(problem.key, raw, target.memory_bytes)
+        ]
+        return Report(path, target, None, error.problems, unknown_gpu, tuple(heads))
+    figures = compute_figures(config, target, starting, network_gbit)
+    problems, warnings = tuple(find_problems(figures)), tuple(find_warnings(figures))
+    suggestions = figures.memory_savings
     if any(warning.key == "model.n_head" for warning in warnings):
-        suggestions += suggest_aligned_heads("model.n_head", config, target.memory_bytes)
+        suggestions = [*suggestions, *suggest_aligned_heads(config, target.memory_bytes)]
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
-
-
-def _compute_figures(config: RunConfig, target: TargetGPU, network_gbit: float) -> Figures:
-    sharding, data = choose_sharding(config, target.memory_bytes), estimate_data(config)
-    on_cpu = config.hardware.device == "cpu"
-    throughput = (
-        Throughput(None, "n/a: on a CPU") if on_cpu else estimate_throughput(config, target.spec)
-    )
-    rate = throughput.tokens_per_second
-    return Figures(
-        config=config,
-        parameters=count_parameters(config.model),
-        sharding=sharding,
-        memory=estimate_memory(config, sharding),
-        fits=None if on_cpu else fits_memory(config, target.memory_bytes),
-        throughput=throughput,
-        data=data,
-        disk=disk_needed(config, data),
-        free_disk_bytes=free_disk_bytes(config),
-        scaling=estimate_scaling(config, sharding, target.spec, rate, network_gbit),
-    )
-
-
-def _suggest_heads(
-    problems: Sequence[Problem], raw: Mapping[str, Any], memory_bytes: int | None
-) -> tuple[Suggestion, ...]:
-    """Suggest splits if `check_head_split` is what failed."""
-    for problem in problems:
-        if problem.remedy.startswith(HEAD_SPLIT_REMEDY):
-            return tuple(suggest_head_splits(problem.key, raw, memory_bytes))
-    return ()
 
 
 # --- as JSON -------------------------------------------------------------------------------------
 
 
-def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
+def _figures_json(figures: Figures) -> dict[str, Any]:
     config, memory, scaling = figures.config, figures.memory, figures.scaling
     values = {
         "parameters": {"total": figures.parameters.total, **asdict(figures.parameters)},
@@ -194,7 +109,7 @@ def _figures_json(figures: Figures, target: TargetGPU) -> dict[str, Any]:
             "peak_bytes": memory.peak_bytes,
             "needed_bytes": memory.needed_bytes,
             **asdict(memory),
-            "card_bytes": target.memory_bytes,
+            "card_bytes": figures.gpu.memory_bytes,
             "fits": figures.fits,
         },
         "tokens_per_step": config.tokens_per_step,

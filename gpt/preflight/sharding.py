@@ -7,35 +7,28 @@ from gpt.hardware.target_gpu import find_target_gpu
 from gpt.preflight.memory import Sharding, estimate_memory
 
 
-def allowed_shardings(config: RunConfig) -> tuple[Sharding, ...]:
-    """Return what `hardware.sharding` allows, the preferred one first. One device has no choice."""
-    setting = config.hardware.sharding
-    if config.hardware.world_size == 1:
-        return ("ddp",)
-    return ("ddp", "fsdp") if setting == "auto" else (setting,)
-
-
 def choose_sharding(config: RunConfig, memory_bytes: int | None) -> Sharding:
-    """Return the first allowed sharding that fits; if none does, the one that needs least memory.
+    """Return what `hardware.sharding` asks for; for "auto" ddp if it fits or needs less, else fsdp.
 
     `memory_bytes`: total memory of one device; None if unknown, as on a CPU: then "auto" is ddp.
     """
-    allowed = allowed_shardings(config)
-    if memory_bytes is None or len(allowed) == 1:
-        return allowed[0]
-    needed = {sharding: estimate_memory(config, sharding).needed_bytes for sharding in allowed}
-    fitting = [sharding for sharding in allowed if needed[sharding] <= memory_bytes]
-    return fitting[0] if fitting else min(allowed, key=lambda sharding: needed[sharding])
+    setting = config.hardware.sharding
+    if config.hardware.world_size == 1:
+        return "ddp"
+    if setting != "auto":
+        return setting
+    if memory_bytes is None:
+        return "ddp"
+    ddp, fsdp = estimate_memory(config, "ddp"), estimate_memory(config, "fsdp")
+    return "ddp" if ddp.needed_bytes <= max(fsdp.needed_bytes, memory_bytes) else "fsdp"
 
 
 def fits_memory(config: RunConfig, memory_bytes: int | None) -> bool | None:
     """Return whether a device of that memory holds its part of the run; None without a device."""
     if memory_bytes is None:
         return None
-    return any(
-        estimate_memory(config, sharding).needed_bytes <= memory_bytes
-        for sharding in allowed_shardings(config)
-    )
+    sharding = choose_sharding(config, memory_bytes)
+    return estimate_memory(config, sharding).needed_bytes <= memory_bytes
 
 
 def resolve_sharding(config: RunConfig) -> RunConfig:

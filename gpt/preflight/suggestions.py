@@ -7,7 +7,7 @@ property test checks that it does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +83,14 @@ def suggest_head_splits(
     return _rank(key, raw, splits, memory_bytes)
 
 
-def suggest_aligned_heads(
-    key: str, config: RunConfig, memory_bytes: int | None
-) -> list[Suggestion]:
+def suggest_aligned_heads(config: RunConfig, memory_bytes: int | None) -> list[Suggestion]:
     """Splits with heads of a multiple of 8 channels, the nearest in parameters first."""
     n_embd, n_head = config.model.n_embd, config.model.n_head
     size = n_embd // n_head // 8 * 8
     same_heads = [(n_head * near, n_head) for near in (size, size + 8) if near > 0]
     splits = [*valid_head_splits(n_embd, n_head), *same_heads]
     aligned = [split for split in splits if split[0] // split[1] % 8 == 0]
-    return _rank(key, config.model_dump(mode="json"), aligned, memory_bytes)
+    return _rank("model.n_head", config.model_dump(mode="json"), aligned, memory_bytes)
 
 
 def _rank(
@@ -102,38 +100,36 @@ def _rank(
     memory_bytes: int | None,
 ) -> list[Suggestion]:
     model = raw["model"]
-    wanted = _count_parameters(model, model["n_embd"], model["n_head"])
+    wanted = _count_parameters(model) or model["n_embd"]
     found = []
     for n_embd, n_head in dict.fromkeys(splits):
-        if (n_embd, n_head) == (model["n_embd"], model["n_head"]):
-            continue
         overrides = {"model.n_embd": n_embd, "model.n_head": n_head}
-        parameters = _count_parameters(model, n_embd, n_head)
+        changed = apply_overrides(raw, overrides)
         try:
-            fits = fits_memory(build_config(apply_overrides(raw, overrides)), memory_bytes)
+            fits = fits_memory(build_config(changed), memory_bytes)
         except ConfigError:
             fits = None
+        parameters = _count_parameters(changed["model"])
         found.append(Suggestion(key, overrides, n_embd, n_head, parameters, fits))
 
     def distance(choice: Suggestion) -> tuple[int, int]:
-        difference = (choice.parameters or choice.n_embd) - (wanted or model["n_embd"])
+        difference = (choice.parameters or choice.n_embd) - wanted
         return abs(difference), abs(choice.n_head - model["n_head"])
 
     return sorted(found, key=distance)
 
 
-def _count_parameters(model: Mapping[str, Any], n_embd: int, n_head: int) -> int | None:
+def _count_parameters(model: Mapping[str, Any]) -> int | None:
     try:
-        section = ModelSection(**{**model, "n_embd": n_embd, "n_head": n_head})
+        return count_parameters(ModelSection(**model)).total
     except ValidationError:
         return None
-    return count_parameters(section).total
 
 
 # --- memory --------------------------------------------------------------------------------------
 
 
-def suggest_memory_savings(key: str, config: RunConfig, memory_bytes: int) -> list[Suggestion]:
+def suggest_memory_savings(config: RunConfig, memory_bytes: int) -> list[Suggestion]:
     """Suggest changes that make a run fit, the cheapest first: the largest micro-batch that fits,
     with tokens per step unchanged; smaller evaluation batches; fewer logits at once; activation
     checkpointing.
@@ -141,62 +137,34 @@ def suggest_memory_savings(key: str, config: RunConfig, memory_bytes: int) -> li
     A change that does not suffice alone is combined with those before it. Returns an empty list if
     nothing suffices.
     """
+    values, model = config.model_dump(), config.model
+    key = "training.batch_size" if config.hardware.world_size == 1 else "hardware.sharding"
     found = []
     before: dict[str, Any] = {}
-    for candidates in (_batch_sizes, _evaluation_batch_sizes, _chunk_rows, _checkpointing):
-        for base in ({}, before) if before else ({},):
-            changed = _with(config, base)
-            fitting = (
-                c for c in candidates(changed) if fits_memory(_with(changed, c), memory_bytes)
-            )
-            if (largest := next(fitting, None)) is not None:
-                found.append(_suggestion(key, config, {**base, **largest}))
+    for candidates in _memory_savings(config):
+        for overrides in [*candidates, *(before | candidate for candidate in candidates)]:
+            changed = RunConfig.model_validate(apply_overrides(values, overrides))
+            if fits_memory(changed, memory_bytes):
+                total = count_parameters(model).total
+                found.append(Suggestion(key, overrides, model.n_embd, model.n_head, total, True))
                 break
         else:
-            for smallest in candidates(config)[-1:]:
-                before = {**before, **smallest}
+            before |= candidates[-1] if candidates else {}
     return found
 
 
-def _with(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the config with values that are known to be valid."""
-    for key, value in overrides.items():
-        section, name = key.split(".")
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
-    return config
-
-
-def _suggestion(key: str, config: RunConfig, overrides: Mapping[str, Any]) -> Suggestion:
-    model = config.model
-    total = count_parameters(model).total
-    return Suggestion(key, overrides, model.n_embd, model.n_head, total, True)
-
-
-# Each of these lists candidates from the largest to the smallest.
-
-
-def _batch_sizes(config: RunConfig) -> list[dict[str, Any]]:
-    sequences = config.sequences_per_step
-    return [
+def _memory_savings(config: RunConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yield the candidates of each kind of change, from the largest to the smallest."""
+    training, sequences = config.training, config.sequences_per_step
+    yield [
         {"training.batch_size": size, "training.grad_acc": sequences // size}
-        for size in range(min(config.training.batch_size - 1, MAX_BATCH_SIZE), 0, -1)
+        for size in range(min(training.batch_size - 1, MAX_BATCH_SIZE), 0, -1)
         if sequences % (size * config.hardware.world_size) == 0
     ]
-
-
-def _evaluation_batch_sizes(config: RunConfig) -> list[dict[str, Any]]:
     largest = min(config.evaluation.batch_size - 1, MAX_BATCH_SIZE)
-    return [{"evaluation.batch_size": size} for size in range(largest, 0, -1)]
-
-
-def _chunk_rows(config: RunConfig) -> list[dict[str, Any]]:
+    yield [{"evaluation.batch_size": size} for size in range(largest, 0, -1)]
     rows = estimate_memory(config).loss_chunk_rows
     halves = [rows >> shift for shift in range(1, rows.bit_length())]
-    return [{"training.loss_chunk_rows": half} for half in halves if half >= MIN_CHUNK_ROWS]
-
-
-def _checkpointing(config: RunConfig) -> list[dict[str, Any]]:
-    if config.training.activation_checkpointing:
-        return []
-    return [{"training.activation_checkpointing": True}]
+    yield [{"training.loss_chunk_rows": half} for half in halves if half >= MIN_CHUNK_ROWS]
+    if not training.activation_checkpointing:
+        yield [{"training.activation_checkpointing": True}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from gpt.config.schema import RunConfig
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import GPUSpec, find_gpu
-from gpt.preflight.data_estimate import newest_first
+from gpt.preflight.data_estimate import DataEstimate, newest_first
 from gpt.preflight.parameters import count_parameters
 
 GEFORCE_UTILIZATION = 0.55
@@ -47,11 +48,11 @@ class Throughput:
 def estimate_throughput(config: RunConfig, gpu: GPUSpec | None) -> Throughput:
     """Estimate throughput from an earlier run on this GPU below `run.root`; without one, from the
     peak and a utilization that was published for the GPU or is assumed."""
+    if config.hardware.device == "cpu":
+        return Throughput(None, "n/a: on a CPU")
     if gpu is None:
         return Throughput(None, "n/a: no GPU, or one that is not in the table")
-    if measured := _measured_throughput(config, gpu):
-        return measured
-    return nominal_throughput(config, gpu)
+    return _measured_throughput(config, gpu) or nominal_throughput(config, gpu)
 
 
 def nominal_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput:
@@ -111,8 +112,9 @@ def training_hours(config: RunConfig, tokens_per_second: float | None) -> float 
     return total_tokens(config) / tokens_per_second / 3600
 
 
-def estimate_disk(config: RunConfig, new_shard_tokens: int) -> dict[str, int]:
-    """Estimate the bytes that the run writes below `run.root`, by part."""
+def estimate_disk(config: RunConfig, data: DataEstimate) -> dict[str, int]:
+    """Estimate the bytes that the run writes below `run.root`, by part. An existing dataset is not
+    written again."""
     training, parameters = config.training, count_parameters(config.model)
     # Float32 weights and optimizer states: AdamW keeps two numbers per parameter, Muon one.
     single = parameters.block_matrices if config.optimizer.name == "muon" else 0
@@ -121,8 +123,23 @@ def estimate_disk(config: RunConfig, new_shard_tokens: int) -> dict[str, int]:
     permanent = training.max_steps // every if every else 0
     # The newest ones, the best, the one being written, and those that are never pruned.
     checkpoints = training.checkpoints_kept + 2 + permanent
+    tokens = 0 if data.exact else (data.train_tokens or 0) + (data.validation_tokens or 0)
     return {
-        "shards": 2 * new_shard_tokens,
+        "shards": 2 * tokens,
         "checkpoints": checkpoints * checkpoint,
         "model": 4 * parameters.total,
     }
+
+
+def free_disk_bytes(root: Path) -> int | None:
+    """Return the free space at a folder that need not exist yet; None if it is unknown."""
+    try:
+        return shutil.disk_usage(existing_ancestor(root)).free
+    except (OSError, ValueError):
+        return None
+
+
+def existing_ancestor(path: Path) -> Path:
+    """Return the path itself if it exists, otherwise the nearest folder above it that does."""
+    absolute = path.expanduser().absolute()
+    return next(p for p in (absolute, *absolute.parents) if p.exists())

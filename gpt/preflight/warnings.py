@@ -9,7 +9,8 @@ from functools import cache
 from urllib.parse import urlsplit
 
 from gpt.errors import Problem
-from gpt.preflight.checks import CheckContext, gib, missing_data
+from gpt.preflight.checks import describe_need, gib, missing_data
+from gpt.preflight.figures import Figures
 from gpt.preflight.time import total_tokens
 from gpt.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
 
@@ -21,15 +22,17 @@ TOKENS_PER_STEP_FACTOR = 4
 """Range of tokens per step, around the reference, for which the default learning rate is good."""
 
 
-def find_warnings(context: CheckContext) -> Iterator[Problem]:
+def find_warnings(figures: Figures) -> Iterator[Problem]:
     """Yield everything that works but should be known before the run."""
-    for warn in (warn_about_gpu, warn_about_model, warn_about_optimizer, warn_about_data):
-        yield from warn(context)
-    yield from warn_about_tracking(context)
+    yield from warn_about_gpu(figures)
+    yield from warn_about_model(figures)
+    yield from warn_about_optimizer(figures)
+    yield from warn_about_data(figures)
+    yield from warn_about_tracking(figures)
 
 
-def warn_about_gpu(context: CheckContext) -> Iterator[Problem]:
-    config, gpu, needed = context.config, context.gpu, context.memory.needed_bytes
+def warn_about_gpu(figures: Figures) -> Iterator[Problem]:
+    config, gpu, needed = figures.config, figures.gpu, figures.memory.needed_bytes
     if gpu.warning:
         yield gpu.warning
     total, free = gpu.memory_bytes, gpu.free_bytes
@@ -40,9 +43,9 @@ def warn_about_gpu(context: CheckContext) -> Iterator[Problem]:
         )
         remedy = "stop what else uses the GPU, e.g. a desktop or another training"
         yield Problem("hardware.device", config.hardware.device, rule, remedy)
-    if context.is_reduced_at_start:
+    if figures.is_reduced_at_start:
         value = str(config.training.batch_size)
-        rule = f"{context.memory_rule}. It is halved and grad_acc doubled until the run fits"
+        rule = f"{describe_need(figures)}. It is halved and grad_acc doubled until the run fits"
         remedy = "nothing to do; the suggestions fit at once"
         yield Problem("training.batch_size", value, rule, remedy)
     if gpu.spec and not gpu.spec.has_bfloat16 and config.training.dtype == "bfloat16":
@@ -50,8 +53,8 @@ def warn_about_gpu(context: CheckContext) -> Iterator[Problem]:
         yield Problem("training.dtype", "bfloat16", rule, "nothing to do")
 
 
-def warn_about_model(context: CheckContext) -> Iterator[Problem]:
-    model = context.config.model
+def warn_about_model(figures: Figures) -> Iterator[Problem]:
+    model = figures.config.model
     head_size = model.n_embd // model.n_head
     if head_size % 8:
         rule = (
@@ -69,8 +72,8 @@ def warn_about_model(context: CheckContext) -> Iterator[Problem]:
         yield Problem("model.bias", "true", "has no effect: nanochat has no biases", "remove it")
 
 
-def warn_about_optimizer(context: CheckContext) -> Iterator[Problem]:
-    config, tokens = context.config, context.config.tokens_per_step
+def warn_about_optimizer(figures: Figures) -> Iterator[Problem]:
+    config, tokens = figures.config, figures.config.tokens_per_step
     optimizer, rates = config.optimizer, peak_learning_rates(config)
     low = REFERENCE_TOKENS_PER_STEP // TOKENS_PER_STEP_FACTOR
     high = REFERENCE_TOKENS_PER_STEP * TOKENS_PER_STEP_FACTOR
@@ -98,10 +101,10 @@ def warn_about_optimizer(context: CheckContext) -> Iterator[Problem]:
         yield Problem("optimizer.learning_rate", f"{rates.matrices:g}", rule, remedy)
 
 
-def warn_about_data(context: CheckContext) -> Iterator[Problem]:
-    config, data = context.config, context.data
-    if not context.starting:
-        yield from missing_data(context)
+def warn_about_data(figures: Figures) -> Iterator[Problem]:
+    config, data = figures.config, figures.data
+    if not figures.starting:
+        yield from missing_data(figures)
     about = "" if data.exact else "about "
     tokens, wanted = data.train_tokens, total_tokens(config)
     if tokens and wanted > USEFUL_EPOCHS * tokens:
@@ -122,8 +125,8 @@ def warn_about_data(context: CheckContext) -> Iterator[Problem]:
         yield Problem("evaluation.tokens", str(wanted), rule, remedy)
 
 
-def warn_about_tracking(context: CheckContext) -> Iterator[Problem]:
-    uri = context.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+def warn_about_tracking(figures: Figures) -> Iterator[Problem]:
+    uri = figures.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith(("http://", "https://")) and not _accepts_connections(uri):
         rule = "is unreachable; metrics stay on disk and are uploaded once the server answers"
         remedy = "start the server, or remove the address to track on this machine"
