@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +69,25 @@ def build_continued_dataset(
     fraction = min(1.0, wanted / old_tokens) if old_tokens else 0.0
 
     def write(name: str, folder: Path) -> DatasetManifest:
-        replayed = SplitCounts()
+        total = replace(added)
         offset = np.random.default_rng(int(name[:16], 16)).random()
 
         def ids() -> Ids:
             for unit in new:
                 yield from unit.ids("train")
             for sampled in _sample_documents(old, fraction, offset):
-                replayed.documents += int(np.count_nonzero(sampled == END_OF_TEXT))
-                replayed.tokens += sampled.size
-                text = sampled[sampled != END_OF_TEXT].tolist()
-                replayed.text_bytes += len(load_tokenizer().decode_bytes(text))
+                text = sampled[sampled != END_OF_TEXT]
+                total.documents += sampled.size - text.size
+                total.tokens += sampled.size
+                total.text_bytes += len(load_tokenizer().decode_bytes(text.tolist()))
                 yield sampled
 
-        train = _write_split(dataset, folder, "train", ids(), added, replayed)
+        train = _write_split(dataset, folder, "train", ids(), total)
         for shard in dataset.validation.shards:
             shutil.copyfile(dataset.folder / shard.name, folder / shard.name)
         note = (
             f"for continued pretraining: {added.tokens:,} new training tokens and "
-            f"{replayed.tokens:,} of {old_tokens:,} old ones from dataset "
+            f"{total.tokens - added.tokens:,} of {old_tokens:,} old ones from dataset "
             f"{dataset.fingerprint[:16]}, with its validation split"
         )
         return dataset.model_copy(update={"train": train, "notes": (*dataset.notes, note)})
@@ -191,23 +192,16 @@ def _build_once(
 
 
 def _write_split(
-    dataset: DatasetManifest, folder: Path, name: str, blocks: Ids, *counts: SplitCounts
+    dataset: DatasetManifest, folder: Path, name: str, blocks: Ids, counts: SplitCounts
 ) -> Split:
-    """Write ids to shards; `counts`, which may grow while ids are read, add up to the split's."""
+    """Write ids to shards; `counts` are the split's once all ids are read."""
     per_shard = int(dataset.settings.get("tokens_per_shard") or TOKENS_PER_SHARD)
     with ShardWriter(folder, name, per_shard) as writer:
         for ids in blocks:
             writer.write(ids)
         shards = writer.close()
-    total = SplitCounts()
-    for each in counts:
-        total.add(each)
-    return Split(
-        shards=shards,
-        documents=total.documents,
-        tokens=total.tokens,
-        text_bytes=total.text_bytes,
-    )
+    values = {key: value for key, value in asdict(counts).items() if key in Split.model_fields}
+    return Split(shards=shards, **values)
 
 
 def _sample_documents(units: Sequence[StoredUnit], fraction: float, offset: float) -> Ids:

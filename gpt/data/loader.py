@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +27,6 @@ Batch = tuple[Tensor, Tensor]
 
 MAX_OPEN_SHARDS = 8_192
 """Shards mapped at once. Linux allows a process 65,530 mappings (vm.max_map_count)."""
-
-
-class SequenceLocation(NamedTuple):
-    shard: int
-    """Index of the shard in its split."""
-    first_token: int
-    """Offset in that shard."""
 
 
 class SequenceDataset:
@@ -58,12 +51,11 @@ class SequenceDataset:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def locate(self, indices: np.ndarray) -> list[SequenceLocation]:
-        """Return the locations of the sequences at `indices`, (n,) int64."""
+    def locate(self, indices: np.ndarray) -> list[tuple[int, int]]:
+        """Return the shard of each sequence in `indices`, (n,) int64, and its first token there."""
         shards = np.searchsorted(self._ends, indices, side="right")
         firsts = indices - np.where(shards, self._ends[shards - 1], 0)
-        pairs = zip(shards.tolist(), (firsts * self.block_size).tolist(), strict=True)
-        return [SequenceLocation(shard, first_token) for shard, first_token in pairs]
+        return list(zip(shards.tolist(), (firsts * self.block_size).tolist(), strict=True))
 
     def read(self, indices: np.ndarray) -> Batch:
         """Read the sequences at `indices`, in that order."""

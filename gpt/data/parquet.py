@@ -264,13 +264,11 @@ def _check_utf8(
 ) -> None:
     try:
         array.view(pa.large_string()).validate(full=True)
-        return
     except pa.ArrowInvalid:
-        pass
-    for row, text in enumerate(texts, first_row):
-        try:
-            str(text, "utf-8")
-        except UnicodeDecodeError as error:
-            rule = f"the text is not UTF-8 at byte {error.start}"
-            remedy = "write the column as UTF-8, or remove the file from data.source"
-            raise CorpusError(Problem(file.name, f"row {row}", rule, remedy)) from error
+        for row, text in enumerate(texts, first_row):
+            try:
+                str(text, "utf-8")
+            except UnicodeDecodeError as error:
+                rule = f"the text is not UTF-8 at byte {error.start}"
+                remedy = "write the column as UTF-8, or remove the file from data.source"
+                raise CorpusError(Problem(file.name, f"row {row}", rule, remedy)) from error

@@ -17,24 +17,15 @@ from gpt.errors import ExchangeError, Problem
 from gpt.exchange.huggingface_tokenizer import find_tokenizer_problem
 from gpt.model.nanochat import LOGIT_SOFTCAP, NORM_EPSILON, ROTARY_BASE
 
-GPT2_NAMES = {
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_positions": "block_size",
-    "vocab_size": "vocab_size",
-    "resid_pdrop": "dropout",
+GPT2_SETTINGS: dict[str, tuple[str, Any]] = {
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_embd": ("n_embd", 768),
+    "n_positions": ("block_size", 1024),
+    "vocab_size": ("vocab_size", 50257),
+    "resid_pdrop": ("dropout", 0.1),
 }
-"""transformers' name -> ours."""
-GPT2_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "resid_pdrop": 0.1,
-}
-"""GPT2Config's defaults for keys missing from config.json."""
+"""transformers' name -> ours, and GPT2Config's default for a key missing from config.json."""
 GPT2_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -66,7 +57,7 @@ def _gpt2_config(section: ModelSection) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{theirs: getattr(section, ours) for theirs, ours in GPT2_NAMES.items()},
+        **{theirs: getattr(section, ours) for theirs, (ours, _) in GPT2_SETTINGS.items()},
         "n_inner": None,
         "embd_pdrop": section.dropout,
         "attn_pdrop": section.dropout,
@@ -107,37 +98,31 @@ def read_gpt2_config(directory: Path) -> ModelSection:
     path = directory / "config.json"
     try:
         raw: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror}"
+    except (OSError, ValueError) as error:
+        rule = f"cannot be read: {getattr(error, 'strerror', error)}"
         remedy = "use a directory written by save_pretrained"
         raise ExchangeError(Problem(str(path), "", rule, remedy)) from error
-    except ValueError as error:
-        rule = f"is not JSON: {error}"
-        raise ExchangeError(Problem(str(path), "", rule, "fix the file")) from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
-        found = raw.get("model_type") if isinstance(raw, dict) else None
+    found = raw.get("model_type") if isinstance(raw, dict) else None
+    if found != "gpt2":
         rule, remedy = "only gpt2 can be imported", "use the directory of a GPT2LMHeadModel"
         raise ExchangeError(Problem(f"{path}: model_type", str(found), rule, remedy))
-    values = GPT2_DEFAULTS | raw
+    values = {name: default for name, (_, default) in GPT2_SETTINGS.items()} | raw
     section, problems = _parse_section(values)
     problems += _find_unsupported(values)
     if tokenizer_problem := find_tokenizer_problem(directory):
         problems.append(tokenizer_problem)
     if problems or section is None:
-        keys = [f"{path}: {problem.key.removeprefix('model.')}" for problem in problems]
         raise ExchangeError(
-            *(replace(each, key=key) for each, key in zip(problems, keys, strict=True))
+            *(replace(p, key=f"{path}: {p.key.removeprefix('model.')}") for p in problems)
         )
     return section
 
 
 def _parse_section(values: Mapping[str, Any]) -> tuple[ModelSection | None, list[Problem]]:
-    ours = {our_name: values[name] for name, our_name in GPT2_NAMES.items()}
-    names = {our_name: name for name, our_name in GPT2_NAMES.items()}
+    names = {ours: theirs for theirs, (ours, _) in GPT2_SETTINGS.items()}
+    model = {"architecture": "gpt2", "bias": True} | {k: values[v] for k, v in names.items()}
     try:
-        section = ModelSection.model_validate_json(
-            json.dumps({"architecture": "gpt2", "bias": True, **ours})
-        )
+        section = ModelSection.model_validate_json(json.dumps(model))
     except ValidationError as error:
         return None, [
             Problem(

@@ -74,10 +74,9 @@ used. The licenses of the training data may restrict them."""
 
 
 def _render_model(section: ModelSection) -> str:
-    network = {"gpt2": "GPT-2", "nanochat": "nanochat"}[section.architecture]
     parameters = sum(shape.numel() for shape in tensor_shapes(section).values())
     rows = {
-        "network": f"{network} (`{_CLASSES[section.architecture]}`)",
+        "network": _NETWORKS[section.architecture],
         "parameters": f"{parameters:,}",
         "layers": section.n_layer,
         "heads": section.n_head,
@@ -89,7 +88,7 @@ def _render_model(section: ModelSection) -> str:
     return f"A language model pretrained with overnight. It completes text.\n\n{table}"
 
 
-_CLASSES = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}
+_NETWORKS = {"gpt2": "GPT-2 (`GPT2LMHeadModel`)", "nanochat": "nanochat (`NanoChatForCausalLM`)"}
 
 
 def _render_training(data: ModelCardData) -> str:
