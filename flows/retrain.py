@@ -13,15 +13,15 @@ from flows.runtime.retrain_report import RetrainResult, TokenCounts, render_resu
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.loading import load_config
 from gpt.data.continued import DERIVED_DATASETS, build_new_validation_set, group_units_by_file
-from gpt.data.tokenize.units import read_unit_keys
+from gpt.data.tokenize.units import read_stored_units, read_unit_keys
 from gpt.training.run_dir import open_run_dir
-from tasks.continue_data import continue_data
 from tasks.display import log_info
 from tasks.evaluate_slices import SliceReports, evaluate_slices
-from tasks.find_changes import (
+from tasks.retrain_data import (
     RetrainPlan,
     StartFrom,
     comparison_caveats,
+    continue_data,
     find_changes,
     format_names,
     plan_retraining,
@@ -138,9 +138,8 @@ def _why_nothing_to_train_on(plan: RetrainPlan, dataset: DatasetManifest) -> str
 def _count_tokens(dataset: DatasetManifest, known_units: set[str]) -> TokenCounts:
     """Count the dataset's tokens by whether earlier datasets had them."""
     counts = {True: 0, False: 0}
-    for _, units in group_units_by_file(dataset):
-        for unit in units:
-            counts[unit.entry.key in known_units] += unit.entry.counts.tokens
+    for unit in read_stored_units(dataset.folder):
+        counts[unit.entry.key in known_units] += unit.entry.counts.tokens
     return TokenCounts(tokenized=counts[False], reused=counts[True])
 
 

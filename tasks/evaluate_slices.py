@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prefect import task
@@ -68,28 +69,30 @@ def evaluate_slices(
     theirs = _Model(model, champion.location, champion.step, str(champion))
     longest = max(config.model.block_size, load_model_section(model).block_size)
 
+    metrics: dict[str, float] = {}
+
     def evaluate_pair(name: str, text: DatasetManifest | None) -> ReportPair | None:
         if text is None or text.validation.tokens <= longest:
             return None
-        files = (f"{name}_{REPORT_FILE}", f"{name}_{CHAMPION_REPORT_FILE}")
-        reports = [
-            _load_or_evaluate(run, file, loss_config, text, each, f"{name} text")
-            for file, each in zip(files, (ours, theirs), strict=True)
-        ]
-        return ReportPair(challenger=reports[0], champion=reports[1])
+        evaluate = partial(_load_or_evaluate, run, loss_config, text, f"{name} text")
+        challenger_report = evaluate(ours, f"{name}_{REPORT_FILE}")
+        champion_report = evaluate(theirs, f"{name}_{CHAMPION_REPORT_FILE}")
+        metrics[f"final/{name}_text_loss"] = challenger_report.loss
+        metrics[f"champion/{name}_text_loss"] = champion_report.loss
+        return ReportPair(challenger=challenger_report, champion=champion_report)
 
     challenger_report = load_report(run.folder, config, step)
     assert challenger_report, "the evaluate task writes this report"
     with open_recorder(run) as recorder:
         champion_report = _load_or_evaluate(
-            run, CHAMPION_REPORT_FILE, config, dataset, theirs, "the current slice"
+            run, config, dataset, "the current slice", theirs, CHAMPION_REPORT_FILE
         )
         slices = SliceReports(
             current=ReportPair(challenger=challenger_report, champion=champion_report),
             old=evaluate_pair("old", champion.dataset if champion.dataset_is_local else None),
             new=evaluate_pair("new", new),
         )
-        recorder.log_champion(step, champion_report, _loss_metrics(slices))
+        recorder.log_champion(step, champion_report, metrics)
         files = sorted(run.folder.glob(f"*{REPORT_FILE}"))
         attach_artifacts(run, {path.name: path for path in files})
     return slices
@@ -105,7 +108,7 @@ class _Model:
 
 
 def _load_or_evaluate(
-    run: RunRef, file: str, config: RunConfig, dataset: DatasetManifest, model: _Model, text: str
+    run: RunRef, config: RunConfig, dataset: DatasetManifest, text: str, model: _Model, file: str
 ) -> EvaluationReport:
     """Load the report from the run folder if it is on this model and data, else evaluate."""
     key = model_report_key(model.identity, dataset.fingerprint, config)
@@ -115,13 +118,3 @@ def _load_or_evaluate(
         report = evaluate_saved_model(model.folder, config, dataset, model.step)
         save_report_for(run.folder / file, key, report)
     return report
-
-
-def _loss_metrics(slices: SliceReports) -> dict[str, float]:
-    """Return the losses on the old and new slices by MLflow key."""
-    metrics = {}
-    for name, pair in (("old", slices.old), ("new", slices.new)):
-        if pair:
-            metrics[f"final/{name}_text_loss"] = pair.challenger.loss
-            metrics[f"champion/{name}_text_loss"] = pair.champion.loss
-    return metrics

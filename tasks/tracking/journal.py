@@ -177,7 +177,7 @@ class PendingMetadata(Artifact):
     note: str = ""
     """Markdown description at the top of the run's page."""
     trial: str = ""
-    """Key of the retraining (tasks.find_changes), stored with the model version."""
+    """Key of the retraining (tasks.retrain_data), stored with the model version."""
     models: tuple[PendingModel, ...] = ()
     registered_model: str = ""
     """Registered model that gets the last of `models` as a version; empty: none."""

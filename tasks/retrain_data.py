@@ -1,4 +1,5 @@
-"""First stage of a retraining, find-changes: the champion, and what the source has that is new."""
+"""Stages of a retraining that choose its data: find-changes (the champion, and what the source has
+that is new) and continue-data (the new text with a share of the old)."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from typing import Literal
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gpt.artifacts import Artifact
+from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.loading import build_config, merge_overrides
 from gpt.config.schema import RunConfig, fingerprint
+from gpt.data.continued import DERIVED_DATASETS, build_continued_dataset
 from gpt.data.filters import RowFilter
 from gpt.data.parquet import inspect_parquet
 from gpt.data.source_changes import SourceChanges, find_source_changes
 from gpt.data.sources import find_sources
 from gpt.errors import ConfigError, CorpusError, Problem
 from gpt.preflight.checks import check_init_from
+from gpt.training.continued_pretraining import build_continuation_overrides
 from gpt.training.identity import identity_values
 from tasks.display import log_info, log_warning
 from tasks.tracking.champion import (
@@ -190,3 +193,18 @@ def _check_validation_fraction(config: RunConfig, champion: Champion) -> None:
     rule = f"less than the {before} of {champion}, so held-out documents would be trained on"
     remedy = f"use {before} or more, or start over with another tracking.registered_model"
     raise ConfigError(Problem("data.validation_fraction", str(fraction), rule, remedy))
+
+
+@task(name="continue-data", task_run_name="continue-data", cache_policy=NO_CACHE)
+def continue_data(
+    config: RunConfig, dataset: DatasetManifest, changes: SourceChanges, max_steps_limit: int | None
+) -> tuple[RunConfig, DatasetManifest]:
+    """Return the config with steps and schedule for the new text, and the dataset of that text and
+    a share of the known text (gpt.data.continued)."""
+    parent = config.run.root / DERIVED_DATASETS
+    continued = build_continued_dataset(dataset, changes.known, config.tokens_per_step, parent)
+    overrides = build_continuation_overrides(config, continued.train.tokens, max_steps_limit)
+    config = override_config(config, overrides)
+    text = "new text only" if continued is dataset else continued.notes[-1]
+    log_info(f"{config.training.max_steps:,} steps on {continued.folder}: {text}")
+    return config, continued
