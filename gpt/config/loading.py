@@ -6,13 +6,14 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from gpt.config.rules import RULES
-from gpt.config.schema import RunConfig, Section
+from gpt.config.rules import check_rules
+from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 
 # --- TOML and overrides to a dict ----------------------------------------------------------------
@@ -48,11 +49,14 @@ def merge_overrides(
     raw: Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]
 ) -> dict[str, Any]:
     """Return `raw` with the overrides merged in, key by key at any depth."""
-    if isinstance(overrides, Mapping):
-        return _merge(raw, overrides)
+    if not isinstance(overrides, Mapping):
+        return reduce(merge_overrides, map(parse_override, overrides), dict(raw))
     result = dict(raw)
-    for override in overrides:
-        result = _merge(result, parse_override(override))
+    for key, value in overrides.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merge_overrides(below, value)
+        result[key] = value
     return result
 
 
@@ -68,23 +72,18 @@ def parse_override(text: str) -> dict[str, Any]:
         leaf = parsed["value"] if len(parsed) == 1 else value
     except (ValueError, RecursionError):
         leaf = value.strip()
-    nested: Any = leaf
-    for part in reversed(parts):
-        nested = {part: nested}
-    return dict(nested)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = _merge(below, value)
-        result[key] = value
-    return result
+    *sections, name = parts
+    return reduce(lambda below, section: {section: below}, reversed(sections), {name: leaf})
 
 
 # --- the dict to a RunConfig, or to its problems -------------------------------------------------
+
+FIELDS = {
+    name: section.annotation.model_fields
+    for name, section in RunConfig.model_fields.items()
+    if section.annotation
+}
+"""The keys of each section."""
 
 
 def build_config(raw: Mapping[str, Any]) -> RunConfig:
@@ -98,7 +97,7 @@ def build_config(raw: Mapping[str, Any]) -> RunConfig:
         details = error.errors(include_url=False, include_context=False)
         problems = [_describe(detail) for detail in details]
         values = _valid_values(raw, [".".join(map(str, d["loc"][:2])) for d in details])
-    problems += [found for rule in RULES if (found := rule(values))]
+    problems += check_rules(values)
     if problems:
         raise ConfigError(*problems)
     return config
@@ -107,13 +106,12 @@ def build_config(raw: Mapping[str, Any]) -> RunConfig:
 def _valid_values(raw: Mapping[str, Any], invalid: Sequence[str]) -> dict[str, Any]:
     """Return given and default values by dotted key, without those whose keys are `invalid`."""
     valid = {}
-    for section_name, section_field in RunConfig.model_fields.items():
-        given = raw.get(section_name, {})
-        if section_name in invalid and not isinstance(given, Mapping):
+    for section, fields in FIELDS.items():
+        given = raw.get(section, {})
+        if not isinstance(given, Mapping):
             continue
-        section: type[Section] = section_field.annotation  # type: ignore[assignment]
-        for key, field in section.model_fields.items():
-            name = f"{section_name}.{key}"
+        for key, field in fields.items():
+            name = f"{section}.{key}"
             if name not in invalid and (key in given or not field.is_required()):
                 valid[name] = given.get(key, field.default)
     return valid
@@ -133,27 +131,21 @@ def _describe(detail: Mapping[str, Any]) -> Problem:
     return Problem(key, value, rule, f"give {_describe_key(location)}")
 
 
-def _keys(section_name: str) -> Mapping[str, Any]:
-    section = RunConfig.model_fields[section_name].annotation
-    return section.model_fields if section else {}
-
-
 def _describe_key(location: Sequence[str]) -> str:
     section, *rest = location
-    if section not in RunConfig.model_fields:
-        return "a value of the right type"
-    if not rest or rest[0] not in _keys(section):
-        return f"a [{section}] table with {', '.join(_keys(section))}"
-    text = _keys(section)[rest[0]].description or "a value of the right type"
-    return f"{rest[0]}: {text}"
+    fields = FIELDS.get(section, {})
+    if fields and not (rest and rest[0] in fields):
+        return f"a [{section}] table with {', '.join(fields)}"
+    text = fields[rest[0]].description if fields else None
+    return f"{rest[0]}: {text}" if text else "a value of the right type"
 
 
 def _suggest_key(location: Sequence[str]) -> str:
     section, *rest = location
-    known = list(_keys(section) if rest else RunConfig.model_fields)
     unknown = location[-1]
-    for other in RunConfig.model_fields:
-        if unknown in _keys(other):
+    for other, fields in FIELDS.items():
+        if unknown in fields:
             return f"it belongs in [{other}]: {other}.{unknown}"
+    known = list(FIELDS[section] if rest else FIELDS)
     close = difflib.get_close_matches(unknown, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"

@@ -12,27 +12,29 @@ from typing import Any
 
 from gpt.errors import Problem
 
-Rule = Callable[[Mapping[str, Any]], Problem | None]
-RULES: list[Rule] = []
+Check = Callable[..., Problem | None]
+RULES: list[tuple[tuple[str, ...], Check]] = []
 
 MAX_WIDTH = 65_536
 """Largest n_embd and n_head."""
 HEAD_SPLIT_REMEDY = "use one of: "
 
 
-def rule(*keys: str) -> Callable[[Callable[..., Problem | None]], Rule]:
-    """Register a rule between the values of `keys`. Skip it if one of them is not given."""
+def rule(*keys: str) -> Callable[[Check], Check]:
+    """Register a check of the values of `keys`."""
 
-    def register(check: Callable[..., Problem | None]) -> Rule:
-        def check_values(values: Mapping[str, Any]) -> Problem | None:
-            if not all(key in values for key in keys):
-                return None
-            return check(*(values[key] for key in keys))
-
-        RULES.append(check_values)
-        return check_values
+    def register(check: Check) -> Check:
+        RULES.append((keys, check))
+        return check
 
     return register
+
+
+def check_rules(values: Mapping[str, Any]) -> list[Problem]:
+    """Return every broken rule whose values, by dotted key, are all given."""
+    checks = [(keys, check) for keys, check in RULES if values.keys() >= set(keys)]
+    found = (check(*(values[key] for key in keys)) for keys, check in checks)
+    return [problem for problem in found if problem]
 
 
 @rule("model.n_embd", "model.n_head", "model.architecture")

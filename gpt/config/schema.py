@@ -98,8 +98,7 @@ class DataSection(Section):
     """fail: stop at an unusable file. skip: skip it, count it and log a warning."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """Tokenizer: tiktoken, or gigatoken verified against it; auto: gigatoken if it is installed.
-    The
-    tokens are the same."""
+    The tokens are the same."""
     workers: Annotated[int, Field(ge=1, le=1_024)] | None = None
     """Number of tokenizing processes; default: one per CPU. The tokens are the same."""
     runner: Literal["local", "dask", "ray"] = "local"
@@ -107,8 +106,7 @@ class DataSection(Section):
     reads and writes the same paths. The tokens are the same."""
     cluster: str = ""
     """Address of the Dask scheduler or Ray cluster, e.g. tcp://host:8786 or ray://host:10001;
-    empty:
-    start a temporary one on this machine."""
+    empty: start a temporary one on this machine."""
     store: str = ""
     """Folder or address, e.g. s3://bucket/data, that shares finished datasets between machines: a
     dataset found there is downloaded, a new one is uploaded; empty: do not share."""
@@ -120,8 +118,7 @@ class OptimizerSection(Section):
     rest."""
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate (with muon: of Muon's matrices); default: derived from width and tokens
-    per
-    step (gpt/schedule.py)."""
+    per step (gpt/schedule.py)."""
     embedding_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of the embedding, with muon; default: derived likewise."""
     head_learning_rate: Annotated[float, Field(gt=0.0)] | None = None

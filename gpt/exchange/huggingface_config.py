@@ -133,7 +133,7 @@ def _parse_section(values: Mapping[str, Any]) -> tuple[ModelSection | None, list
             )
             for detail in error.errors(include_url=False, include_context=False)
         ]
-    problem = check_head_split({f"model.{key}": value for key, value in section})
+    problem = check_head_split(section.n_embd, section.n_head, section.architecture)
     return section, [problem] if problem else []
 
 

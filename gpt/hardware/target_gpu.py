@@ -6,6 +6,8 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 
+import pynvml
+
 from gpt.errors import Problem
 from gpt.hardware.gpus import GPUS, GPUSpec, find_gpu
 
@@ -55,8 +57,6 @@ def find_target_gpu(gpu: str = "auto") -> TargetGPU:
 def _installed_gpus() -> tuple[tuple[str, int, int], ...]:
     """Name, total and free bytes of each GPU by NVML (importing torch would take seconds). Empty
     without NVIDIA's driver."""
-    import pynvml
-
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
@@ -66,8 +66,6 @@ def _installed_gpus() -> tuple[tuple[str, int, int], ...]:
 
 
 def _memory(handle: object) -> tuple[int, int]:
-    import pynvml
-
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError:  # a GPU that shares the CPU's memory reports none

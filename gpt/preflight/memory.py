@@ -145,9 +145,7 @@ class _Step:
         self.head_elements = model.vocab_size * model.n_embd
         self.head = 4 * self.head_elements
         self.all_parameters = 4 * parameters.total
-        # AdamW keeps two float32 numbers per parameter, Muon one.
-        single = parameters.block_matrices if self.is_muon else 0
-        self.optimizer_states = self.shard(4 * (2 * parameters.total - single))
+        self.optimizer_states = self.shard(4 * parameters.optimizer_states(config.optimizer.name))
         self.block_copies = 2 * parameters.block_matrices if self.is_autocast else 0
         # Gradients during a forward pass: the sum over the micro-batches before it.
         self.earlier_gradients = self.all_parameters if self.accumulates else 0
@@ -207,22 +205,14 @@ class _Step:
         }
         return max(moments.items(), key=lambda item: sum(item[1].values()))
 
-    def _parts(
-        self,
-        gradients: int,
-        activations: int = 0,
-        autocast_copies: int = 0,
-        loss: int = 0,
-        temporaries: int = 0,
-    ) -> dict[str, int]:
+    def _parts(self, **changed: int) -> dict[str, int]:
+        """The parts of a moment, in order; those not given are what a step begins with."""
         return {
             "weights": self.weights(),
-            "gradients": gradients,
+            "gradients": self.earlier_gradients,
             "optimizer_states": self.optimizer_states,
-            "activations": activations,
-            "autocast_copies": autocast_copies,
-            "loss": loss,
-            "temporaries": temporaries,
+            **dict.fromkeys(("activations", "autocast_copies", "loss", "temporaries"), 0),
+            **changed,
         }
 
     def _at_loss(self) -> dict[str, int]:
@@ -235,7 +225,6 @@ class _Step:
         per_logit = 2 * e if self.compiled else 16 if self.is_gpt2 else 20
         chunk = max(per_logit * logits, e * logits + head_copy)
         return self._parts(
-            gradients=self.earlier_gradients,
             activations=self.activations,
             autocast_copies=self.block_copies + rows_copy + head_copy,
             loss=(self.stream + e) * self.elements + self.head + chunk,
@@ -247,7 +236,6 @@ class _Step:
         rows_first = (2 * e + converted) * self.elements + self.head
         head_next = (e + stream) * self.elements + 2 * self.head
         return self._parts(
-            gradients=self.earlier_gradients,
             activations=self.activations,
             autocast_copies=0 if self.is_checkpointed else self.block_copies,
             loss=max(rows_first, head_next),
@@ -261,7 +249,6 @@ class _Step:
         # A tied head's gradient waits for the embedding's; otherwise it may be a gradient already.
         head_waits = self.parameters.tied or not self.accumulates
         return self._parts(
-            gradients=self.earlier_gradients,
             activations=self.activations + (self.block if self.is_checkpointed else 0),
             autocast_copies=0 if self.is_checkpointed else self.block_copies,
             loss=self.head if head_waits else 0,
@@ -285,7 +272,7 @@ class _Step:
         largest_matrix = 4 * self.model.n_embd**2
         share = self.shard(self.all_parameters)
         temporaries = 9 * largest_matrix if self.is_muon else 0
-        return {**self._parts(share, temporaries=temporaries), "weights": share}
+        return self._parts(weights=share, gradients=share, temporaries=temporaries)
 
     def evaluation_bytes(self, batch_size: int) -> int:
         """Peak of an evaluation: there are no gradients and autograd saves nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from gpt.config.schema import ModelSection
 
@@ -32,11 +32,14 @@ class Parameters:
     @property
     def in_blocks(self) -> int:
         """Parameters of all blocks, including the final norm."""
-        return self.attention + self.mlp + self.vectors
+        return self.block_matrices + self.vectors
 
     def groups(self) -> dict[str, int]:
-        names = ("token_embedding", "position_embedding", "attention", "mlp", "vectors", "head")
-        return {name: getattr(self, name) for name in names}
+        return {name: count for name, count in asdict(self).items() if name != "tied"}
+
+    def optimizer_states(self, optimizer: str) -> int:
+        """Numbers that the optimizer keeps: AdamW two per parameter, Muon one."""
+        return 2 * self.total - (self.block_matrices if optimizer == "muon" else 0)
 
 
 def count_parameters(model: ModelSection) -> Parameters:

@@ -116,9 +116,8 @@ def estimate_disk(config: RunConfig, data: DataEstimate) -> dict[str, int]:
     """Estimate the bytes that the run writes below `run.root`, by part. An existing dataset is not
     written again."""
     training, parameters = config.training, count_parameters(config.model)
-    # Float32 weights and optimizer states: AdamW keeps two numbers per parameter, Muon one.
-    single = parameters.block_matrices if config.optimizer.name == "muon" else 0
-    checkpoint = 4 * (3 * parameters.total - single)
+    # Weights and optimizer states in float32.
+    checkpoint = 4 * (parameters.total + parameters.optimizer_states(config.optimizer.name))
     every = training.checkpoint_keep_every
     permanent = training.max_steps // every if every else 0
     # The newest ones, the best, the one being written, and those that are never pruned.
