@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import CheckpointRef, DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.preflight.sharding import resolve_sharding
+from gpt.preflight.memory import resolve_sharding
 from gpt.training.checkpoint.retention import latest_checkpoint, latest_valid_checkpoint
 from gpt.training.distributed.launch import launch_training
 from tasks.display import log_info, train_display

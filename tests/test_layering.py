@@ -123,7 +123,7 @@ def test_packages_hold_a_docstring_and_nothing_else(path: Path) -> None:
         ("gpt.config.loading", {"torch", "numpy", "polars", "pyarrow"}),
         ("flows.cli.main", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.preflight.report", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
-        ("gpt.preflight.sharding", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
+        ("gpt.preflight.memory", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.exchange.nanogpt", {"torch", "numpy", "polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.training.loop", {"polars", "pyarrow", "prefect", "mlflow"}),
         ("gpt.evaluation.benchmarks", {"polars", "pyarrow", "prefect", "mlflow"}),

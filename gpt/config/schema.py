@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,17 +268,15 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.model.block_size
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the run trains on, repetitions included."""
+        return self.training.max_steps * self.tokens_per_step
+
     def flatten(self) -> dict[str, Any]:
         """Return every value by its dotted key, as in JSON."""
-        return dict(_flatten(self.model_dump(mode="json")))
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        sections = self.model_dump(mode="json").items()
+        return {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -12,12 +12,6 @@ import torch
 
 from gpt.errors import ConfigError, Problem
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-
 
 def pick_device(name: str) -> torch.device:
     """Return the device that `hardware.device` names. Raises `ConfigError` if it does not exist."""
@@ -44,7 +38,8 @@ def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
         return torch.float32
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
-    return DTYPES[dtype]
+    lower: torch.dtype = getattr(torch, dtype)
+    return lower
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

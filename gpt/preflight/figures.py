@@ -9,18 +9,15 @@ from functools import cached_property
 from gpt.config.schema import RunConfig
 from gpt.hardware.target_gpu import TargetGPU
 from gpt.preflight.data_estimate import DataEstimate, estimate_data
-from gpt.preflight.memory import Memory, Sharding, estimate_memory
+from gpt.preflight.memory import Memory, Sharding, choose_sharding, estimate_memory
 from gpt.preflight.parameters import Parameters, count_parameters
 from gpt.preflight.scaling import Scaling, estimate_scaling
-from gpt.preflight.sharding import choose_sharding
 from gpt.preflight.suggestions import Suggestion, suggest_memory_savings
 from gpt.preflight.time import (
     Throughput,
     estimate_disk,
     estimate_throughput,
     free_disk_bytes,
-    total_tokens,
-    training_hours,
 )
 
 
@@ -75,13 +72,14 @@ class Figures:
 
     @property
     def hours(self) -> float | None:
-        """Training time on all devices, without overlap."""
-        return training_hours(self.config, self.tokens_per_second)
+        """Training time on all devices, without overlap, tokenizing, evaluation, checkpoints."""
+        rate = self.tokens_per_second
+        return self.config.total_tokens / rate / 3600 if rate else None
 
     @property
     def epochs(self) -> float | None:
         tokens = self.data.train_tokens
-        return total_tokens(self.config) / tokens if tokens else None
+        return self.config.total_tokens / tokens if tokens else None
 
 
 def compute_figures(

@@ -22,7 +22,6 @@ from gpt.preflight.figures import Figures
 from gpt.preflight.report import Report
 from gpt.preflight.scaling import BASIS, Scaling
 from gpt.preflight.suggestions import Suggestion
-from gpt.preflight.time import total_tokens
 from gpt.schedule import peak_learning_rates
 
 Rows = Iterator[tuple[str, str]]
@@ -36,12 +35,12 @@ SHARDINGS = {
 
 def summarize_report(report: Report) -> str:
     """Return "good", "good, with N warnings" or "blocked: N problems"."""
-    if report.problems:
-        count = len(report.problems)
-        return f"blocked: {count} problem{'s' if count > 1 else ''}"
-    if report.warnings:
-        count = len(report.warnings)
-        return f"good, with {count} warning{'s' if count > 1 else ''}"
+    for start, noun, found in (
+        ("blocked:", "problem", report.problems),
+        ("good, with", "warning", report.warnings),
+    ):
+        if found:
+            return f"{start} {len(found)} {noun}{'s' if len(found) > 1 else ''}"
     return "good"
 
 
@@ -56,10 +55,10 @@ def sections(report: Report) -> Iterator[tuple[str, Rows]]:
     world_size = figures.config.hardware.world_size
     yield "model", _model_rows(figures)
     title = "memory of the GPU" if world_size == 1 else f"memory of each of {world_size:,} GPUs"
-    yield title, _memory_rows(figures, report)
-    yield "compute", _compute_rows(figures, report)
+    yield title, _memory_rows(figures)
+    yield "compute", _compute_rows(figures)
     if world_size > 1:
-        yield "several devices", _scaling_rows(figures, report.gpu.name)
+        yield "several devices", _scaling_rows(figures)
     yield "data and disk", _data_rows(figures)
 
 
@@ -78,27 +77,24 @@ def _model_rows(figures: Figures) -> Rows:
     yield "optimizer", f"{optimizer.name}, {rate}{default}, {config.schedule.name}{warmup}"
 
 
-def _memory_rows(figures: Figures, report: Report) -> Rows:
-    memory, gpu = figures.memory, report.gpu
-    for part, size in memory.parts.items():
-        if size:
-            yield _name(part), gib(size)
+def _memory_rows(figures: Figures) -> Rows:
+    memory, gpu = figures.memory, figures.gpu
+    yield from ((_name(part), gib(size)) for part, size in memory.parts.items() if size)
     yield "peak, uncompiled", f"{gib(memory.peak_bytes)}, at: {_name(memory.moment)}"
     saved = memory.peak_bytes - memory.compiled_bytes
     if saved > 0:
         yield "saved by compiling", gib(saved)
-    for part, size in memory.overheads.items():
-        if size:
-            yield f"{_name(part)}, assumed", gib(size)
+    overheads = memory.overheads.items()
+    yield from ((f"{_name(part)}, assumed", gib(size)) for part, size in overheads if size)
     yield "evaluation", gib(memory.evaluation_bytes)
     available = f" of {gib(gpu.memory_bytes)} on {gpu.name}" if gpu.memory_bytes else ""
     fits = {True: ": fits", False: ": does not fit", None: ""}[figures.fits]
     yield "needed", f"{gib(memory.needed_bytes)}{available}{fits}"
 
 
-def _compute_rows(figures: Figures, report: Report) -> Rows:
+def _compute_rows(figures: Figures) -> Rows:
     config, rate = figures.config, figures.throughput.tokens_per_second
-    training, tokens, flops = config.training, total_tokens(config), flops_per_token(config)
+    training, tokens, flops = config.training, config.total_tokens, flops_per_token(config)
     sequences = f"{training.batch_size} x {training.grad_acc} sequences"
     yield "step", f"{sequences} = {config.tokens_per_step:,} tokens"
     yield "run", f"{training.max_steps:,} steps = {tokens:,} tokens"
@@ -107,16 +103,16 @@ def _compute_rows(figures: Figures, report: Report) -> Rows:
     name = "throughput" if one_device else "throughput, one GPU"
     yield name, UNKNOWN if rate is None else f"{rate:,.0f} tokens/s"
     if one_device:
-        yield "time", f"{_hours(figures.hours)} on {report.gpu.name}"
+        yield "time", f"{_hours(figures.hours)} on {figures.gpu.name}"
     yield "basis", figures.throughput.basis
 
 
-def _scaling_rows(figures: Figures, gpu: str) -> Rows:
+def _scaling_rows(figures: Figures) -> Rows:
     config, scaling = figures.config, figures.scaling
     hardware, training = config.hardware, config.training
     machines = f"{hardware.nodes:,} machines x " if hardware.nodes > 1 else ""
     each = f"{training.grad_acc // hardware.world_size:,} of {training.grad_acc:,} micro-batches"
-    devices = f"{machines}{hardware.devices:,} {gpu} = {hardware.world_size:,}"
+    devices = f"{machines}{hardware.devices:,} {figures.gpu.name} = {hardware.world_size:,}"
     yield "devices", f"{devices}, each {each} per step"
     yield "sharding", f"{figures.sharding}: {SHARDINGS[figures.sharding]}"
     if scaling is None:
@@ -187,6 +183,8 @@ def _seconds(count: float) -> str:
     return f"{count:,.2f} s" if count >= 1 else f"{count * 1000:,.1f} ms"
 
 
+NUMBERS = {"head size", "parameters", "needed", "tokens/step", "tokens", "tokens/s", "time"}
+"""Right-aligned columns."""
 SUGGESTION_HEADS = ("for", "set", "head size", "parameters", "fits")
 
 
@@ -225,7 +223,7 @@ def print_report(report: Report, console: Console) -> None:
             parts.append(_indent(Text(f"{problem.rule}\n-> {problem.remedy}"), 4))
     if report.suggestions:
         choices = [_suggestion_row(suggestion) for suggestion in report.suggestions]
-        table = _table(SUGGESTION_HEADS, choices, "dim", right=("head size", "parameters"))
+        table = _table(SUGGESTION_HEADS, choices, "dim")
         parts += [Text("\nsuggestions for --set", "bold"), _indent(table, 2)]
     console.print(Group(*parts))
 
@@ -234,14 +232,12 @@ def _indent(part: RenderableType, left: int) -> Padding:
     return Padding(part, (0, 0, 0, left), expand=False)
 
 
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], style: str, right: Sequence[str]
-) -> Table:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=style)
     for head in heads:
         table.add_column(
             head,
-            justify="right" if head in right else "left",
+            justify="right" if head in NUMBERS else "left",
             overflow="fold",
             no_wrap=head == "parameters",
         )
@@ -259,8 +255,7 @@ COMPARISON_HEADS = (
 def print_reports(reports: Sequence[Report], console: Console) -> None:
     """Print several reports as one table, then each problem and warning once."""
     rows = [_comparison_row(report) for report in reports]
-    right = ("parameters", "needed", "tokens/step", "tokens", "tokens/s", "time")
-    console.print(_table(COMPARISON_HEADS, rows, "bold", right))
+    console.print(_table(COMPARISON_HEADS, rows, "bold"))
     console.print(Text(f"on {reports[0].gpu.name}", "dim"))
     for basis in dict.fromkeys(r.figures.throughput.basis for r in reports if r.figures):
         console.print(Text(f"throughput: {basis}", "dim"))
@@ -286,7 +281,7 @@ def _comparison_row(report: Report) -> tuple[str, ...]:
         gib(figures.memory.needed_bytes),
         FITS[figures.fits],
         f"{config.tokens_per_step:,}",
-        f"{total_tokens(config) / 1e9:.2f}B",
+        f"{config.total_tokens / 1e9:.2f}B",
         UNKNOWN if rate is None else f"{rate:,.0f}",
         _hours(figures.hours),
         summarize_report(report),

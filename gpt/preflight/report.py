@@ -20,7 +20,6 @@ from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
 from gpt.preflight.checks import find_problems
 from gpt.preflight.figures import Figures, compute_figures
 from gpt.preflight.suggestions import Suggestion, suggest_aligned_heads, suggest_head_splits
-from gpt.preflight.time import total_tokens
 from gpt.preflight.warnings import find_warnings
 
 
@@ -114,7 +113,7 @@ def _figures_json(figures: Figures) -> dict[str, Any]:
         },
         "tokens_per_step": config.tokens_per_step,
         "steps": config.training.max_steps,
-        "tokens": total_tokens(config),
+        "tokens": config.total_tokens,
         "flops_per_token": flops_per_token(config),
         "tokens_per_second": figures.tokens_per_second,
         "hours": figures.hours,

@@ -150,15 +150,18 @@ class Scaling:
     def network_bound_from(self) -> tuple[int, int] | None:
         """The fewest (devices per machine, machines) at which this micro-batch is network-bound:
         more devices in one machine up to `devices`, then more machines. None: at no number."""
-        for devices in range(2, self.devices + 1):
-            if replace(self, devices=devices, nodes=1).is_network_bound:
-                return devices, 1
-        # With the link unchanged, a larger ring only takes longer.
-        several = range(2, MAX_NODES + 1)
-        place = bisect_left(
-            several, True, key=lambda nodes: replace(self, nodes=nodes).is_network_bound
-        )
-        return (self.devices, several[place]) if place < len(several) else None
+
+        def place(count: int) -> tuple[int, int]:
+            return min(count, self.devices), max(1, count - self.devices + 1)
+
+        def is_bound(count: int) -> bool:
+            devices, nodes = place(count)
+            return replace(self, devices=devices, nodes=nodes).is_network_bound
+
+        # A larger ring only takes longer: its link is never faster.
+        counts = range(2, self.devices + MAX_NODES)
+        first = bisect_left(counts, True, key=is_bound)
+        return place(counts[first]) if first < len(counts) else None
 
     def as_json(self, steps: int) -> dict[str, Any]:
         bound_from = self.network_bound_from

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,9 +17,8 @@ from gpt.config.loading import build_config, merge_overrides
 from gpt.config.rules import valid_head_splits
 from gpt.config.schema import ModelSection, RunConfig
 from gpt.errors import ConfigError
-from gpt.preflight.memory import estimate_memory
+from gpt.preflight.memory import estimate_memory, fits_memory
 from gpt.preflight.parameters import count_parameters
-from gpt.preflight.sharding import fits_memory
 
 MIN_CHUNK_ROWS = 256
 MAX_BATCH_SIZE = 1_024
@@ -50,15 +49,8 @@ class Suggestion:
         return " ".join(f"{key}={json.dumps(value)}" for key, value in self.overrides.items())
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "for": self.key,
-            "set": dict(self.overrides),
-            "n_embd": self.n_embd,
-            "n_head": self.n_head,
-            "head_size": self.head_size,
-            "parameters": self.parameters,
-            "fits": self.fits,
-        }
+        values = {**asdict(self), "head_size": self.head_size}
+        return {"for": values.pop("key"), "set": values.pop("overrides"), **values}
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +130,7 @@ def suggest_memory_savings(config: RunConfig, memory_bytes: int) -> list[Suggest
     nothing suffices.
     """
     values, model = config.model_dump(), config.model
+    total = count_parameters(model).total
     key = "training.batch_size" if config.hardware.world_size == 1 else "hardware.sharding"
     found = []
     before: dict[str, Any] = {}
@@ -145,7 +138,6 @@ def suggest_memory_savings(config: RunConfig, memory_bytes: int) -> list[Suggest
         for overrides in [*candidates, *(before | candidate for candidate in candidates)]:
             changed = RunConfig.model_validate(apply_overrides(values, overrides))
             if fits_memory(changed, memory_bytes):
-                total = count_parameters(model).total
                 found.append(Suggestion(key, overrides, model.n_embd, model.n_head, total, True))
                 break
         else:

@@ -8,8 +8,6 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from gpt.config.schema import RunConfig
 from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import GPUSpec, find_gpu
@@ -82,34 +80,16 @@ def _measured_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput | None:
             record = json.loads((folder / "run.json").read_bytes())
             earlier = RunConfig.model_validate_json(json.dumps(record["config"]))
             ran_on = find_gpu(str(pending["parameters"]["device"]).removeprefix("cuda: "))
-            rates = _logged_rates(journal)[-LAST_STEPS:]
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            steps = map(json.loads, journal.read_text(encoding="utf-8").splitlines())
+            rates = [float(r) for s in steps if (r := s["metrics"].get("tokens_per_second"))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         same_dtype = earlier.training.dtype == config.training.dtype
         if rates and same_dtype and ran_on and ran_on.name == gpu.name:
             scale = flops_per_token(earlier) / flops_per_token(config)
             basis = f"measured on this GPU by an earlier run, {folder.name}"
-            return Throughput(statistics.median(rates) * scale, basis)
+            return Throughput(statistics.median(rates[-LAST_STEPS:]) * scale, basis)
     return None
-
-
-def _logged_rates(journal: Path) -> list[float]:
-    """Tokens per second of each logged step."""
-    lines = journal.read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line)["metrics"] for line in lines]
-    return [float(m["tokens_per_second"]) for m in metrics if "tokens_per_second" in m]
-
-
-def total_tokens(config: RunConfig) -> int:
-    """Return the tokens that the run trains on, repetitions included."""
-    return config.training.max_steps * config.tokens_per_step
-
-
-def training_hours(config: RunConfig, tokens_per_second: float | None) -> float | None:
-    """Return the hours of training, without tokenizing, evaluation and checkpoints."""
-    if tokens_per_second is None:
-        return None
-    return total_tokens(config) / tokens_per_second / 3600
 
 
 def estimate_disk(config: RunConfig, data: DataEstimate) -> dict[str, int]:

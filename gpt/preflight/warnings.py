@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 from gpt.errors import Problem
 from gpt.preflight.checks import describe_need, gib, missing_data
 from gpt.preflight.figures import Figures
-from gpt.preflight.time import total_tokens
 from gpt.schedule import REFERENCE_TOKENS_PER_STEP, peak_learning_rates
 
 TRACKING_SECONDS = 0.3
@@ -106,7 +105,7 @@ def warn_about_data(figures: Figures) -> Iterator[Problem]:
     if not figures.starting:
         yield from missing_data(figures)
     about = "" if data.exact else "about "
-    tokens, wanted = data.train_tokens, total_tokens(config)
+    tokens, wanted = data.train_tokens, config.total_tokens
     if tokens and wanted > USEFUL_EPOCHS * tokens:
         epochs = f"{about}{wanted / tokens:,.1f} epochs"
         rule = f"makes {wanted:,} tokens of {about}{tokens:,}: {epochs}"

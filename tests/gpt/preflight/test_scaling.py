@@ -18,12 +18,11 @@ from gpt.hardware import target_gpu
 from gpt.hardware.gpus import GPUS, find_gpu
 from gpt.hardware.interconnect import intra_node_link, network_link
 from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
-from gpt.preflight.memory import estimate_memory
+from gpt.preflight.memory import choose_sharding, estimate_memory, resolve_sharding
 from gpt.preflight.parameters import count_parameters
 from gpt.preflight.render import render_markdown
 from gpt.preflight.report import Report, run_preflight_on_values
 from gpt.preflight.scaling import Scaling, estimate_scaling
-from gpt.preflight.sharding import choose_sharding, resolve_sharding
 from gpt.preflight.suggestions import apply_overrides
 
 ROOT = Path(__file__).resolve().parents[3]
