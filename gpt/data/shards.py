@@ -116,16 +116,12 @@ class ShardWriter:
     def _append(self, tokens: NDArray[np.uint16]) -> None:
         if not self._file:
             self._file = (self._folder / (self._name + PARTIAL)).open("wb")
-            self._hash = hashlib.sha256()
-            self._count = 0
-            self._put(build_header(self._capacity))
-        self._put(np.ascontiguousarray(tokens).data.cast("B"))
-        self._count += tokens.size
-
-    def _put(self, data: bytes | memoryview) -> None:
-        assert self._file
+            self._file.write(header := build_header(self._capacity))
+            self._hash = hashlib.sha256(header)
+        data = np.ascontiguousarray(tokens).data.cast("B")
         self._file.write(data)
         self._hash.update(data)
+        self._count += tokens.size
 
     def _finish(self) -> None:
         assert self._file

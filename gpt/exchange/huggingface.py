@@ -38,10 +38,7 @@ def export_huggingface(folder: Path, directory: Path, card_data: ModelCardData) 
     cannot be written.
     """
     section = load_model_section(folder)
-    tensors = load_tensors(folder, section)
-    renamed = (_rename_gpt2 if section.architecture == "gpt2" else _rename_nanochat)(
-        section, tensors
-    )
+    renamed = _rename_tensors(section, load_tensors(folder, section))
     with _explain_write_errors(directory), atomic_folder(directory) as partial:
         save_file(renamed, partial / WEIGHTS, metadata={"format": "pt"})
         write_configs(partial, section)
@@ -50,20 +47,18 @@ def export_huggingface(folder: Path, directory: Path, card_data: ModelCardData) 
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _rename_gpt2(section: ModelSection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_tensors(section: ModelSection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if section.architecture == "nanochat":
+        return {
+            name if name.startswith("lm_head.") else f"model.{name}": tensor
+            for name, tensor in tensors.items()
+        }
     with_biases = tensor_shapes(section.model_copy(update={"bias": True}))
     return {
         f"transformer.{name}": _transpose_conv1d(name, tensors[name])
         if name in tensors
         else torch.zeros(shape)
         for name, shape in with_biases.items()
-    }
-
-
-def _rename_nanochat(_: ModelSection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name if name.startswith("lm_head.") else f"model.{name}": tensor
-        for name, tensor in tensors.items()
     }
 
 

@@ -30,30 +30,34 @@ def build_model_card(section: ModelSection, data: ModelCardData) -> str:
 
     The license is left empty, because it depends on the training data.
     """
-    samples = data.report.samples if data.report else ()
-    parts = [
-        _FRONT_MATTER,
-        f"# {data.name}",
-        _render_model(section),
-        _USE,
+    sections = [
         _render_training(data),
         _render_data(data.dataset),
         render_evaluation(data.report) if data.report else "",
-        f"## Samples\n\n{quote_samples(samples)}" if samples else "",
-        _LICENSE,
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    if data.report and data.report.samples:
+        sections.append(f"## Samples\n\n{quote_samples(data.report.samples)}")
+    return _CARD.format(
+        name=data.name,
+        model=_render_model(section),
+        sections="".join(f"{text}\n\n" for text in sections if text),
+    )
 
 
-_FRONT_MATTER = """\
+_CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 # Fill in an identifier, e.g. apache-2.0 or cc-by-4.0; see "License" below.
 license:
----"""
+---
 
-_USE = """\
+# {name}
+
+A language model pretrained with overnight. It completes text.
+
+{model}
+
 ## Use
 
 ```python
@@ -64,13 +68,13 @@ model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 # In training, every document starts with end-of-text.
 inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```"""
+```
 
-_LICENSE = """\
-## License
+{sections}## License
 
 Fill in here, and as `license` at the top of this file, the terms under which the weights may be
-used. The licenses of the training data may restrict them."""
+used. The licenses of the training data may restrict them.
+"""
 
 
 def _render_model(section: ModelSection) -> str:
@@ -84,8 +88,7 @@ def _render_model(section: ModelSection) -> str:
         "context, tokens": f"{section.block_size:,}",
         "vocabulary": f"{section.vocab_size:,} rows for GPT-2's 50,257 tokens",
     }
-    table = render_table(rows.items())
-    return f"A language model pretrained with overnight. It completes text.\n\n{table}"
+    return render_table(rows.items())
 
 
 _NETWORKS = {"gpt2": "GPT-2 (`GPT2LMHeadModel`)", "nanochat": "nanochat (`NanoChatForCausalLM`)"}

@@ -129,7 +129,8 @@ def _read_assignments(tree: ast.Module) -> tuple[dict[str, Any], dict[str, str]]
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        names = _target_names(node)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
         if not names or not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             skipped[f"line {node.lineno}"] = "is not an assignment of a literal"
             continue
@@ -143,11 +144,6 @@ def _read_assignments(tree: ast.Module) -> tuple[dict[str, Any], dict[str, str]]
     return values, skipped
 
 
-def _target_names(node: ast.stmt) -> list[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -159,19 +155,18 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 def _evaluate_literal(node: ast.expr) -> bool | int | float | str:
     """Evaluate a literal or arithmetic between numbers. Raises `ValueError` for anything else."""
-    if not isinstance(node, ast.BinOp):
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        sides = _evaluate_literal(node.left), _evaluate_literal(node.right)
+        if not all(type(side) in (int, float) for side in sides):
+            raise ValueError("not arithmetic between numbers")
+        value = _OPERATORS[type(node.op)](*sides)
+    else:
         value = ast.literal_eval(node)
-        if not isinstance(value, bool | int | float | str):
-            raise ValueError("not a bool, number or string")
-        if isinstance(value, str):
-            value.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-        return value
-    left, right = _evaluate_literal(node.left), _evaluate_literal(node.right)
-    combine = _OPERATORS.get(type(node.op))
-    if combine is None or not all(type(side) in (int, float) for side in (left, right)):
-        raise ValueError("not arithmetic between numbers")
-    result: int | float = combine(left, right)
-    return result
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("not a bool, number or string")
+    if isinstance(value, str):
+        value.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
+    return value
 
 
 # --- converting ----------------------------------------------------------------------------------
