@@ -83,19 +83,16 @@ def inspect_parquet(file: CorpusFile, row_filter: RowFilter) -> ParquetSource:
         with _open(file) as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(_describe_open_error(file, error)) from error
+        raise CorpusError(_describe_damage(file, error)) from error
     leaves = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
-    column = row_filter.column
-    annotation = ""
-    if column in leaves:
-        annotation = metadata.schema.column(leaves[column]).logical_type.type
-    if problem := _find_column_problem(file, schema, column, annotation):
+    leaf = leaves.get(row_filter.column, -1)
+    annotation = metadata.schema.column(leaf).logical_type.type if leaf >= 0 else ""
+    if problem := _find_column_problem(file, schema, row_filter.column, annotation):
         raise CorpusError(problem)
     if not metadata.num_rows:
         raise CorpusError(Problem(file.name, "", "has no rows", "remove it from data.source"))
     row_filter.check(file, schema)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    leaf = leaves[column]
     sizes = [(g.num_rows, g.column(leaf).total_uncompressed_size) for g in groups]
     return ParquetSource(file, np.array(sizes, dtype=np.int64))
 
@@ -109,7 +106,8 @@ def _open(file: CorpusFile) -> pq.ParquetFile:
     )
 
 
-def _describe_open_error(file: CorpusFile, error: Exception) -> Problem:
+def _describe_damage(file: CorpusFile, error: Exception, place: str = "") -> Problem:
+    """Explain why a file cannot be read, as a whole or at a place in it."""
     try:
         head, tail = file.read_magic()
     except OSError as reason:
@@ -122,22 +120,23 @@ def _describe_open_error(file: CorpusFile, error: Exception) -> Problem:
         rule = "is truncated: a complete Parquet file ends with PAR1"
     else:
         rule = f"is damaged: {first_line(error)}"
-    return Problem(file.name, "", rule, GET_AGAIN)
+    return Problem(file.name, place, rule, GET_AGAIN)
 
 
 def _find_column_problem(
     file: CorpusFile, schema: pa.Schema, column: str, annotation: str
 ) -> Problem | None:
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    found = [field for field in schema if field.name == column]
-    if len(found) == 1 and _is_text(found[0].type, annotation):
+    found = [field.type for field in schema if field.name == column]
+    value = column
+    if len(found) > 1:
+        rule = f"{len(found)} columns have this name"
+    elif not found:
+        rule = "no such column"
+    elif _is_text(found[0], annotation):
         return None
-    if not found:
-        value, rule = column, "no such column"
-    elif len(found) > 1:
-        value, rule = column, f"{len(found)} columns have this name"
     else:
-        value, rule = f"{column} ({found[0].type})", "the text column must hold strings"
+        value, rule = f"{column} ({found[0]})", "the text column must hold strings"
     texts = [field.name for field in schema if _is_text(field.type, "")]
     remedy = (
         f"set data.text_column to one of: {', '.join(texts)}" if texts else "no column holds text"
@@ -187,9 +186,8 @@ def read_rows(
     if not units:
         return
     first_rows = list(itertools.accumulate(source.groups[:, 0].tolist(), initial=0))
-    row = 0
     groups = sorted({group for unit in units for group in unit.groups})
-    unit = 0
+    group = row = unit = 0
     try:
         with _open(source.file) as parquet:
             columns = [row_filter.column, *row_filter.columns_in(parquet.schema_arrow)]
@@ -215,17 +213,8 @@ def read_rows(
                     if unit == len(units):
                         return
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(_describe_damage(source, row, error)) from error
-
-
-def _describe_damage(source: ParquetSource, row: int, error: Exception) -> Problem:
-    try:
-        source.file.read_magic()
-    except OSError as reason:
-        return describe_unreadable(source.file, reason)
-    group = int(np.searchsorted(source.groups[:, 0].cumsum(), row, side="right"))
-    place = f"row group {min(group, len(source.groups) - 1)}, at or after row {row}"
-    return Problem(source.file.name, place, f"is damaged: {first_line(error)}", GET_AGAIN)
+        place = f"row group {group}, at or after row {row}"
+        raise CorpusError(_describe_damage(source.file, error, place)) from error
 
 
 def _to_texts(
