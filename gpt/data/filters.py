@@ -62,16 +62,11 @@ class RowFilter:
 
     @cached_property
     def where_columns(self) -> tuple[str, ...]:
-        """The columns that `data.where` uses."""
+        """The columns that `data.where` uses. Raises `CorpusError` as `_condition` does."""
         return tuple(dict.fromkeys(self._condition.meta.root_names())) if self.where else ()
 
     def _invalid(self, rule: str) -> Problem:
         return Problem("data.where", self.where, rule, _EXAMPLE)
-
-    def check_condition(self) -> None:
-        """Raise `CorpusError` if `data.where` is not a condition on one row."""
-        if self.where:
-            assert self._condition is not None
 
     def columns_in(self, schema: pa.Schema) -> list[str]:
         """Return the columns of the file that `data.where` uses."""

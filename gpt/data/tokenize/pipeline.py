@@ -118,7 +118,6 @@ def _inspect_sources(
     sources: list[ParquetSource] = []
     problems = list(plan.identities.problems)
     skips_bad_files = plan.data.on_bad_file == "skip"
-    plan.row_filter.check_condition()
     for file in plan.identities.by_file:
         try:
             source = inspect_parquet(file, plan.row_filter)
