@@ -88,16 +88,14 @@ FIELDS = {
 
 def build_config(raw: Mapping[str, Any]) -> RunConfig:
     """Check every value and every rule between values. Raises `ConfigError` with all that fail."""
+    details: list[Any] = []
     try:
         # From JSON: strict pydantic otherwise refuses a list for a tuple and a string for a path.
         config = RunConfig.model_validate_json(json.dumps(raw, default=str))
-        problems: list[Problem] = []
-        values = config.flatten()
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
-        problems = [_describe(detail) for detail in details]
-        values = _valid_values(raw, [".".join(map(str, d["loc"][:2])) for d in details])
-    problems += check_rules(values)
+    values = _valid_values(raw, [".".join(map(str, detail["loc"][:2])) for detail in details])
+    problems = [*map(_describe, details), *check_rules(values)]
     if problems:
         raise ConfigError(*problems)
     return config

@@ -61,24 +61,18 @@ def check_head_split(n_embd: int, n_head: int, architecture: str) -> Problem | N
 def check_warmup(warmup_steps: int, max_steps: int) -> Problem | None:
     if warmup_steps < max_steps:
         return None
-    return Problem(
-        "schedule.warmup_steps",
-        str(warmup_steps),
-        f"is not below training.max_steps = {max_steps}, so the learning rate never peaks",
-        f"set schedule.warmup_steps to at most {max(0, max_steps // 10)}",
-    )
+    rule = f"is not below training.max_steps = {max_steps}, so the learning rate never peaks"
+    remedy = f"set schedule.warmup_steps to at most {max(0, max_steps // 10)}"
+    return Problem("schedule.warmup_steps", str(warmup_steps), rule, remedy)
 
 
 @rule("data.min_length", "data.max_length")
 def check_document_lengths(min_length: int, max_length: int | None) -> Problem | None:
     if max_length is None or min_length <= max_length:
         return None
-    return Problem(
-        "data.min_length",
-        str(min_length),
-        f"exceeds data.max_length = {max_length}, so no document passes",
-        f"set data.min_length to at most {max_length}, or raise data.max_length",
-    )
+    rule = f"exceeds data.max_length = {max_length}, so no document passes"
+    remedy = f"set data.min_length to at most {max_length}, or raise data.max_length"
+    return Problem("data.min_length", str(min_length), rule, remedy)
 
 
 @rule("data.store")
@@ -119,16 +113,12 @@ def check_grad_acc_split(grad_acc: int, devices: int, nodes: int) -> Problem | N
 @rule("hardware.nodes", "hardware.rendezvous")
 def check_rendezvous(nodes: int, rendezvous: str) -> Problem | None:
     host, _, port = rendezvous.rpartition(":")
-    if nodes == 1 and not rendezvous:
+    is_address = host and port.isdigit() and 0 < int(port) < 65_536
+    if is_address or (nodes == 1 and not rendezvous):
         return None
-    if host and port.isdigit() and 0 < int(port) < 65_536:
-        return None
-    return Problem(
-        "hardware.rendezvous",
-        rendezvous,
-        f"is not host:port, which hardware.nodes = {nodes} needs for the machines to connect",
-        "give an address of the first machine and a free port, e.g. 10.0.0.1:29400",
-    )
+    rule = f"is not host:port, which hardware.nodes = {nodes} needs for the machines to connect"
+    remedy = "give an address of the first machine and a free port, e.g. 10.0.0.1:29400"
+    return Problem("hardware.rendezvous", rendezvous, rule, remedy)
 
 
 def valid_head_splits(n_embd: int, n_head: int, even: bool = False) -> list[tuple[int, int]]:
@@ -138,16 +128,12 @@ def valid_head_splits(n_embd: int, n_head: int, even: bool = False) -> list[tupl
     Prefers head sizes that are multiples of 8, because GPU attention kernels pad others (PyTorch,
     scaled_dot_product_attention: last dimension a multiple of 8). `even`: even head sizes only.
     """
-    sizes = (8, 2) if even else (8, 1)
-    stride = n_head * next((s for s in sizes if n_embd > n_head * s), sizes[-1])
+    unit = 2 if even else 1
+    stride = n_head * (8 if n_embd > 8 * n_head else unit)
     below = n_embd // stride * stride
     widths = [(width, n_head) for width in (below, below + stride) if 0 < width <= MAX_WIDTH]
-    divisors = [
-        heads
-        for heads in range(1, n_embd + 1)
-        if n_embd % heads == 0 and not (even and n_embd // heads % 2)
-    ]
-    aligned = [heads for heads in divisors if n_embd // heads % 8 == 0] or divisors
+    divisors = [heads for heads in range(1, n_embd + 1) if n_embd % (heads * unit) == 0]
+    aligned = [heads for heads in divisors if n_embd % (heads * 8) == 0] or divisors
     fewer = [heads for heads in aligned if heads < n_head][-1:]
     more = [heads for heads in aligned if heads > n_head][:1]
     return widths + [(n_embd, heads) for heads in fewer + more]

@@ -1,1 +1,1 @@
-"""GPUs and their figures, devices, FLOPs and interconnects: below preflight and training."""
+"""GPUs and their figures, devices and interconnects: below preflight and training."""

@@ -20,14 +20,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if count else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(
-            Problem(
-                "hardware.device",
-                name,
-                f"does not exist: torch {torch.__version__} finds {count} CUDA devices",
-                'use "auto" or "cpu", or install the CUDA build of torch and the driver',
-            )
-        )
+        rule = f"does not exist: torch {torch.__version__} finds {count} CUDA devices"
+        remedy = 'use "auto" or "cpu", or install the CUDA build of torch and the driver'
+        raise ConfigError(Problem("hardware.device", name, rule, remedy))
     return device
 
 

@@ -65,11 +65,11 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> GPUSpec | None:
     the driver, decides between GPUs with the same name. Returns None if the table has no such GPU.
     """
     words, size_gb = _parse_name(name)
-    matches = _gpus_by_words().get(words, ())
+    matches = [gpu for gpu in GPUS if words in _names(gpu)]
     if size_gb is not None:
         # A GPU sold as 80 GB may have 79 GiB: error correction and decimal units take some.
         sizes = range(round(size_gb * 0.9), size_gb + 2)
-        matches = tuple(gpu for gpu in matches if round(gpu.memory_bytes / GIB) in sizes)
+        matches = [gpu for gpu in matches if round(gpu.memory_bytes / GIB) in sizes]
     if memory_bytes is None or not matches:
         return matches[0] if matches else None
     return min(matches, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes))
@@ -80,13 +80,9 @@ _SYNONYMS = {"mobile": "laptop", "sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "s
 
 
 @cache
-def _gpus_by_words() -> dict[frozenset[str], tuple[GPUSpec, ...]]:
-    """GPUs by the words of their names; several memory sizes are in the order of the table."""
-    found: dict[frozenset[str], tuple[GPUSpec, ...]] = {}
-    for gpu in GPUS:
-        for words in {_parse_name(name)[0] for name in (gpu.key, gpu.name, *gpu.aliases)}:
-            found[words] = (*found.get(words, ()), gpu)
-    return found
+def _names(gpu: GPUSpec) -> frozenset[frozenset[str]]:
+    """The words of each of its names."""
+    return frozenset(_parse_name(name)[0] for name in (gpu.key, gpu.name, *gpu.aliases))
 
 
 def _parse_name(name: str) -> tuple[frozenset[str], int | None]:

@@ -40,8 +40,6 @@ _NVLINK = {
     "h200": (4, 900, "NVIDIA H200 data sheet"),
     "b200": (5, 1800, "NVIDIA HGX B200 data sheet"),
 }
-# Gigatransfers per second and lane, by generation (PCI-SIG).
-_PCIE_RATE = {3: 8, 4: 16, 5: 32}
 # GPUs without 16 lanes (nvidia.com, specifications; TechPowerUp for GeForce).
 _LANES = {
     **dict.fromkeys(("rtx-3050", "rtx-4060", "rtx-4060-ti", "rtx-4060-ti-16gb"), 8),
@@ -62,7 +60,8 @@ def intra_node_link(gpu: GPUSpec) -> Link | None:
     # Volta and Turing have generation 3, Ampere and Ada 4, Hopper and Blackwell 5 (whitepapers).
     major, _ = gpu.compute_capability
     generation = 3 if major < 8 else 4 if major == 8 else 5
-    lanes, rate = _LANES.get(gpu.key, 16), _PCIE_RATE[generation]
+    # Gigatransfers per second and lane: 8, 16 or 32 (PCI-SIG).
+    lanes, rate = _LANES.get(gpu.key, 16), 2**generation
     source = f"PCI-SIG, {rate} GT/s x {lanes} lanes x 128/130"
     return Link(f"PCI Express {generation} x{lanes}", rate * 1e9 * lanes / 8 * 128 / 130, source)
 

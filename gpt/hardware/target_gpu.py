@@ -30,14 +30,11 @@ class TargetGPU:
         """A name given by the user that is not in the table of GPUs."""
         if not self.is_named or self.spec:
             return None
-        keys = [spec.key for spec in GPUS]
-        near = difflib.get_close_matches(self.name.lower().replace(" ", "-"), keys, n=3, cutoff=0.4)
-        return Problem(
-            "--gpu",
-            self.name,
-            "is not in the table of GPUs (gpt/hardware/gpus.py), so memory fit and hours are n/a",
-            f"did you mean {' or '.join(near)}?" if near else "use a name like rtx-4070, or auto",
-        )
+        key, keys = self.name.lower().replace(" ", "-"), [spec.key for spec in GPUS]
+        near = " or ".join(difflib.get_close_matches(key, keys, n=3, cutoff=0.4))
+        rule = "is not in the table of GPUs (gpt/hardware/gpus.py), so memory fit and hours are n/a"
+        remedy = f"did you mean {near}?" if near else "use a name like rtx-4070, or auto"
+        return Problem("--gpu", self.name, rule, remedy)
 
 
 def find_target_gpu(gpu: str = "auto") -> TargetGPU:

@@ -19,9 +19,6 @@ from gpt.preflight.figures import Figures
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.time import existing_ancestor
 
-NOT_PART_OF_THE_WEIGHTS = {"dropout"}
-"""Keys of [model] that may differ from those of `training.init_from`."""
-
 
 def gb(count: float) -> str:
     """Format bytes in decimal units, as disks are sold."""
@@ -126,12 +123,8 @@ def check_init_from(config: RunConfig) -> Problem | None:
         theirs = load_model_section(Path(path)).model_dump()
     except CheckpointError as error:
         return Problem("training.init_from", path, error.problems[0].rule, remedy)
-    ours = config.model.model_dump()
-    differing = {
-        key: value
-        for key, value in theirs.items()
-        if ours[key] != value and key not in NOT_PART_OF_THE_WEIGHTS
-    }
+    ours = config.model.model_dump(exclude={"dropout"})  # not part of the weights
+    differing = {key: theirs[key] for key in ours if theirs[key] != ours[key]}
     if not differing:
         return None
     rule = "is a model of another shape: " + ", ".join(
@@ -144,8 +137,7 @@ def check_init_from(config: RunConfig) -> Problem | None:
 def check_disk(figures: Figures) -> Iterator[Problem]:
     root = figures.config.run.root
     try:
-        ancestor = existing_ancestor(root)
-        rule = None
+        ancestor, rule = existing_ancestor(root), ""
         if not ancestor.is_dir():
             rule = f"is impossible: {ancestor} is a file, not a folder"
         elif not os.access(ancestor, os.W_OK | os.X_OK):

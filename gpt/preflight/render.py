@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.errors import Problem
-from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import Link
 from gpt.markdown import render_table
 from gpt.preflight.checks import gb, gib
@@ -94,7 +93,7 @@ def _memory_rows(figures: Figures) -> Rows:
 
 def _compute_rows(figures: Figures) -> Rows:
     config, rate = figures.config, figures.throughput.tokens_per_second
-    training, tokens, flops = config.training, config.total_tokens, flops_per_token(config)
+    training, tokens, flops = config.training, config.total_tokens, config.flops_per_token
     sequences = f"{training.batch_size} x {training.grad_acc} sequences"
     yield "step", f"{sequences} = {config.tokens_per_step:,} tokens"
     yield "run", f"{training.max_steps:,} steps = {tokens:,} tokens"
@@ -213,23 +212,19 @@ def print_report(report: Report, console: Console) -> None:
         grid.add_column(overflow="fold")
         for name, text in rows:
             grid.add_row(Text(name, "dim"), Text(text))
-        parts += [Text(f"\n{title}", "bold"), _indent(grid, 2)]
+        parts += [Text(f"\n{title}", "bold"), Padding.indent(grid, 2)]
     for kind, problems, style in (
         ("problem", report.problems, "red"),
         ("warning", report.warnings, "yellow"),
     ):
         for problem in problems:
             parts.append(Text.assemble("\n", (f"{kind}  ", style), (problem.subject, "bold")))
-            parts.append(_indent(Text(f"{problem.rule}\n-> {problem.remedy}"), 4))
+            parts.append(Padding.indent(Text(f"{problem.rule}\n-> {problem.remedy}"), 4))
     if report.suggestions:
         choices = [_suggestion_row(suggestion) for suggestion in report.suggestions]
         table = _table(SUGGESTION_HEADS, choices, "dim")
-        parts += [Text("\nsuggestions for --set", "bold"), _indent(table, 2)]
+        parts += [Text("\nsuggestions for --set", "bold"), Padding.indent(table, 2)]
     console.print(Group(*parts))
-
-
-def _indent(part: RenderableType, left: int) -> Padding:
-    return Padding(part, (0, 0, 0, left), expand=False)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> Table:

@@ -14,12 +14,11 @@ from typing import Any
 from gpt.config.loading import build_config, merge_overrides, read_toml
 from gpt.config.rules import HEAD_SPLIT_REMEDY
 from gpt.errors import ConfigError, Problem
-from gpt.hardware.flops import flops_per_token
 from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
 from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
 from gpt.preflight.checks import find_problems
 from gpt.preflight.figures import Figures, compute_figures
-from gpt.preflight.suggestions import Suggestion, suggest_aligned_heads, suggest_head_splits
+from gpt.preflight.suggestions import Suggestion, suggest_heads
 from gpt.preflight.warnings import find_warnings
 
 
@@ -86,14 +85,16 @@ def run_preflight_on_values(
             suggestion
             for problem in error.problems
             if problem.remedy.startswith(HEAD_SPLIT_REMEDY)
-            for suggestion in suggest_head_splits(problem.key, raw, target.memory_bytes)
+            for suggestion in suggest_heads(problem.key, raw, target.memory_bytes, aligned=False)
         ]
         return Report(path, target, None, error.problems, unknown_gpu, tuple(heads))
     figures = compute_figures(config, target, starting, network_gbit)
     problems, warnings = tuple(find_problems(figures)), tuple(find_warnings(figures))
     suggestions = figures.memory_savings
     if any(warning.key == "model.n_head" for warning in warnings):
-        suggestions = [*suggestions, *suggest_aligned_heads(config, target.memory_bytes)]
+        values = config.model_dump(mode="json")
+        heads = suggest_heads("model.n_head", values, target.memory_bytes, aligned=True)
+        suggestions = [*suggestions, *heads]
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
 
 
@@ -114,7 +115,7 @@ def _figures_json(figures: Figures) -> dict[str, Any]:
         "tokens_per_step": config.tokens_per_step,
         "steps": config.training.max_steps,
         "tokens": config.total_tokens,
-        "flops_per_token": flops_per_token(config),
+        "flops_per_token": config.flops_per_token,
         "tokens_per_second": figures.tokens_per_second,
         "hours": figures.hours,
         "basis": figures.throughput.basis,

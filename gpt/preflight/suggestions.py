@@ -7,7 +7,7 @@ property test checks that it does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,34 +65,19 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 # --- heads ---------------------------------------------------------------------------------------
 
 
-def suggest_head_splits(
-    key: str, raw: Mapping[str, Any], memory_bytes: int | None
+def suggest_heads(
+    key: str, raw: Mapping[str, Any], memory_bytes: int | None, aligned: bool
 ) -> list[Suggestion]:
-    """Splits for a width that its heads do not divide, the nearest in parameters first."""
+    """Suggest splits of the width into heads, the nearest in parameters first: for a width that the
+    heads do not divide, or with `aligned` for heads that are no multiple of 8 channels."""
     model = raw["model"]
-    even = model.get("architecture") == "nanochat"
-    splits = valid_head_splits(model["n_embd"], model["n_head"], even)
-    return _rank(key, raw, splits, memory_bytes)
-
-
-def suggest_aligned_heads(config: RunConfig, memory_bytes: int | None) -> list[Suggestion]:
-    """Splits with heads of a multiple of 8 channels, the nearest in parameters first."""
-    n_embd, n_head = config.model.n_embd, config.model.n_head
-    size = n_embd // n_head // 8 * 8
-    same_heads = [(n_head * near, n_head) for near in (size, size + 8) if near > 0]
-    splits = [*valid_head_splits(n_embd, n_head), *same_heads]
-    aligned = [split for split in splits if split[0] // split[1] % 8 == 0]
-    return _rank("model.n_head", config.model_dump(mode="json"), aligned, memory_bytes)
-
-
-def _rank(
-    key: str,
-    raw: Mapping[str, Any],
-    splits: Iterable[tuple[int, int]],
-    memory_bytes: int | None,
-) -> list[Suggestion]:
-    model = raw["model"]
-    wanted = _count_parameters(model) or model["n_embd"]
+    width, heads = model["n_embd"], model["n_head"]
+    splits = valid_head_splits(width, heads, even=model.get("architecture") == "nanochat")
+    if aligned:
+        size = width // heads // 8 * 8
+        splits += [(heads * near, heads) for near in (size, size + 8)]
+        splits = [split for split in splits if split[0] and split[0] // split[1] % 8 == 0]
+    wanted = _count_parameters(model) or width
     found = []
     for n_embd, n_head in dict.fromkeys(splits):
         overrides = {"model.n_embd": n_embd, "model.n_head": n_head}
@@ -106,7 +91,7 @@ def _rank(
 
     def distance(choice: Suggestion) -> tuple[int, int]:
         difference = (choice.parameters or choice.n_embd) - wanted
-        return abs(difference), abs(choice.n_head - model["n_head"])
+        return abs(difference), abs(choice.n_head - heads)
 
     return sorted(found, key=distance)
 

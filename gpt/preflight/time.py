@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config.schema import RunConfig
-from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import GPUSpec, find_gpu
 from gpt.preflight.data_estimate import DataEstimate, newest_first
 from gpt.preflight.parameters import count_parameters
@@ -68,7 +67,7 @@ def nominal_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput:
         basis += "; narrow models reach less"
     if not config.training.compile:
         share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} without compiling"
-    return Throughput(share * peak * 1e12 / flops_per_token(config), basis)
+    return Throughput(share * peak * 1e12 / config.flops_per_token, basis)
 
 
 def _measured_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput | None:
@@ -86,7 +85,7 @@ def _measured_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput | None:
             continue
         same_dtype = earlier.training.dtype == config.training.dtype
         if rates and same_dtype and ran_on and ran_on.name == gpu.name:
-            scale = flops_per_token(earlier) / flops_per_token(config)
+            scale = earlier.flops_per_token / config.flops_per_token
             basis = f"measured on this GPU by an earlier run, {folder.name}"
             return Throughput(statistics.median(rates[-LAST_STEPS:]) * scale, basis)
     return None

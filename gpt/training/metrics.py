@@ -8,7 +8,6 @@ import torch
 
 from gpt.artifacts import HeldoutLoss
 from gpt.hardware.device import peak_memory_bytes, read_energy_joules
-from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import find_gpu
 from gpt.schedule import peak_learning_rates
 from gpt.training.step import TrainState
@@ -65,7 +64,7 @@ class StepMeter:
         """Return the record of the step that `state` has just done in `seconds`."""
         state = self._state
         tokens_per_second = state.config.tokens_per_step / seconds
-        flops_per_second = flops_per_token(state.config) * tokens_per_second
+        flops_per_second = state.config.flops_per_token * tokens_per_second
         return StepRecord(
             step=state.step,
             tokens_seen=state.tokens_seen,

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from gpt.config.loading import merge_overrides, read_toml
 from gpt.errors import ConfigError
 from gpt.hardware import target_gpu
-from gpt.hardware.flops import flops_per_token
 from gpt.hardware.gpus import GIB, find_gpu
 from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
 from gpt.preflight.render import render_markdown
@@ -64,7 +63,7 @@ def test_flops_equal_nanogpts_estimate() -> None:
     assert figures is not None
     model, vectors = figures.config.model, figures.parameters.vectors
     n = 124_373_760 - model.block_size * model.n_embd - vectors
-    assert flops_per_token(figures.config) == 6 * n + 12 * 12 * 12 * 64 * 1024
+    assert figures.config.flops_per_token == 6 * n + 12 * 12 * 12 * 64 * 1024
 
 
 def test_unknown_gpu_gives_no_number() -> None:
