@@ -180,33 +180,47 @@ def spans_to_verify(text: bytes, edges: NDArray[Any]) -> Spans:
     is_safe &= (before > _SPACE) & (before < _NON_ASCII)
     places = np.flatnonzero(is_safe) + 1
     bounds = np.insert(places, np.searchsorted(places, edges), edges)
-    is_chosen = np.diff(bounds) >= LONG_RUN_BYTES
+    long_runs = np.flatnonzero(np.diff(bounds) >= LONG_RUN_BYTES)
     non_ascii = np.flatnonzero(data >= _NON_ASCII)
-    is_chosen[np.searchsorted(bounds, non_ascii, "right") - 1] = True
     sample = zlib.crc32(text[-SAMPLE_BYTES:]) % max(1, len(text) - SAMPLE_BYTES)
-    sample_end = min(sample + SAMPLE_BYTES, len(text))
-    for start, end in [(sample, sample_end), *_find_special_texts(text, edges)]:
-        first = np.searchsorted(bounds, start, "right") - 1
-        is_chosen[first : np.searchsorted(bounds, end)] = True
-
-    # Join neighbours within a text. An edge that is also a safe place has an empty span behind it.
-    chosen = np.flatnonzero(is_chosen)
-    starts, ends = bounds[chosen], bounds[chosen + 1]
-    starts, ends = starts[starts < ends], ends[starts < ends]
-    is_apart = (starts[1:] > ends[:-1]) | np.isin(starts[1:], edges)
-    begins, lasts = np.append(True, is_apart), np.append(is_apart, True)
-    return np.stack([starts[begins], ends[lasts]], axis=1)
+    wanted = [
+        np.stack([bounds[long_runs], bounds[long_runs + 1]], axis=1),
+        np.stack([non_ascii, non_ascii + 1], axis=1),
+        np.array([[sample, min(sample + SAMPLE_BYTES, len(text))]]),
+        _find_special_texts(text, edges),
+    ]
+    return _split_at_edges(_widen_to_bounds(np.concatenate(wanted), bounds), edges)
 
 
-def _find_special_texts(text: bytes, edges: NDArray[Any]) -> list[tuple[int, int]]:
-    """The bounds of each text that contains something like a special token."""
+def _find_special_texts(text: bytes, edges: NDArray[Any]) -> Spans:
+    """Find each text that contains something like a special token."""
     found = []
     match = SPECIAL.search(text)
     while match:
         index = int(np.searchsorted(edges, match.start(), side="right"))
-        found.append((int(edges[index - 1]), int(edges[index])))
+        found.append((edges[index - 1], edges[index]))
         match = SPECIAL.search(text, int(edges[index]))
-    return found
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _widen_to_bounds(wanted: NDArray[np.int64], bounds: NDArray[Any]) -> Spans:
+    """Extend each row (start, end) to the nearest bounds and join those that touch or overlap."""
+    first = np.searchsorted(bounds, wanted[:, 0], side="right") - 1
+    last = np.searchsorted(bounds, wanted[:, 1], side="left")
+    order = np.argsort(first, kind="stable")
+    starts, ends = bounds[first[order]], np.maximum.accumulate(bounds[last[order]])
+    is_apart = starts[1:] > ends[:-1]
+    begins, lasts = np.append(True, is_apart), np.append(is_apart, True)
+    return np.stack([starts[begins], ends[lasts]], axis=1)
+
+
+def _split_at_edges(spans: Spans, edges: NDArray[Any]) -> Spans:
+    """Split the spans where one text ends and the next begins."""
+    points = np.sort(np.concatenate([edges, spans.ravel()]), kind="stable")
+    points = points[np.diff(points, prepend=-1) > 0]
+    indices = np.searchsorted(spans[:, 0], points[:-1], side="right") - 1
+    is_inside = (indices >= 0) & (points[:-1] < spans[indices, 1])
+    return np.stack([points[:-1][is_inside], points[1:][is_inside]], axis=1)
 
 
 def _last_spans_of_groups(data: NDArray[np.uint8], spans: Spans) -> NDArray[np.int64]:
