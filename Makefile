@@ -29,7 +29,8 @@ ifdef UV
 make_venv = $(UV) venv --quiet --python $(PYTHON) $(VENV)
 install = $(UV) pip install --quiet --python $(BIN)/python --editable
 else
-make_venv = $(PYTHON) -m venv $(VENV)
+# Beside packages that are installed already, pip before 23.2 resolves for many minutes.
+make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet 'pip>=23.2,<26'
 install = $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable
 endif
 
