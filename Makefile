@@ -30,7 +30,7 @@ make_venv = $(UV) venv --quiet --python $(PYTHON) $(VENV)
 install = $(UV) pip install --quiet --python $(BIN)/python --editable
 else
 # Beside packages that are installed already, pip before 23.2 resolves for many minutes.
-make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet 'pip>=23.2,<26'
+make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet 'pip>=23.2,<25'
 install = $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable
 endif
 
