@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import Json, Root, display_path
+from flows.runtime.environment import prepare
+from gpt.errors import Problem, ServiceError
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -36,10 +38,13 @@ def up(
     Ctrl-C stops everything. If PREFECT_API_URL or MLFLOW_TRACKING_URI names a server, that one is
     used.
     """
-    from flows.service.settings import ServiceSettings, check_project
+    from flows.service.settings import PROJECT, ServiceSettings
 
-    check_project()
-    settings = ServiceSettings(root, host, prefect_port, mlflow_port, *_external_servers())
+    if not PROJECT.exists():
+        rule = "is not in this folder, so there is nothing to deploy"
+        remedy = "change into the checkout of overnight"
+        raise ServiceError(Problem(str(PROJECT), str(Path.cwd()), rule, remedy))
+    settings = ServiceSettings(root, host, prefect_port, mlflow_port)
     os.environ |= settings.environment  # before Prefect reads it
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from flows.service.up import up as start
@@ -53,16 +58,13 @@ def doctor(root: ServiceRoot = Path("runs"), as_json: Json = False) -> None:
 
     Exits with code 1 if it is not.
     """
-    from flows.runtime import environment
-
-    environment.prepare(root)
+    prepare(root)
     has_server = "PREFECT_API_URL" in os.environ
     from flows.service.doctor import FAULT, check_machine
     from flows.service.settings import ServiceSettings
 
-    settings = ServiceSettings(root, "127.0.0.1", 4200, 5000, *_external_servers())
     findings = []
-    for finding in check_machine(settings, has_server):
+    for finding in check_machine(ServiceSettings(root), has_server):
         findings.append(finding)
         if not as_json:
             print(f"{finding.level:5}  {finding.what}: {finding.found}", flush=True)
@@ -72,10 +74,6 @@ def doctor(root: ServiceRoot = Path("runs"), as_json: Json = False) -> None:
         print(json.dumps([vars(finding) for finding in findings], indent=2))
     if any(finding.level == FAULT for finding in findings):
         raise typer.Exit(1)
-
-
-def _external_servers() -> tuple[str, str]:
-    return os.environ.get("PREFECT_API_URL", ""), os.environ.get("MLFLOW_TRACKING_URI", "")
 
 
 @app.command()
@@ -88,11 +86,10 @@ def sync(
 
     Uploads only what MLflow does not have yet.
     """
-    from flows.runtime import environment
     from gpt.training.run_dir import find_run_dir_by_name
 
     folder = find_run_dir_by_name(run, root)
-    environment.prepare(root)
+    prepare(root)
     from gpt.training.run_lock import run_lock
     from tasks.tracking.runs import sync_run
 

@@ -5,13 +5,12 @@ Variables that are set already win, so `PREFECT_API_URL` points the same code at
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 EMBEDDED_API = "OVERNIGHT_EMBEDDED_API"
 """Set if PREFECT_API_URL names the embedded API of this process or of its parent."""
@@ -58,8 +57,7 @@ def prepare(root: Path) -> None:
     use_running_service(root)
     home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
     home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
-    for name, value in (EMBEDDED | COMPUTE).items():
-        os.environ.setdefault(name, value)
+    _set_defaults(EMBEDDED | COMPUTE)
 
 
 def prefect_home(root: Path) -> Path:
@@ -69,7 +67,11 @@ def prefect_home(root: Path) -> Path:
 
 def use_running_service(root: Path) -> None:
     """Use the servers of the `overnight up` that runs on this root, unless others are set."""
-    for name, value in service_environment(root).items():
+    _set_defaults(service_environment(root))
+
+
+def _set_defaults(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
@@ -78,26 +80,27 @@ def service_environment(root: Path) -> dict[str, str]:
 
     Removes the record of a service that was killed.
     """
-    record = root / SERVICE_RECORD
-    if not record.exists():
+    if not (root / SERVICE_RECORD).exists():
         return {}
-    lock = FileLock(root.resolve() / SERVICE_LOCK)
+    from filelock import FileLock, Timeout
+
     try:
-        lock.acquire(blocking=False)
+        with FileLock(root.resolve() / SERVICE_LOCK, blocking=False):
+            remove_service_record(root)
     except Timeout:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # it may be ending right now
-            return dict(json.loads(record.read_text(encoding="utf-8"))["environment"])
-        return {}
-    with lock:
-        remove_service_record(root)
+        return dict(read_service_record(root).get("environment", {}))
+    return {}
+
+
+def read_service_record(root: Path) -> dict[str, Any]:
+    """Return the record of the root's service; empty if it starts or ends right now."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((root / SERVICE_RECORD).read_text(encoding="utf-8")))
     return {}
 
 
 def remove_service_record(root: Path) -> None:
     """Remove the record of a service, and the prefect.toml that it wrote."""
-    record = root / SERVICE_RECORD
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        written = json.loads(record.read_text(encoding="utf-8"))
-        if path := written.get("prefect_toml"):
-            Path(path).unlink(missing_ok=True)
-    record.unlink(missing_ok=True)
+    if path := read_service_record(root).get("prefect_toml"):
+        Path(path).unlink(missing_ok=True)
+    (root / SERVICE_RECORD).unlink(missing_ok=True)

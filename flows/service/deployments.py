@@ -124,8 +124,7 @@ def find_process(run: FlowRun) -> int | None:
 
 
 def find_lost_runs(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
-    """Return the runs that Prefect believes to be running and whose process is gone, e.g. after a
-    power cut."""
+    """Return the running runs, for Prefect, whose process is gone, e.g. after a power cut."""
     return [run for run in read_running(client, worker) if find_process(run) is None]
 
 

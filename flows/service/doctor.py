@@ -74,9 +74,6 @@ def check_machine(settings: ServiceSettings, has_server: bool) -> Iterator[Findi
         yield Finding("Prefect's server", NOTE, found, remedy)
 
 
-# --- the machine ---------------------------------------------------------------------------------
-
-
 def check_python(found: str = platform.python_version()) -> Finding:
     required = Requirement(f"python{metadata('overnight')['Requires-Python']}").specifier
     if required.contains(found):
@@ -175,8 +172,7 @@ def _nearest_existing(path: Path) -> Path:
 
 def check_file_times(root: Path) -> Finding:
     """Check that no file was written in the future, i.e. that the clock was not set back."""
-    newest = max((path.stat().st_mtime for path in root.glob("*/*")), default=0.0)
-    ahead = newest - time.time()
+    ahead = max((path.stat().st_mtime for path in root.glob("*/*")), default=0.0) - time.time()
     now = datetime.now().astimezone()
     if ahead < CLOCK_SECONDS:
         return good("clock", f"{now:%Y-%m-%d %H:%M:%S %Z}")
@@ -199,24 +195,19 @@ def check_tracking_store(uri: str) -> Finding:
         remedy = "start that server, or unset MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite"):
             remedy = "move the file away; `overnight sync RUN` fills a new one from the run folders"
-        reason = first_line(error)
-        return fault("MLflow", f"{shown} does not work: {reason}", remedy)
+        return fault("MLflow", f"{shown} does not work: {first_line(error)}", remedy)
     return good("MLflow", shown)
 
 
 def _query_database(uri: str) -> None:
-    import sqlalchemy
+    from sqlalchemy import create_engine, text
 
-    engine = sqlalchemy.create_engine(uri)
-    with engine.connect() as connection:
+    with create_engine(uri).connect() as connection:
         if uri.startswith("sqlite"):
-            result = connection.execute(sqlalchemy.text("PRAGMA quick_check(1)")).scalar()
+            result = connection.execute(text("PRAGMA quick_check(1)")).scalar()
             if result != "ok":
                 raise OSError(result)
-        connection.execute(sqlalchemy.text("SELECT 1 FROM experiments LIMIT 1"))
-
-
-# --- Prefect -------------------------------------------------------------------------------------
+        connection.execute(text("SELECT 1 FROM experiments LIMIT 1"))
 
 
 def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
@@ -242,8 +233,7 @@ def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
         yield fault(what, f"{url} has version {theirs}, this machine {ours}", remedy)
     yield check_server_clock(answer.headers["date"])
     with get_client(sync_client=True) as client:
-        yield check_work_pool(client)
-        yield check_workers(client)
+        yield from check_work_pool(client)
         yield check_runs(client, settings)
         yield from check_deployments(client, PROJECT)
 
@@ -257,28 +247,26 @@ def check_server_clock(date: str) -> Finding:
     return fault("clock", found, "set both clocks: timedatectl set-ntp true")
 
 
-def check_work_pool(client: SyncPrefectClient) -> Finding:
+def check_work_pool(client: SyncPrefectClient) -> Iterator[Finding]:
+    """Check the pool, and that a worker serves it."""
+    what = "work pool"
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
-        return fault("work pool", f"{POOL} does not exist", "overnight up")
+        yield fault(what, f"{POOL} does not exist", "overnight up")
+        return
     if pool.is_paused:
-        return fault("work pool", f"{POOL} is paused", f"prefect work-pool resume {POOL}")
-    if pool.concurrency_limit != 1:
+        yield fault(what, f"{POOL} is paused", f"prefect work-pool resume {POOL}")
+    elif pool.concurrency_limit != 1:
         limit = pool.concurrency_limit or "no limit"
         found = f"{POOL} has concurrency limit {limit}; one GPU needs 1"
-        return fault("work pool", found, f"prefect work-pool set-concurrency-limit {POOL} 1")
-    return good("work pool", f"{POOL}, one run at a time")
-
-
-def check_workers(client: SyncPrefectClient) -> Finding:
-    try:
-        online = deployments.read_online_workers(client)
-    except ObjectNotFound:
-        online = []
-    if online:
-        return good("worker", f"online for {POOL}: {', '.join(online)}")
-    return fault("worker", f"none is online for {POOL}, so runs wait", "overnight up")
+        yield fault(what, found, f"prefect work-pool set-concurrency-limit {POOL} 1")
+    else:
+        yield good(what, f"{POOL}, one run at a time")
+    if online := deployments.read_online_workers(client):
+        yield good("worker", f"online for {POOL}: {', '.join(online)}")
+    else:
+        yield fault("worker", f"none is online for {POOL}, so runs wait", "overnight up")
 
 
 def check_runs(client: SyncPrefectClient, settings: ServiceSettings) -> Finding:
@@ -309,10 +297,8 @@ def check_schedules(
     client: SyncPrefectClient, deployment: Any, wanted: Iterable[dict[str, Any]]
 ) -> Iterator[Finding]:
     what = f"schedule of {deployment.name}"
-    slugs = {schedule.slug for schedule in deployment.schedules}
-    for each in wanted:
-        if each["slug"] not in slugs:
-            yield fault(what, f"{each['slug']} is missing", DEPLOY)
+    for slug in {each["slug"] for each in wanted} - {s.slug for s in deployment.schedules}:
+        yield fault(what, f"{slug} is missing", DEPLOY)
     for schedule in deployment.schedules:
         cron = getattr(schedule.schedule, "cron", schedule.schedule)
         if not schedule.active:

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flows.runtime.environment import (
     SERVICE_LOCK,
     SERVICE_RECORD,
     prefect_home,
+    read_service_record,
     remove_service_record,
 )
 from gpt.errors import Problem, ServiceError
@@ -31,13 +32,13 @@ PROJECT = Path("prefect.yaml")
 @dataclass(frozen=True)
 class ServiceSettings:
     root: Path
-    host: str
-    prefect_port: int
-    mlflow_port: int
-    external_prefect: str = ""
-    """PREFECT_API_URL of a server to use instead of starting one."""
-    external_mlflow: str = ""
-    """MLFLOW_TRACKING_URI of a server to use instead of starting one."""
+    host: str = "127.0.0.1"
+    prefect_port: int = 4200
+    mlflow_port: int = 5000
+    external_prefect: str = field(default_factory=lambda: os.environ.get("PREFECT_API_URL", ""))
+    """URL of a server to use instead of starting one."""
+    external_mlflow: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI", ""))
+    """URI of a server or database to use instead of starting a server."""
 
     @property
     def api_url(self) -> str:
@@ -76,46 +77,45 @@ def redact_password(uri: str) -> str:
     return sqlalchemy.make_url(uri).render_as_string(hide_password=True)
 
 
-def check_project() -> None:
-    """Raise `ServiceError` if the current folder has no prefect.yaml."""
-    if not PROJECT.exists():
-        rule = "is not in this folder, so there is nothing to deploy"
-        remedy = "change into the checkout of overnight"
-        raise ServiceError(Problem(str(PROJECT), str(Path.cwd()), rule, remedy))
-
-
 @contextmanager
-def hold_service_lock(settings: ServiceSettings) -> Iterator[None]:
-    """Hold the root's lock: one service per root.
+def publish_service(settings: ServiceSettings) -> Iterator[None]:
+    """Hold the root's lock and publish the service's addresses: to `overnight` in a record below
+    the root, to `prefect` in a prefect.toml in the current folder, unless it has one. External
+    addresses, which may hold a password, are left out.
 
     Raises `ServiceError` with the addresses of a service that runs already, or if a port is in use.
     """
-    settings.root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.root.resolve() / SERVICE_LOCK)
+    root, toml = settings.root, Path("prefect.toml").absolute()
+    root.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(root.resolve() / SERVICE_LOCK).acquire(blocking=False)
     except Timeout:
-        rule = f"is already running: {_describe_running_service(settings.root)}"
+        rule = f"is already running: {_describe_running_service(root)}"
         remedy = "use that service, or stop it with Ctrl-C where it runs"
-        raise ServiceError(Problem("overnight up", str(settings.root), rule, remedy)) from None
-    try:
+        raise ServiceError(Problem("overnight up", str(root), rule, remedy)) from None
+    with lock:
         _check_ports(settings)
-        yield
-    finally:
-        lock.release()
+        external = {settings.external_prefect, settings.external_mlflow}
+        environment = {k: v for k, v in settings.environment.items() if v not in external}
+        record: dict[str, Any] = {"pid": os.getpid(), "environment": environment}
+        if writes_toml := not (toml.exists() or settings.external_prefect):
+            record["prefect_toml"] = str(toml)
+        write_text(root / SERVICE_RECORD, json.dumps(record, indent=2))
+        if writes_toml:
+            note = f"Written by `overnight up`, process {os.getpid()}, which removes it at its end."
+            write_text(toml, f'# {note}\n[api]\nurl = "{settings.api_url}"\n')
+        try:
+            yield
+        finally:
+            remove_service_record(root)
 
 
 def _describe_running_service(root: Path) -> str:
-    try:
-        record = json.loads((root / SERVICE_RECORD).read_text(encoding="utf-8"))
-        addresses = [
-            f"{name}={record['environment'][name]}"
-            for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
-            if name in record["environment"]
-        ]
-        return ", ".join([f"process {record['pid']}", *addresses])
-    except (OSError, ValueError, KeyError):  # it has not published its record yet
+    record = read_service_record(root)
+    if not record:  # it has not published its record yet
         return "another process"
+    addresses = (f"{k}={v}" for k, v in record["environment"].items() if k.endswith(("URL", "URI")))
+    return ", ".join([f"process {record['pid']}", *addresses])
 
 
 def _check_ports(settings: ServiceSettings) -> None:
@@ -137,27 +137,3 @@ def _check_ports(settings: ServiceSettings) -> None:
             problems.append(Problem(option, str(port), rule, remedy))
     if problems:
         raise ServiceError(*problems)
-
-
-@contextmanager
-def publish_service(settings: ServiceSettings) -> Iterator[None]:
-    """Publish the service's addresses: to `overnight` in a record below the root, to `prefect` in a
-    prefect.toml in the current folder, unless it has one. External addresses, which may hold a
-    password, are left out."""
-    external = {
-        "PREFECT_API_URL": settings.external_prefect,
-        "MLFLOW_TRACKING_URI": settings.external_mlflow,
-    }
-    environment = {k: v for k, v in settings.environment.items() if not external.get(k)}
-    record: dict[str, Any] = {"pid": os.getpid(), "environment": environment}
-    toml = Path("prefect.toml").absolute()
-    if not toml.exists() and not settings.external_prefect:
-        record["prefect_toml"] = str(toml)
-    write_text(settings.root / SERVICE_RECORD, json.dumps(record, indent=2))
-    if "prefect_toml" in record:
-        note = f"# Written by `overnight up`, process {os.getpid()}, which removes it when it ends."
-        write_text(toml, f'{note}\n[api]\nurl = "{settings.api_url}"\n')
-    try:
-        yield
-    finally:
-        remove_service_record(settings.root)

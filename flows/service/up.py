@@ -1,37 +1,85 @@
-"""`overnight up`: from a checkout to a running service on this machine."""
+"""`overnight up`: from a checkout to a running service on this machine.
+
+The servers and the worker are started, restarted when they end, and stopped together.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import httpx
+import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
+from flows.runtime.process_exit import die_with_parent
 from flows.service import deployments
-from flows.service.settings import (
-    ServiceSettings,
-    hold_service_lock,
-    publish_service,
-    redact_password,
-)
-from flows.service.supervisor import (
-    POLL_SECONDS,
-    START_SECONDS,
-    ManagedProcess,
-    build_processes,
-    stop_processes,
-    supervise,
-    wait_until_healthy,
-)
+from flows.service.settings import POOL, ServiceSettings, publish_service, redact_password
 from gpt.data.sample_corpus import write_sample_corpus
 from gpt.errors import Problem, ServiceError
 from tasks.runtime.prefect_api import is_api_unreachable
+from tasks.tracking import mlflow_settings
 
+START_SECONDS = 120.0
+"""Longest wait for a server; its first start creates the database."""
+STOP_SECONDS = 25.0
+"""Time for a run to write its checkpoint and report its end, and for a server to close."""
+RESTART_SECONDS = 2.0
+"""Delay before a process that has ended is restarted; doubles each time."""
+MOST_RESTART_SECONDS = 60.0
+POLL_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE = Path("data/sample.parquet")
 """Source of configs/tiny.toml."""
+
+
+@dataclass
+class ManagedProcess:
+    """A process that is restarted when it ends. It writes its output to a file."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    delay: float = RESTART_SECONDS
+    restart_at: float = 0.0
+
+    def start(self) -> None:
+        print(f"starting {self.name}, log in {self.log}", flush=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *self.command],
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C stops the runs first, then the servers
+                preexec_fn=die_with_parent(signal.SIGTERM),
+            )
+
+    def has_exited(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
+    def is_restart_due(self) -> bool:
+        """Return whether to restart it now, because it has ended."""
+        if not self.has_exited():
+            return False
+        if not self.restart_at:
+            self.restart_at = time.monotonic() + self.delay
+            self.delay = min(2 * self.delay, MOST_RESTART_SECONDS)
+        if time.monotonic() < self.restart_at:
+            return False
+        self.restart_at = 0.0
+        return True
 
 
 def up(settings: ServiceSettings) -> None:
@@ -41,27 +89,55 @@ def up(settings: ServiceSettings) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    servers, worker = build_processes(settings)
-    with hold_service_lock(settings), publish_service(settings):
+    processes = build_processes(settings)
+    with publish_service(settings):
         try:
-            _start(settings, servers, worker)
+            _start(settings, *processes)
             _print_addresses(settings)
-            supervise([*servers, worker], lambda ended: _may_restart(ended, worker, settings))
+            while True:
+                for each in processes:
+                    if each.is_restart_due() and _may_restart(each, settings):
+                        each.start()
+                time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             pass
         finally:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             print("stopping: runs write a checkpoint first", flush=True)
-            stop_processes(_running_pids(settings), [*servers, worker])
+            _stop(_running_pids(settings), processes)
     print("stopped; start an interrupted run again to resume it", flush=True)
 
 
-def _start(
-    settings: ServiceSettings, servers: list[ManagedProcess], worker: ManagedProcess
-) -> None:
+def build_processes(settings: ServiceSettings) -> list[ManagedProcess]:
+    """Return the servers to start, then the worker."""
+    logs, environment = settings.root / "logs", settings.environment
+    address = ["--host", settings.host, "--port"]
+    processes = []
+    if not settings.external_prefect:
+        command = ["prefect", "server", "start", *address, str(settings.prefect_port)]
+        processes.append(
+            ManagedProcess("Prefect's server", command, logs / "prefect.log", environment)
+        )
+    if not settings.external_mlflow:
+        own = {k: v for k, v in environment.items() if k != "MLFLOW_TRACKING_URI"}
+        # Job workers only serve prompts and traces.
+        own |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | mlflow_settings.SETTINGS
+        command = ["mlflow", "server", "--workers", "1", *address, str(settings.mlflow_port)]
+        # Stores set in the environment (PostgreSQL, S3) are left to MLflow.
+        store = settings.root.resolve() / "mlflow"
+        if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
+            command += ["--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"]
+        if "MLFLOW_ARTIFACTS_DESTINATION" not in os.environ:
+            command += ["--artifacts-destination", str(store / "artifacts")]
+        processes.append(ManagedProcess("MLflow's server", command, logs / "mlflow.log", own))
+    command = ["prefect", "worker", "start", "--pool", POOL, "--name", settings.worker]
+    return [*processes, ManagedProcess("the worker", command, logs / "worker.log", environment)]
+
+
+def _start(settings: ServiceSettings, *processes: ManagedProcess) -> None:
+    *servers, worker = processes
     for server in servers:
-        print(f"starting {server.name}, log in {server.log}", flush=True)
         if server.name.startswith("MLflow"):
             _create_mlflow_store(settings)  # while Prefect's server starts
         server.start()
@@ -70,12 +146,18 @@ def _start(
         print(f"{SAMPLE}: written, {write_sample_corpus(SAMPLE).documents:,} documents", flush=True)
     for name, url in (("Prefect", settings.api_url), ("MLflow", settings.mlflow_uri)):
         if url.startswith("http"):  # else a database, used without a server
-            own = [server for server in servers if server.name.startswith(name)]
-            wait_until_healthy(url, own[0] if own else None)
+            own = next((server for server in servers if server.name.startswith(name)), None)
+            _wait_until(partial(_is_healthy, url), own, f"{url} does not answer")
     with get_client(sync_client=True) as client:
         deployments.create_work_pool(client)
         print(f"deployed {', '.join(deployments.deploy(client))}", flush=True)
-        _start_worker(client, worker, settings)
+        _reschedule_lost_runs(client, settings)
+        worker.start()
+        _wait_until(
+            lambda: settings.worker in deployments.read_online_workers(client),
+            worker,
+            "does not come online",
+        )
 
 
 def _create_mlflow_store(settings: ServiceSettings) -> None:
@@ -89,25 +171,31 @@ def _create_mlflow_store(settings: ServiceSettings) -> None:
         create_sqlite_store(folder / "mlflow.db")
 
 
-def _start_worker(
-    client: SyncPrefectClient, worker: ManagedProcess, settings: ServiceSettings
-) -> None:
-    _reschedule_lost_runs(client, settings)
-    print(f"starting {worker.name}, log in {worker.log}", flush=True)
-    worker.start()
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _wait_until(ready: Callable[[], bool], process: ManagedProcess | None, rule: str) -> None:
+    """Raises `ServiceError` with the rule if the process ends, or after `START_SECONDS`."""
     deadline = time.monotonic() + START_SECONDS
-    while settings.worker not in deployments.read_online_workers(client):
-        if worker.has_exited() or time.monotonic() > deadline:
-            remedy = f"read the end of {worker.log}"
-            raise ServiceError(Problem(worker.name, "", "does not come online", remedy))
+    while not ready():
+        if (process and process.has_exited()) or time.monotonic() > deadline:
+            remedy = (
+                f"read the end of {process.log}" if process else "start it, or unset its variable"
+            )
+            name = process.name if process else "the server"
+            raise ServiceError(Problem(name, "", rule, remedy))
         time.sleep(POLL_SECONDS)
 
 
-def _may_restart(ended: ManagedProcess, worker: ManagedProcess, settings: ServiceSettings) -> bool:
+def _may_restart(ended: ManagedProcess, settings: ServiceSettings) -> bool:
     """Return whether to restart a process now: the worker only once the runs that were lost with
     it are rescheduled, which needs Prefect's server."""
     assert ended.process
-    if ended is worker:
+    if ended.name == "the worker":
         try:
             with get_client(sync_client=True) as client:
                 _reschedule_lost_runs(client, settings)
@@ -115,8 +203,9 @@ def _may_restart(ended: ManagedProcess, worker: ManagedProcess, settings: Servic
             if not is_api_unreachable(error):
                 raise
             return False
-    code = ended.process.returncode
-    print(f"{ended.name} ended with exit code {code} (see {ended.log}); restarting it", flush=True)
+    print(
+        f"{ended.name} ended with exit code {ended.process.returncode}; restarting it", flush=True
+    )
     return True
 
 
@@ -132,6 +221,27 @@ def _running_pids(settings: ServiceSettings) -> list[int]:
     except Exception:  # the server has failed; the worker's children are stopped anyway
         return []
     return [pid for run in runs if (pid := deployments.find_process(run))]
+
+
+def _stop(runs: Sequence[int], processes: Sequence[ManagedProcess]) -> None:
+    """Stop the runs, which write a checkpoint, then the processes in reverse order with all their
+    children. What is left after `STOP_SECONDS` each is killed."""
+    found = [psutil.Process(pid) for pid in runs if psutil.pid_exists(pid)]
+    for run in found:
+        run.terminate()
+    _kill_after_timeout(found)
+    for each in reversed(processes):
+        if each.process and not each.has_exited():
+            parent = psutil.Process(each.process.pid)
+            family = [parent, *parent.children(recursive=True)]
+            each.process.send_signal(signal.SIGINT)
+            _kill_after_timeout(family)
+            each.process.wait()
+
+
+def _kill_after_timeout(processes: Sequence[psutil.Process]) -> None:
+    for process in psutil.wait_procs(processes, timeout=STOP_SECONDS)[1]:
+        process.kill()
 
 
 def _print_addresses(settings: ServiceSettings) -> None:

@@ -6,14 +6,13 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 import httpx
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.events import Event, RelatedResource, Resource
 from prefect.settings import PREFECT_API_URL
-from pydantic import BaseModel, ConfigDict, Field
 
 from gpt.data.new_files import NewFileScanner
 from gpt.errors import Problem, WatchError, first_line
@@ -27,103 +26,66 @@ SERVER_UNREACHABLE = (httpx.HTTPError, RuntimeError, OSError)
 """What `send_file_event` raises if the server cannot be reached or refuses."""
 
 
-class PendingEvent(BaseModel):
-    """An event that the server does not have yet; every attempt to send it uses the same id."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: UUID
-    path: Path
-
-
-class WatchState(BaseModel):
-    """What a watcher remembers across restarts."""
-
-    known: dict[str, str] = Field(default_factory=dict)
-    unsent: list[PendingEvent] = Field(default_factory=list)
-
-
 class Watcher:
-    """A folder, its known files, and the events still to be sent.
+    """A folder, and which of its files the server has had an event for.
 
-    An event is saved before it is sent and removed afterwards. After a kill in between it is sent
-    again under the same id, which the server counts once.
+    A file counts as known once its event is sent. After a kill in between it is sent again under
+    the same id, which the server counts once: the id depends on path, size and time of the file.
     """
 
     def __init__(self, folder: Path, pattern: str, state_file: Path, existing: bool) -> None:
         self._state_file = state_file
-        is_first_start = not state_file.exists()
-        state = WatchState()
-        if not is_first_start:
-            state = WatchState.model_validate_json(state_file.read_bytes())
-        self._scanner = NewFileScanner(folder, pattern, state.known)
-        self._unsent = state.unsent
-        self._server_is_down = self._folder_is_gone = False
-        if is_first_start and not existing:
+        self.known: dict[str, str] = {}
+        self._warned: set[str] = set()
+        if has_state := state_file.exists():
+            state = json.loads(state_file.read_bytes())
+            # Earlier versions listed events to be sent; their files are found again as new ones.
+            unsent = {event["path"] for event in state.get("unsent", ())}
+            self.known |= {path: v for path, v in state["known"].items() if path not in unsent}
+        self._scanner = NewFileScanner(folder, pattern, self.known)
+        if not (has_state or existing):
             self._scanner.mark_existing_as_seen()
         self._save_state()
 
-    @property
-    def known(self) -> int:
-        return len(self._scanner.known)
-
     def step(self) -> None:
         """Scan once, and try once to send what has not been sent."""
-        self._scan()
-        self._send()
-
-    def _scan(self) -> None:
         try:
             complete, broken = self._scanner.scan()
         except OSError as error:
-            if not self._folder_is_gone:
-                folder = self._scanner.folder
-                log_warning(f"{folder} cannot be read ({error.strerror}): waiting for it")
-            self._folder_is_gone = True
+            folder = self._scanner.folder
+            self._warn_once("folder", f"{folder} cannot be read ({error.strerror}): waiting for it")
             return
-        self._folder_is_gone = False
+        self._warned.discard("folder")
         for path, reason in broken.items():
             log_warning(
                 f"{path} is not a complete Parquet file ({reason}) and no longer changes; it is "
                 "read again when it changes"
             )
-        if complete:
-            self._unsent += [PendingEvent(id=uuid4(), path=path) for path in complete]
-            self._save_state()
-
-    def _send(self) -> None:
-        while self._unsent:
-            event = self._unsent[0]
+        stamps = {path: self.known.pop(str(path)) for path in complete}  # until they are sent
+        for path, stamp in stamps.items():
             try:
-                send_file_event(event.path, event.id)
+                send_file_event(path, uuid5(NAMESPACE_URL, f"{path}:{stamp}"))
             except SERVER_UNREACHABLE as error:
-                if not self._server_is_down:
-                    reason = first_line(error)
-                    log_warning(
-                        f"the event for {event.path} cannot be sent to Prefect's server "
-                        f"({reason}); it is sent when the server is back. `overnight up` starts one"
-                    )
-                self._server_is_down = True
+                self._warn_once(
+                    "server",
+                    f"the event for {path} cannot be sent to Prefect's server "
+                    f"({first_line(error)}); it is sent when the server is back. `overnight up` "
+                    "starts one",
+                )
                 return
-            self._server_is_down = False
-            self._unsent.pop(0)
+            self._warned.discard("server")
+            self.known[str(path)] = stamp
             self._save_state()
-            log_info(f"{event.path} is new: event sent to Prefect")
+            log_info(f"{path} is new: event sent to Prefect")
+
+    def _warn_once(self, fault: str, text: str) -> None:
+        """Warn of a fault unless it lasts since the last warning."""
+        if fault not in self._warned:
+            log_warning(text)
+        self._warned.add(fault)
 
     def _save_state(self) -> None:
-        state = WatchState(known=self._scanner.known, unsent=self._unsent)
-        write_text(self._state_file, state.model_dump_json(indent=1))
-
-
-def require_prefect_server() -> str:
-    """Return the URL of Prefect's API. Raises `WatchError` if none is set: the embedded API runs no
-    automations."""
-    url = PREFECT_API_URL.value()
-    if url:
-        return str(url)
-    rule = "is not set: there is no Prefect server to start a flow on an event"
-    remedy = "start one with `overnight up`, or set it, e.g. to http://127.0.0.1:4200/api"
-    raise WatchError(Problem("PREFECT_API_URL", "", rule, remedy))
+        write_text(self._state_file, json.dumps({"known": self.known}, indent=1))
 
 
 def send_file_event(path: Path, event_id: UUID) -> None:
@@ -158,13 +120,18 @@ def watch(folder: Path, pattern: str, interval_seconds: float, existing: bool, r
     """Scan the folder every `interval_seconds` until interrupted.
 
     Files that exist at the very first start count as known, unless `existing`. Raises `WatchError`
-    if the folder does not exist or is watched already, or if no Prefect server is set.
+    if the folder does not exist or is watched already, or if no Prefect server is set: the embedded
+    API runs no automations.
     """
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
         rule = "is not a directory" if folder.exists() else "no such directory"
         raise WatchError(Problem("DIR", str(folder), rule, "name the directory to watch"))
-    url = require_prefect_server()
+    url = PREFECT_API_URL.value()
+    if not url:
+        rule = "is not set: there is no Prefect server to start a flow on an event"
+        remedy = "start one with `overnight up`, or set it, e.g. to http://127.0.0.1:4200/api"
+        raise WatchError(Problem("PREFECT_API_URL", "", rule, remedy))
     state_file = state_path(folder, pattern, root)
     state_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(state_file.with_suffix(".lock"))
@@ -177,8 +144,8 @@ def watch(folder: Path, pattern: str, interval_seconds: float, existing: bool, r
     with lock:
         watcher = Watcher(folder, pattern, state_file, existing)
         log_info(
-            f"watching {folder} for {pattern} every {interval_seconds:g} s, {watcher.known} files "
-            f"known; events go to {url}"
+            f"watching {folder} for {pattern} every {interval_seconds:g} s, {len(watcher.known)} "
+            f"files known; events go to {url}"
         )
         while True:
             watcher.step()

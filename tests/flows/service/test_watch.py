@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,19 @@ def test_existing_files_are_sent_on_request(tmp_path, monkeypatch):
     for _ in range(3):
         watcher.step()
     assert [name for name, _ in server.asked] == ["before.parquet"]
+
+
+def test_unsent_events_of_an_earlier_version_are_sent(tmp_path, monkeypatch):
+    server = Server()
+    monkeypatch.setattr(watch, "send_file_event", server.send)
+    sent, unsent = parquet(tmp_path / "a.parquet"), parquet(tmp_path / "b.parquet")
+    known = {str(p): f"{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in (sent, unsent)}
+    events = [{"id": "12345678123456781234567812345678", "path": str(unsent)}]
+    (tmp_path / "state.json").write_text(json.dumps({"known": known, "unsent": events}))
+    watcher = Watcher(tmp_path, "*.parquet", tmp_path / "state.json", existing=False)
+    for _ in range(3):
+        watcher.step()
+    assert [name for name, _ in server.asked] == ["b.parquet"]
 
 
 def test_watch_refuses_missing_folder_and_missing_server(tmp_path):
