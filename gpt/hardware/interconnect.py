@@ -30,38 +30,19 @@ class Link:
     source: str
 
 
-# NVLink generation, gigabytes per second of both directions together, source.
-_NVLINK = {
-    "v100": (2, 300, "NVIDIA V100 data sheet"),
-    "v100-32gb": (2, 300, "NVIDIA V100 data sheet"),
-    "a100": (3, 600, "NVIDIA A100 data sheet"),
-    "a100-80gb": (3, 600, "NVIDIA A100 data sheet"),
-    "h100": (4, 900, "NVIDIA H100 data sheet"),
-    "h200": (4, 900, "NVIDIA H200 data sheet"),
-    "b200": (5, 1800, "NVIDIA HGX B200 data sheet"),
-}
-# GPUs without 16 lanes (nvidia.com, specifications; TechPowerUp for GeForce).
-_LANES = {
-    **dict.fromkeys(("rtx-3050", "rtx-4060", "rtx-4060-ti", "rtx-4060-ti-16gb"), 8),
-    **dict.fromkeys(("rtx-5050", "rtx-5060", "rtx-5060-ti", "rtx-5060-ti-8gb"), 8),
-    "rtx-2000-ada": 8,
-    "a16": 4,  # four GPUs share one slot of 16
-}
-
-
 def intra_node_link(gpu: GPUSpec) -> Link | None:
     """Return the link between the GPUs of one machine. None for laptops, which have one GPU."""
-    if "Laptop" in gpu.name:
+    if gpu.lanes is None:
         return None
-    if gpu.key in _NVLINK:
-        generation, both_ways, source = _NVLINK[gpu.key]
-        source = f"{source}, {both_ways} GB/s in both directions together"
-        return Link(f"NVLink {generation}", both_ways / 2 * 1e9, source)
     # Volta and Turing have generation 3, Ampere and Ada 4, Hopper and Blackwell 5 (whitepapers).
     major, _ = gpu.compute_capability
     generation = 3 if major < 8 else 4 if major == 8 else 5
+    if gpu.nvlink_gbs is not None:
+        name = {7: "NVLink 2", 8: "NVLink 3", 9: "NVLink 4"}.get(major, "NVLink 5")
+        source = f"NVIDIA's data sheet, {gpu.nvlink_gbs:g} GB/s in both directions together"
+        return Link(name, gpu.nvlink_gbs / 2 * 1e9, source)
     # Gigatransfers per second and lane: 8, 16 or 32 (PCI-SIG).
-    lanes, rate = _LANES.get(gpu.key, 16), 2**generation
+    lanes, rate = gpu.lanes, 2**generation
     source = f"PCI-SIG, {rate} GT/s x {lanes} lanes x 128/130"
     return Link(f"PCI Express {generation} x{lanes}", rate * 1e9 * lanes / 8 * 128 / 130, source)
 

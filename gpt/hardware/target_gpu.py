@@ -32,7 +32,9 @@ class TargetGPU:
             return None
         key, keys = self.name.lower().replace(" ", "-"), [spec.key for spec in GPUS]
         near = " or ".join(difflib.get_close_matches(key, keys, n=3, cutoff=0.4))
-        rule = "is not in the table of GPUs (gpt/hardware/gpus.py), so memory fit and hours are n/a"
+        rule = (
+            "is not in the table of GPUs (gpt/hardware/gpus.csv), so memory fit and hours are n/a"
+        )
         remedy = f"did you mean {near}?" if near else "use a name like rtx-4070, or auto"
         return Problem("--gpu", self.name, rule, remedy)
 

@@ -37,9 +37,13 @@ from gpt.hardware.gpus import GIB, GPUS, MIB, find_gpu
         ("NVIDIA RTX A6000", "rtx-a6000"),
         ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
         ("Quadro RTX 6000", "quadro-rtx-6000"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
-        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
-        ("rtx-3060-8gb", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000-server"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "rtx-pro-6000-max-q"),
+        ("NVIDIA GeForce RTX 2080 Super with Max-Q Design", "rtx-2080-super-max-q"),
+        ("NVIDIA GeForce GTX 1660 Ti", "gtx-1660-ti"),
+        ("NVIDIA A800-SXM4-80GB", "a100-80gb"),
+        ("rtx-3060-8gb", "rtx-3060-8gb"),
+        ("rtx-3060-24gb", None),
         ("rtx-3060-12gb", "rtx-3060"),
         ("rtx-4060-ti-16gb", "rtx-4060-ti-16gb"),
         ("GTX 1080 Ti", None),
@@ -99,8 +103,19 @@ def test_gpus_without_bfloat16_use_the_peak_of_float16() -> None:
 
 def test_table_is_plausible() -> None:
     keys = [gpu.key for gpu in GPUS]
-    assert len(keys) == len(set(keys))
+    assert len(keys) == len(set(keys)) > 120
     for gpu in GPUS:
         assert 4 * GIB <= gpu.memory_bytes <= 192 * GIB
-        assert gpu.tflops > 10
+        assert 128 <= gpu.bandwidth_gbs <= 8000
+        assert gpu.tflops is None or gpu.tflops > 10
+        assert (gpu.low_tflops is not None) == gpu.name.endswith("Laptop GPU")
+        assert gpu.low_tflops is None or gpu.low_tflops < (gpu.tflops or 0)
+        assert (gpu.lanes is None) >= gpu.name.endswith("Laptop GPU")
         assert gpu.source
+
+
+def test_geforce_has_the_tensor_cores_of_its_multiprocessors() -> None:
+    for gpu in GPUS:
+        if "GeForce" in gpu.name and gpu.tflops:
+            per_sm = 8 if gpu.compute_capability == (7, 5) else 4
+            assert gpu.source.startswith(f"{gpu.sms * per_sm} tensor cores x ")
