@@ -50,8 +50,10 @@ class NanoChatMLP(nn.Module):
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Squared ReLU: So et al. 2021, "Primer", arXiv:2109.08668.
-        return F.dropout(self.fc2(F.relu(self.fc1(x)).square()), self.dropout, self.training)
+        # Squared ReLU: So et al. 2021, "Primer", arXiv:2109.08668. Not `square()`: that is `pow`,
+        # which CUDA autocast runs in float32, saving a float32 copy for backward.
+        x = F.relu(self.fc1(x))
+        return F.dropout(self.fc2(x * x), self.dropout, self.training)
 
 
 class NanoChatBlock(nn.Module):
