@@ -20,7 +20,7 @@ from tasks.compare import Comparison, VariantResult
 from tasks.compare import compare as compare_runs
 from tasks.display import log_info
 from tasks.tokenize_parquet import tokenize_parquet
-from tasks.tracking.runs import open_comparison, set_parent_run, track_run_status
+from tasks.tracking.runs import open_run, set_parent_run, track_run_status
 
 
 class ComparisonResult(Comparison):
@@ -68,7 +68,8 @@ def compare(
     dataset = call_task(tokenize_parquet)(shared)
     folder = comparison_folder(shared.run.root, variants, name)
     with run_lock(folder):
-        run = open_comparison(shared, dataset, folder, _run_parameters(variants, tokens, seeds))
+        parameters = _run_parameters(variants, tokens, seeds)
+        run = open_run(shared, dataset, folder, compared=parameters)
         with track_run_status(run):
             results = tuple(_train_variant(variant, folder) for variant in variants)
             comparison = call_task(compare_runs)(run, results)

@@ -22,7 +22,7 @@ from gpt.training.run_dir import RUN_FILE
 from tasks.pages.comparison import draw_charts, render_html, render_markdown
 from tasks.runtime.prefect_api import publish_markdown
 from tasks.tracking import journal
-from tasks.tracking.runs import RunRef, attach_artifacts, set_run_note
+from tasks.tracking.runs import RunRef, attach_artifacts
 
 HTML_FILE = "comparison.html"
 MARKDOWN_FILE = "comparison.md"
@@ -59,8 +59,7 @@ def compare(run: RunRef, results: tuple[VariantResult, ...]) -> Comparison:
     }
     for file, text in texts.items():
         write_text(run.folder / file, text)
-    attach_artifacts(run, {file: run.folder / file for file in texts})
-    set_run_note(run, markdown)
+    attach_artifacts(run, {file: run.folder / file for file in texts}, note=markdown)
     publish_markdown(f"comparison-{name}", markdown, verdict)
     return Comparison(verdict=verdict, page=(run.folder / HTML_FILE).resolve(), markdown=markdown)
 

@@ -45,7 +45,8 @@ def evaluate(
             save_report(run.folder, config, report)
         recorder.log_report(report)
         files = {name: run.folder / name for name in (REPORT_FILE, SAMPLES_FILE)}
-        attach_artifacts(run, files, collect_models(run.folder.resolve(), checkpoint.step))
+        models = collect_models(run.folder.resolve(), checkpoint.step)
+        attach_artifacts(run, files, models=models)
     return report
 
 

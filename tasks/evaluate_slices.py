@@ -22,7 +22,8 @@ from gpt.evaluation.report_store import (
 from gpt.model.section import load_model_section
 from tasks.display import log_info
 from tasks.evaluate import evaluate_saved_model
-from tasks.tracking.champion import Champion
+from tasks.tracking.model_lookup import Champion
+from tasks.tracking.recorder import report_metrics
 from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
 
@@ -69,7 +70,7 @@ def evaluate_slices(
     theirs = _Model(model, champion.location, champion.step, str(champion))
     longest = max(config.model.block_size, load_model_section(model).block_size)
 
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
 
     def evaluate_pair(name: str, text: DatasetManifest | None) -> ReportPair | None:
         if text is None or text.validation.tokens <= longest:
@@ -92,7 +93,7 @@ def evaluate_slices(
             old=evaluate_pair("old", champion.dataset if champion.dataset_is_local else None),
             new=evaluate_pair("new", new),
         )
-        recorder.log_champion(step, champion_report, metrics)
+        recorder.log_metrics(step, report_metrics(champion_report, "champion/") | metrics)
         files = sorted(run.folder.glob(f"*{REPORT_FILE}"))
         attach_artifacts(run, {path.name: path for path in files})
     return slices

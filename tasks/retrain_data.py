@@ -24,14 +24,14 @@ from gpt.preflight.checks import check_init_from
 from gpt.training.continued_pretraining import build_continuation_overrides
 from gpt.training.identity import identity_values
 from tasks.display import log_info, log_warning
-from tasks.tracking.champion import (
+from tasks.tracking.metadata import resolve_tracking_uri
+from tasks.tracking.model_lookup import (
     Champion,
     EarlierTrial,
-    fetch_champion,
+    fetch_model,
     find_champion,
     find_earlier_trial,
 )
-from tasks.tracking.metadata import resolve_tracking_uri
 
 MAX_NAMES = 5
 """File names in one line."""
@@ -119,7 +119,9 @@ def plan_retraining(config: RunConfig, path: str | None, start: StartFrom) -> Re
     }
     trial = fingerprint(values)
     tried = find_earlier_trial(name, uri, trial)
-    model = fetch_champion(champion, uri, root) if champion and not tried else None
+    model = None
+    if champion and not tried:
+        model = fetch_model(f"models:/{name}/{champion.version}", uri, root)
     if initial and model:
         config = _set_init_from(config, model)
     return RetrainPlan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.runtime.environment import use_running_service
-from gpt.artifacts import DatasetManifest, EvaluationReport
+from gpt.artifacts import EvaluationReport
 from gpt.config.loading import build_config, merge_overrides, read_toml
 from gpt.config.schema import RunConfig
-from gpt.data.continued import DERIVED_DATASETS
-from gpt.data.shards import MANIFEST, read_manifest
-from gpt.errors import CheckpointError, ConfigError, DatasetError, Problem
+from gpt.data.continued import find_dataset_by_fingerprint
+from gpt.errors import CheckpointError, ConfigError, Problem
 from gpt.evaluation.report_store import REPORT_FILE, read_report_file
 from gpt.exchange.model_card import ModelCardData
 from gpt.model.section import CONFIG_FILE, MODEL_FILE, load_model_section
@@ -60,7 +58,9 @@ def read_model_facts(model: Path) -> ModelCardData:
     return ModelCardData(
         name=config.run.name,
         config=config,
-        dataset=_dataset((run.parent.parent, config.run.root), progress.dataset_fingerprint),
+        dataset=find_dataset_by_fingerprint(
+            (run.parent.parent, config.run.root), progress.dataset_fingerprint
+        ),
         tokens_seen=progress.tokens_seen,
         step=progress.step,
         report=_report((run, model), progress.step),
@@ -85,16 +85,6 @@ def evaluation_config(
         raise ConfigError(Problem("MODEL", str(model), rule, remedy))
     section = {"model": load_model_section(model).model_dump(mode="json")}
     return build_config(merge_overrides(merge_overrides(raw, overrides), section))
-
-
-def _dataset(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
-    kinds = ("datasets", DERIVED_DATASETS)
-    for path in (p for root in roots for kind in kinds for p in root.glob(f"{kind}/*/{MANIFEST}")):
-        with contextlib.suppress(OSError, ValidationError, DatasetError):
-            manifest = read_manifest(path.parent)
-            if manifest.fingerprint == fingerprint:
-                return manifest
-    return None
 
 
 def _report(folders: Iterable[Path], step: int) -> EvaluationReport | None:

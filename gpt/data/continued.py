@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ FORMAT_VERSION = 1
 """Increased when the same values would give other shards."""
 
 Ids = Iterator[NDArray[np.uint16]]
+
+
+def find_dataset_by_fingerprint(roots: Iterable[Path], fingerprint: str) -> DatasetManifest | None:
+    """Return the complete dataset with this fingerprint, derived or not, below one of `roots`."""
+    kinds = ("datasets", DERIVED_DATASETS)
+    for path in (p for root in roots for kind in kinds for p in root.glob(f"{kind}/*/{MANIFEST}")):
+        with suppress(OSError, DatasetError):
+            manifest = read_manifest(path.parent)
+            if manifest.fingerprint == fingerprint:
+                return manifest
+    return None
 
 
 def build_continued_dataset(

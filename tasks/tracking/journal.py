@@ -25,8 +25,6 @@ from gpt.files import write_text
 METRICS_FILE = "metrics.jsonl"
 METADATA_FILE = "tracking_outbox.json"
 SYNC_STATE_FILE = "tracking_run.json"
-MAX_TAG_LENGTH = 5_000
-"""MLflow's limit, in characters."""
 
 T = TypeVar("T", bound=Artifact)
 
@@ -48,10 +46,9 @@ class MetricsJournal:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
-        _drop_incomplete_line(self.path)
         lines, self._size = read_metrics(self.path)
         self._known = {(key, line.step) for line in lines for key in line.metrics}
-        self._pending: list[bytes] = []
+        self._pending = b""
 
     def append(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Write the metrics that are new, and return whether there were any. Raises `OSError` if
@@ -59,23 +56,18 @@ class MetricsJournal:
         new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
         if new:
             line = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
-            self._pending.append(json.dumps(line).encode() + b"\n")
+            self._pending += json.dumps(line).encode() + b"\n"
             self._known.update((key, step) for key in new)
-        self._write_pending()
+        if self._pending:
+            with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as file:
+                # A killed process or a full disk may have left half a line.
+                file.truncate(self._size)
+                file.seek(self._size)
+                if file.write(self._pending) < len(self._pending):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._size += len(self._pending)
+            self._pending = b""
         return bool(new)
-
-    def _write_pending(self) -> None:
-        if not self._pending:
-            return
-        data = b"".join(self._pending)
-        with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as file:
-            # An earlier write to a full disk may have left half a line.
-            file.truncate(self._size)
-            file.seek(self._size)
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self._size += len(data)
-        self._pending.clear()
 
 
 def read_metrics(
@@ -95,15 +87,6 @@ def read_metrics(
             lines.append(MetricsLine(**json.loads(raw)))
             start += len(raw)
     return lines, start
-
-
-def _drop_incomplete_line(path: Path) -> None:
-    """Cut off the last line if the process was killed while writing it."""
-    if not path.exists():
-        return
-    _, end = read_metrics(path)
-    if end < path.stat().st_size:
-        os.truncate(path, end)
 
 
 # --- metadata and sync state ---------------------------------------------------------------------
@@ -214,15 +197,10 @@ def read_metadata(folder: Path) -> PendingMetadata | None:
     return _read(PendingMetadata, folder / METADATA_FILE)
 
 
-def require_metadata(folder: Path) -> PendingMetadata:
+def update_metadata(folder: Path, **changes: Any) -> PendingMetadata:
+    """Change fields of the metadata of a run that `open_run` has opened, and return it."""
     metadata = read_metadata(folder)
     assert metadata, f"{folder} was not opened by open_run"
-    return metadata
-
-
-def update_metadata(folder: Path, **changes: Any) -> PendingMetadata:
-    """Change fields of the run's metadata on disk and return it."""
-    metadata = require_metadata(folder)
     changed = metadata.model_copy(update=changes)
     if changed != metadata:
         write_metadata(folder, changed)
@@ -231,10 +209,6 @@ def update_metadata(folder: Path, **changes: Any) -> PendingMetadata:
 
 def write_metadata(folder: Path, metadata: PendingMetadata) -> None:
     write_text(folder / METADATA_FILE, metadata.model_dump_json(indent=2))
-
-
-def set_status(folder: Path, status: str, error: str = "") -> None:
-    update_metadata(folder, status=status, error=error[:MAX_TAG_LENGTH])
 
 
 def read_sync_state(folder: Path) -> SyncState | None:

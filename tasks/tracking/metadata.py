@@ -45,51 +45,40 @@ def mlflow_folder(root: Path) -> Path:
 
 
 def build_run_metadata(
-    config: RunConfig, dataset: DatasetManifest, folder: Path
+    config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str] | None
 ) -> PendingMetadata:
-    resolved = folder / "config.json"
-    write_text(resolved, config.model_dump_json(indent=2) + "\n")
-    commit = git_commit()
+    """Describe a run, or the parent run of a comparison: the parameters `compared`, and what all
+    compared runs share."""
+    uri = resolve_tracking_uri(config)
+    artifacts = (mlflow_folder(config.run.root) / "artifacts").as_uri()
+    commit = "" if compared else git_commit()
+    files = {} if compared else _describing_files(config, dataset, folder)
     return PendingMetadata(
-        **_shared_metadata(config, dataset),
-        name=config.run.name,
-        parameters=run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
-        tags={"mlflow.source.git.commit": commit.removesuffix(DIRTY_SUFFIX)} if commit else {},
-        files={"config.json": resolved.resolve()} | _dataset_files(dataset),
-    )
-
-
-def build_comparison_metadata(
-    config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
-) -> PendingMetadata:
-    """Describe the parent run of a comparison: the parameters `compared`, and what is shared."""
-    return PendingMetadata(
-        **_shared_metadata(config, dataset),
-        name=folder.name.rpartition("-")[0],
+        uid=uuid.uuid4().hex,
+        name=folder.name.rpartition("-")[0] if compared else config.run.name,
+        experiment=config.tracking.experiment,
+        uri=uri,
+        artifacts=artifacts if uri.startswith("sqlite:///") else "",
         parameters={
             **compared,
             "dataset.fingerprint": dataset.fingerprint,
             "evaluation.tokens": _to_text(config.evaluation.tokens),
-        },
-        tags={},
+        }
+        if compared
+        else run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
+        tags={"mlflow.source.git.commit": commit.removesuffix(DIRTY_SUFFIX)} if commit else {},
+        dataset=_describe_dataset(dataset),
+        files={name: path.resolve() for name, path in files.items() if path.exists()},
     )
 
 
-def _shared_metadata(config: RunConfig, dataset: DatasetManifest) -> dict[str, Any]:
-    uri = resolve_tracking_uri(config)
-    artifacts = (mlflow_folder(config.run.root) / "artifacts").as_uri()
-    return {
-        "uid": uuid.uuid4().hex,
-        "experiment": config.tracking.experiment,
-        "uri": uri,
-        "artifacts": artifacts if uri.startswith("sqlite:///") else "",
-        "dataset": _describe_dataset(dataset),
+def _describing_files(config: RunConfig, dataset: DatasetManifest, folder: Path) -> dict[str, Path]:
+    """Write the resolved config and the dataset's summary; return them by artifact path."""
+    write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
+    described = {MANIFEST: dataset.folder / MANIFEST} | write_summary(dataset)
+    return {"config.json": folder / "config.json"} | {
+        f"dataset/{name}": path for name, path in described.items()
     }
-
-
-def _dataset_files(dataset: DatasetManifest) -> dict[str, Path]:
-    files = {MANIFEST: dataset.folder / MANIFEST} | write_summary(dataset)
-    return {f"dataset/{name}": path.resolve() for name, path in files.items() if path.exists()}
 
 
 def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:
@@ -118,20 +107,21 @@ def _to_text(value: Any) -> str:
 def git_commit() -> str:
     """Return the commit of the code, with "+changes" if the tree is dirty; "" outside of git."""
     code = Path(__file__).resolve().parents[2]
-    describe = ("describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={DIRTY_SUFFIX}")
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(code), *arguments]
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+
     try:
         # An installed package may lie inside another project's repository.
-        if Path(_run_git(code, "rev-parse", "--show-toplevel")) != code:
+        if Path(git("rev-parse", "--show-toplevel")) != code:
             return ""
-        return _run_git(code, *describe)
+        dirty = f"--dirty={DIRTY_SUFFIX}"
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", dirty)
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _run_git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
 
 
 def _describe_dataset(dataset: DatasetManifest) -> DatasetInfo:

@@ -1,24 +1,39 @@
-"""Models in MLflow's registry: look them up by name and fetch their files."""
+"""Models in MLflow's registry: by name, the champion, and earlier challengers."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from gpt.artifacts import Artifact, DatasetManifest
+from gpt.data.continued import find_dataset_by_fingerprint
+from gpt.data.shards import MANIFEST, parse_manifest
 from gpt.errors import Problem, RegistryError
 from gpt.evaluation.report_store import REPORT_FILE
 from gpt.files import atomic_folder
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import PROGRESS_FILE
-from tasks.tracking.mlflow_api import MlflowClient, artifacts, error_summary, get_or_none
+from tasks.tracking.mlflow_api import (
+    Alias,
+    MlflowClient,
+    ModelVersion,
+    Tag,
+    artifacts,
+    entities,
+    error_summary,
+    get_or_none,
+)
 
 SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT_FILE)
 """What is stored of a model besides the files that MLflow needs to load it."""
+FINGERPRINT, FRACTION = "dataset.fingerprint", "data.validation_fraction"
+"""Parameters of a run."""
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
@@ -44,19 +59,21 @@ def fetch_model(name: str, uri: str, root: Path) -> Path:
         version = _resolve_version(client, name, match)
         location = client.get_model_version_download_uri(match["name"], version)
         if local := local_path(location):
-            if not (local / MODEL_FILE).is_file():
-                rule = f"there is no {MODEL_FILE} in {local}"
-                raise registry_error(name, rule, "use another version")
-            return local
+            return _check_model(local, name, location)
         store = hashlib.sha256(f"{uri} {location}".encode()).hexdigest()[:8]
         folder = root / "models" / f"{match['name']}-{version}-{store}"
         if not folder.exists():
             with atomic_folder(folder) as partial:
-                files = fetch_files(client, location, SAVED_FILES, partial)
-                if not {MODEL_FILE, CONFIG_FILE} <= {path.name for path in files}:
-                    rule = f"there is no {MODEL_FILE} with a {CONFIG_FILE} in {location}"
-                    raise registry_error(name, rule, "use another version")
+                fetch_files(client, location, SAVED_FILES, partial)
+                _check_model(partial, name, location)
         return folder
+
+
+def _check_model(folder: Path, name: str, location: str) -> Path:
+    if not all((folder / file).is_file() for file in (MODEL_FILE, CONFIG_FILE)):
+        rule = f"there is no {MODEL_FILE} with a {CONFIG_FILE} in {location}"
+        raise registry_error(name, rule, "use another version")
+    return folder
 
 
 @contextmanager
@@ -81,29 +98,32 @@ def sqlite_store_exists(uri: str) -> bool:
     return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
+def find_registered(
+    client: MlflowClient, name: str
+) -> tuple[dict[str, str], list[ModelVersion]] | None:
+    """Return aliases and versions of a registered model, or None if there is no such model."""
+    model = get_or_none(lambda: client.get_registered_model(name))
+    if model is None:
+        return None
+    aliases = {alias: str(version) for alias, version in model.aliases.items()}
+    return aliases, list(client.search_model_versions(f"name = '{name}'"))
+
+
 def _resolve_version(client: MlflowClient, name: str, match: re.Match[str]) -> str:
     """Return the number of the version that the alias or number names. Raises `RegistryError` with
     the names that exist."""
-    model = get_or_none(lambda: client.get_registered_model(match["name"]))
-    if not model:
+    model, alias = match["name"], match["alias"]
+    found = find_registered(client, model)
+    if not found:
         known = ", ".join(each.name for each in client.search_registered_models())
-        rule = f"there is no registered model {match['name']} at {client.tracking_uri}"
+        rule = f"there is no registered model {model} at {client.tracking_uri}"
         raise registry_error(name, rule, f"use one of: {known or 'none yet; finish a run first'}")
-    versions = client.search_model_versions(f"name = '{model.name}'")
-    numbers = [str(version.version) for version in versions]
-    alias, number = match["alias"], match["version"]
-    number = str(model.aliases.get(alias, "")) if alias else number
-    if number in numbers:
-        return number
-    names = [f"@{alias}" for alias in sorted(model.aliases)] + [f"/{number}" for number in numbers]
-    known = ", ".join(f"models:/{model.name}{suffix}" for suffix in names)
-    what = f"alias {alias}" if alias else f"version {number}"
-    raise registry_error(name, f"{model.name} has no {what}", f"use one of: {known or 'none yet'}")
-
-
-def version_with_alias(client: MlflowClient, name: str, alias: str) -> str:
-    """Return the version that has the alias, or "" if none has it."""
-    return str(client.get_registered_model(name).aliases.get(alias, ""))
+    versions = {f"models:/{model}@{each}": version for each, version in sorted(found[0].items())}
+    versions |= {f"models:/{model}/{each.version}": str(each.version) for each in found[1]}
+    if name not in versions:
+        rule = f"{model} has no " + (f"alias {alias}" if alias else f"version {match['version']}")
+        raise registry_error(name, rule, f"use one of: {', '.join(versions) or 'none yet'}")
+    return versions[name]
 
 
 # --- files of a stored model ---------------------------------------------------------------------
@@ -112,10 +132,8 @@ def version_with_alias(client: MlflowClient, name: str, alias: str) -> str:
 def fetch_files(
     client: MlflowClient, location: str, names: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Return those of `names` that are stored at `location`, downloaded to `folder` unless they
-    are on this machine. Raises what MLflow raises."""
-    if local := local_path(location):
-        return [local / name for name in names if (local / name).is_file()]
+    """Copy or download those of `names` that are stored at `location` to `folder`. Raises what
+    MLflow raises."""
     store = {"tracking_uri": client.tracking_uri}
     listed = artifacts.list_artifacts(artifact_uri=location, **store)
     stored = {Path(file.path).name for file in listed}
@@ -132,3 +150,93 @@ def local_path(location: str) -> Path | None:
     if parts.scheme == "file" and not parts.netloc:
         return Path(url2pathname(parts.path))
     return None if parts.scheme else Path(location)
+
+
+# --- the champion and earlier challengers --------------------------------------------------------
+
+
+class Champion(Artifact):
+    """The champion of a registered model, and what is known of its dataset."""
+
+    name: str
+    version: str
+    location: str
+    """Where its files are stored: identifies it across registries."""
+    step: int
+    dataset: DatasetManifest | None
+    """None: unknown."""
+    dataset_is_local: bool = False
+    """Whether the shards are in `dataset.folder`."""
+    validation_fraction: float | None = None
+    """None: unknown."""
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}"
+
+
+class EarlierTrial(Artifact):
+    """The result of an earlier challenger with the same data and settings."""
+
+    version: str
+    alias: str
+    """As decided at its registration."""
+    reason: str
+
+
+def find_champion(name: str, uri: str, root: Path) -> Champion | None:
+    """Return the champion of the registered model `name`, or None if it has no version yet.
+
+    Raises `RegistryError` if MLflow cannot be reached, or if no version has the alias: then no
+    challenger could be promoted.
+    """
+    if not sqlite_store_exists(uri):
+        return None
+    with registry_errors(f"models:/{name}@{Alias.CHAMPION}", uri):
+        client = MlflowClient(tracking_uri=uri)
+        aliases, versions = find_registered(client, name) or ({}, [])
+        if not versions:
+            return None
+        number = aliases.get(Alias.CHAMPION)
+        if not number:
+            known = ", ".join(str(version.version) for version in versions)
+            rule = f"none of its versions ({known}) has the alias {Alias.CHAMPION}"
+            raise registry_error(name, rule, "give the alias champion to the version to beat")
+        version = client.get_model_version(name, number)
+        run = version.run_id and get_or_none(lambda: client.get_run(version.run_id))
+        local = run and find_dataset_by_fingerprint([root], run.data.params.get(FINGERPRINT, ""))
+        dataset = local or (_fetch_manifest(client, run, root) if run else None)
+        fraction = run.data.params.get(FRACTION) if run else None  # pydantic makes it a number
+        return Champion(
+            name=name,
+            version=number,
+            location=client.get_model_version_download_uri(name, number),
+            step=int(version.tags.get(Tag.STEP, 0)),
+            dataset=dataset,
+            dataset_is_local=bool(local),
+            validation_fraction=dataset.validation_fraction if dataset else fraction,
+        )
+
+
+def find_earlier_trial(name: str, uri: str, trial: str) -> EarlierTrial | None:
+    """Return the result of the last version with this trial key, or None. Raises `RegistryError`
+    if MLflow cannot be reached."""
+    if not sqlite_store_exists(uri):
+        return None
+    with registry_errors(name, uri):
+        versions = MlflowClient(tracking_uri=uri).search_model_versions(f"name = '{name}'")
+        matching = [version for version in versions if version.tags.get(Tag.TRIAL) == trial]
+        if not matching:
+            return None
+        last = max(matching, key=lambda version: int(version.version))
+        alias, reason = last.tags.get(Tag.ALIAS, ""), last.tags[Tag.REASON]
+        return EarlierTrial(version=str(last.version), alias=alias, reason=reason)
+
+
+def _fetch_manifest(client: MlflowClient, run: entities.Run, root: Path) -> DatasetManifest | None:
+    """Return the manifest that MLflow has of the dataset of a run, or None."""
+    with TemporaryDirectory() as folder:
+        location = f"{run.info.artifact_uri}/dataset"
+        for path in fetch_files(client, location, (MANIFEST,), Path(folder)):
+            with suppress(ValueError):  # written by another version of this program
+                return parse_manifest(path.read_bytes(), root / "datasets")
+    return None

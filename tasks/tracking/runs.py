@@ -19,17 +19,12 @@ from gpt.errors import Problem, TrackingError
 from gpt.files import PARTIAL, sync
 from tasks.display import log_warning
 from tasks.tracking import journal
-from tasks.tracking.journal import PendingMetadata, PendingModel, RegisteredVersion, SyncState
-from tasks.tracking.metadata import (
-    build_comparison_metadata,
-    build_run_metadata,
-    mlflow_folder,
-    resolve_tracking_uri,
-)
+from tasks.tracking.journal import PendingMetadata, RegisteredVersion, SyncState
+from tasks.tracking.metadata import build_run_metadata, mlflow_folder, resolve_tracking_uri
 from tasks.tracking.mlflow_api import MlflowClient, error_summary
 from tasks.tracking.recorder import Recorder
 from tasks.tracking.registry import UPLOAD_SECONDS
-from tasks.tracking.sync_thread import SyncThread, sync_folder
+from tasks.tracking.sync_thread import sync_and_wait, sync_folder, sync_in_background
 
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; creating a SQLite store takes about 10 s."""
@@ -55,38 +50,32 @@ def open_run(
     folder: Path,
     parent: Path | None = None,
     trial: str = "",
+    compared: Mapping[str, str] | None = None,
 ) -> RunRef:
     """Create the MLflow run of a run folder, or return the existing one.
 
-    `parent` is the folder of the parent run; `trial` is the key of a retraining. Waits up to
-    `OPEN_SECONDS`; without an answer it logs a warning and the run continues without MLflow.
+    Waits up to `OPEN_SECONDS`; without an answer it logs a warning and the run continues without
+    MLflow.
+
+    Args:
+        config: Config of the run; of a comparison, one of the compared configs.
+        parent: Folder of the parent run.
+        trial: Key of a retraining.
+        compared: Parameters of a comparison, the parent of the compared runs.
     """
-    metadata = journal.read_metadata(folder) or build_run_metadata(config, dataset, folder)
+    metadata = journal.read_metadata(folder)
+    metadata = metadata or build_run_metadata(config, dataset, folder, compared)
     changes: dict[str, Any] = {"parent": parent.resolve()} if parent else {}
     if trial:
         changes["trial"] = trial
-    return _open(config, folder, metadata.model_copy(update=changes))
-
-
-def open_comparison(
-    config: RunConfig, dataset: DatasetManifest, folder: Path, compared: Mapping[str, str]
-) -> RunRef:
-    """Open the parent run of a comparison; `config` is one of the compared configs."""
-    metadata = journal.read_metadata(folder)
-    metadata = metadata or build_comparison_metadata(config, dataset, folder, compared)
-    return _open(config, folder, metadata)
-
-
-def _open(config: RunConfig, folder: Path, metadata: PendingMetadata) -> RunRef:
     uri = resolve_tracking_uri(config)
     if uri.startswith("sqlite:///"):
         store = mlflow_folder(config.run.root)
         (store / "artifacts").mkdir(parents=True, exist_ok=True)
         if uri == f"sqlite:///{store / 'mlflow.db'}":
             create_sqlite_store(store / "mlflow.db")
-    journal.write_metadata(folder, metadata)
-    with SyncThread(folder, uri, OPEN_SECONDS, warn=True):
-        pass
+    journal.write_metadata(folder, metadata.model_copy(update=changes))
+    sync_and_wait(folder, uri, OPEN_SECONDS, warn=True)
     state = journal.read_sync_state(folder)
     return RunRef(folder=folder, uri=uri, run_id=state.run_id if state else None)
 
@@ -106,37 +95,29 @@ def create_sqlite_store(database: Path) -> None:
             partial.rename(database)
 
 
-def set_parent_run(folder: Path, parent: Path) -> None:
-    """Make a finished run a child of the run in the folder `parent`."""
-    state = journal.read_sync_state(folder)
-    metadata = journal.update_metadata(folder, parent=parent.resolve())
-    with SyncThread(folder, state.uri if state else metadata.uri, FLUSH_SECONDS):
-        pass
-
-
 # --- record --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_recorder(run: RunRef) -> Iterator[Recorder]:
     """Record metrics and sync them in the background; at the end wait up to `FLUSH_SECONDS`."""
-    with SyncThread(run.folder, run.uri, FLUSH_SECONDS, warn=run.run_id is not None):
+    with sync_in_background(run.folder, run.uri, FLUSH_SECONDS, warn=run.run_id is not None):
         yield Recorder(run.folder)
 
 
-def set_run_note(run: RunRef, markdown: str) -> None:
-    """Set the description at the top of the run's MLflow page."""
-    journal.update_metadata(run.folder, note=markdown)
+def set_parent_run(folder: Path, parent: Path) -> None:
+    """Make a finished run a child of the run in the folder `parent`."""
+    state = journal.read_sync_state(folder)
+    metadata = journal.update_metadata(folder, parent=parent.resolve())
+    sync_and_wait(folder, state.uri if state else metadata.uri, FLUSH_SECONDS)
 
 
-def attach_artifacts(
-    run: RunRef, files: Mapping[str, Path], models: tuple[PendingModel, ...] | None = None
-) -> None:
-    """Add files and folders, by artifact path, and optionally replace the list of models."""
-    changes: dict[str, Any] = {"models": models} if models is not None else {}
-    known = journal.require_metadata(run.folder).files
+def attach_artifacts(run: RunRef, files: Mapping[str, Path], **changes: Any) -> None:
+    """Add files and folders, by artifact path, and change other fields of `PendingMetadata`, e.g.
+    `models` or `note`."""
     paths = {name: path.resolve() for name, path in files.items()}
-    journal.update_metadata(run.folder, files=known | paths, **changes)
+    known = journal.update_metadata(run.folder, **changes).files
+    journal.update_metadata(run.folder, files=known | paths)
 
 
 def register_last_model(run: RunRef, name: str) -> RegisteredVersion | None:
@@ -147,8 +128,7 @@ def register_last_model(run: RunRef, name: str) -> RegisteredVersion | None:
     """
     metadata = journal.update_metadata(run.folder, registered_model=name)
     seconds = UPLOAD_SECONDS if journal.read_sync_state(run.folder) else FLUSH_SECONDS
-    with SyncThread(run.folder, run.uri, seconds, warn=run.run_id is not None):
-        pass
+    sync_and_wait(run.folder, run.uri, seconds, warn=run.run_id is not None)
     return _registered_version(metadata, journal.read_sync_state(run.folder), run.uri)
 
 
@@ -167,22 +147,23 @@ def _registered_version(
 @contextmanager
 def track_run_status(run: RunRef) -> Iterator[None]:
     """Set the run's status by how the block ends: FINISHED, FAILED with the message, or KILLED."""
+    status, message = "FINISHED", ""
     try:
         yield
     except Exception as error:
-        _finish(run, "FAILED", str(error) or type(error).__name__)
+        status, message = "FAILED", str(error) or type(error).__name__
         raise
     except BaseException:  # Ctrl-C, or the signal of a Prefect cancellation
-        _finish(run, "KILLED")
+        status = "KILLED"
         raise
-    _finish(run, "FINISHED")
+    finally:
+        _finish(run, status, message)
 
 
-def _finish(run: RunRef, status: str, error: str = "") -> None:
-    journal.set_status(run.folder, status, error)
-    with SyncThread(run.folder, run.uri, FLUSH_SECONDS):
-        pass
-    state, metadata = journal.read_sync_state(run.folder), journal.require_metadata(run.folder)
+def _finish(run: RunRef, status: str, error: str) -> None:
+    metadata = journal.update_metadata(run.folder, status=status, error=error)
+    sync_and_wait(run.folder, run.uri, FLUSH_SECONDS)
+    state = journal.read_sync_state(run.folder)
     unsent = journal.count_unsent_lines(run.folder, state)
     unregistered = metadata.model_to_register and not _registered_version(metadata, state, run.uri)
     if unsent or state is None or state.status != status or unregistered:

@@ -18,8 +18,9 @@ TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 """How MLflow marks training experiments. Its UI (3.17) opens on prompts and traces all the same,
 so a run prints the address of the page with the curves."""
 LINES_PER_BATCH = 100
-"""With about ten metrics per line this is MLflow's limit of 1,000 metrics per call."""
-PARAMETERS_PER_BATCH = 100
+"""Lines of the journal that are sent before the progress is saved."""
+MAX_TAG_LENGTH = 5_000
+"""MLflow's limit, in characters."""
 
 
 class RunSync:
@@ -29,7 +30,7 @@ class RunSync:
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder = folder
         self.client = MlflowClient(tracking_uri=uri)
-        self.metadata = journal.require_metadata(folder)
+        self.metadata = journal.update_metadata(folder)
         self.state = self._open_mlflow_run(uri, journal.read_sync_state(folder))
         self.save()
 
@@ -39,33 +40,31 @@ class RunSync:
 
     def _open_mlflow_run(self, uri: str, state: SyncState | None) -> SyncState:
         """Return the known run if it still exists, else find it by its uid, else create it."""
+        client, metadata = self.client, self.metadata
         if state and state.uri == uri:
-            known = get_or_none(lambda: self.client.get_run(state.run_id))
+            known = get_or_none(lambda: client.get_run(state.run_id))
             if known and known.info.lifecycle_stage == "active":
                 return state
-        uid, experiment = self.metadata.uid, self._find_or_create_experiment()
-        found = self.client.search_runs([experiment], f"tags.`{Tag.UID}` = '{uid}'", max_results=1)
-        tags, name = {Tag.UID: uid} | self.metadata.tags, self.metadata.name
-        run = found[0] if found else self.client.create_run(experiment, tags=tags, run_name=name)
-        return SyncState(uri=uri, run_id=run.info.run_id, experiment_id=experiment)
-
-    def _find_or_create_experiment(self) -> str:
-        name = self.metadata.experiment
-        if experiment := self.client.get_experiment_by_name(name):
-            return str(experiment.experiment_id)
-        location = self.metadata.artifacts or None
-        return str(self.client.create_experiment(name, location, TRAINING_EXPERIMENT))
+        if found := client.get_experiment_by_name(metadata.experiment):
+            experiment = str(found.experiment_id)
+        else:
+            location = metadata.artifacts or None
+            experiment = client.create_experiment(
+                metadata.experiment, location, TRAINING_EXPERIMENT
+            )
+        query, tags = f"tags.`{Tag.UID}` = '{metadata.uid}'", {Tag.UID: metadata.uid}
+        runs = client.search_runs([experiment], query, max_results=1) or [
+            client.create_run(experiment, tags=tags | metadata.tags, run_name=metadata.name)
+        ]
+        return SyncState(uri=uri, run_id=runs[0].info.run_id, experiment_id=experiment)
 
     def send_parameters(self) -> None:
         """Send parameters and dataset, once: MLflow does not allow a parameter to change."""
-        if self.state.described:
-            return
-        parameters = [entities.Param(*item) for item in self.metadata.parameters.items()]
-        for start in range(0, len(parameters), PARAMETERS_PER_BATCH):
-            batch = parameters[start : start + PARAMETERS_PER_BATCH]
-            self.client.log_batch(self.state.run_id, params=batch)
-        self.client.log_inputs(self.state.run_id, [_to_mlflow_dataset(self.metadata.dataset)])
-        self.save(described=True)
+        if not self.state.described:
+            parameters = [entities.Param(*item) for item in self.metadata.parameters.items()]
+            self.client.log_batch(self.state.run_id, params=parameters)
+            self.client.log_inputs(self.state.run_id, [_to_mlflow_dataset(self.metadata.dataset)])
+            self.save(described=True)
 
     def send_tags(self) -> None:
         """Send the description of the run and its parent, if they have changed."""
@@ -74,13 +73,13 @@ class RunSync:
         tags = {Tag.NOTE: self.metadata.note} if self.metadata.note else {}
         if parent and parent.uri == self.state.uri:
             tags[Tag.PARENT_RUN] = parent.run_id
-        for key, value in tags.items():
-            if self.state.tags.get(key) != value:
-                self.client.set_tag(self.state.run_id, key, value)
-                self.save(tags=self.state.tags | {key: value})
+        if not tags.items() <= self.state.tags.items():
+            changed = [entities.RunTag(*item) for item in tags.items()]
+            self.client.log_batch(self.state.run_id, tags=changed)
+            self.save(tags=self.state.tags | tags)
 
     def send_metrics(self) -> None:
-        """Send the new lines of `metrics.jsonl`, in batches."""
+        """Send the new lines of `metrics.jsonl`."""
         path = self.folder / journal.METRICS_FILE
         while True:
             lines, end = journal.read_metrics(path, self.state.sent_bytes, LINES_PER_BATCH)
@@ -97,9 +96,8 @@ class RunSync:
     def send_files(self) -> None:
         for name, path in self.metadata.files.items():
             if self.state.files.get(name) != path:
-                parent = str(Path(name).parent)
-                parent_or_root = None if parent == "." else parent
-                self.client.log_artifact(self.state.run_id, str(path), parent_or_root)
+                parent = name.rpartition("/")[0] or None
+                self.client.log_artifact(self.state.run_id, str(path), parent)
                 self.save(files=self.state.files | {name: path})
 
     def send_status(self) -> None:
@@ -107,7 +105,7 @@ class RunSync:
         if self.state.status == status:
             return
         if error:
-            self.client.set_tag(run_id, Tag.ERROR, error)
+            self.client.set_tag(run_id, Tag.ERROR, error[:MAX_TAG_LENGTH])
         elif Tag.ERROR in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, Tag.ERROR)
         if status == "RUNNING":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gpt.training.thread_priority import lower_thread_priority
@@ -37,45 +39,46 @@ def sync_folder(folder: Path, uri: str) -> None:
         send_registration(sync)
 
 
-class SyncThread(threading.Thread):
-    """Context manager that syncs a run folder in the background, and at the end waits up to
-    `flush_seconds` for what is unsent. A failed attempt is repeated; the first one is logged if
-    `warn` is set."""
+@contextmanager
+def sync_in_background(
+    folder: Path, uri: str, flush_seconds: float, warn: bool = False
+) -> Iterator[None]:
+    """Sync a run folder during the block, and at its end wait up to `flush_seconds` for what is
+    unsent. A failed attempt is repeated; the first one is logged if `warn` is set."""
+    closing = threading.Event()
 
-    def __init__(self, folder: Path, uri: str, flush_seconds: float, warn: bool = False) -> None:
-        super().__init__(name="mlflow-sync", daemon=True)
-        self._folder, self._uri = folder, uri
-        self._flush_seconds, self._warn = flush_seconds, warn
-        self._closing = threading.Event()
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        self.join(STOPPED_FLUSH_SECONDS if stop_signals.requested() else self._flush_seconds)
-
-    def run(self) -> None:
+    def send_until_closed() -> None:
         lower_thread_priority()
-        pause = SEND_SECONDS
+        pause, is_first_error = SEND_SECONDS, True
         while True:
-            last = self._closing.is_set()
+            last = closing.is_set()
             try:
-                sync_folder(self._folder, self._uri)
+                sync_folder(folder, uri)
                 pause = SEND_SECONDS
             except Exception as error:  # whatever MLflow raises, training continues
-                self._warn_once(error)
+                if warn and is_first_error:
+                    log_warning(
+                        f"MLflow at {uri} cannot be reached ({error_summary(error)}). The run "
+                        f"continues; its metrics are saved in {folder / METRICS_FILE} and sent "
+                        "when MLflow is reachable again. To use another server, set tracking.uri "
+                        "or MLFLOW_TRACKING_URI"
+                    )
+                is_first_error = False
                 pause = min(2 * pause, MAX_RETRY_SECONDS)
             if last:
                 return
-            self._closing.wait(pause)
+            closing.wait(pause)
 
-    def _warn_once(self, error: Exception) -> None:
-        if self._warn:
-            log_warning(
-                f"MLflow at {self._uri} cannot be reached ({error_summary(error)}). The run "
-                f"continues; its metrics are saved in {self._folder / METRICS_FILE} and sent when "
-                "MLflow is reachable again. To use another server, set tracking.uri or "
-                "MLFLOW_TRACKING_URI"
-            )
-        self._warn = False
+    thread = threading.Thread(target=send_until_closed, name="mlflow-sync", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join(STOPPED_FLUSH_SECONDS if stop_signals.requested() else flush_seconds)
+
+
+def sync_and_wait(folder: Path, uri: str, seconds: float, warn: bool = False) -> None:
+    """Sync a run folder for at most `seconds`."""
+    with sync_in_background(folder, uri, seconds, warn):
+        pass

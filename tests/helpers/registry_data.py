@@ -74,6 +74,6 @@ def finished_run(root, evaluation, seed=1337, uri=""):
         recorder.log_metrics(STEPS[1], {"val/loss": 5.0, "train/loss": 5.1})
         recorder.log_report(evaluation)
         attach_artifacts(
-            run, {REPORT_FILE: folder / REPORT_FILE}, collect_models(folder, STEPS[-1])
+            run, {REPORT_FILE: folder / REPORT_FILE}, models=collect_models(folder, STEPS[-1])
         )
     return FinishedRun(run, config, dataset)

@@ -228,7 +228,7 @@ def test_new_evaluation_replaces_report_and_keeps_decision(tiny_root, client, na
 
     finished, done = registered(tiny_root, name, report())
     save_report(finished.folder, finished.config, report(text="b"))
-    attach_artifacts(finished.run, {}, collect_models(finished.folder, STEPS[-1]))
+    attach_artifacts(finished.run, {}, models=collect_models(finished.folder, STEPS[-1]))
     assert register_last_model(finished.run, name) == done
     [version] = versions(client, name)
     stored = find_model(f"models:/{name}/1", tiny_root)
