@@ -16,7 +16,7 @@ from gpt.data.continued import DERIVED_DATASETS, build_new_validation_set, group
 from gpt.data.tokenize.units import read_stored_units, read_unit_keys
 from gpt.training.run_dir import open_run_dir
 from tasks.display import log_info
-from tasks.evaluate_slices import SliceReports, evaluate_slices
+from tasks.evaluate import SliceReports, evaluate_slices
 from tasks.retrain_data import (
     RetrainPlan,
     StartFrom,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -86,39 +86,27 @@ def load_run_result(folder: Path) -> RunResult:
     report = load_report(folder, config, checkpoint.step)
     assert report, f"{folder} is not evaluated"
     lines, _ = journal.read_metrics(folder / journal.METRICS_FILE)
-    throughputs = _values_by_step(lines, "tokens_per_second")
-    energy = _values_by_step(lines, "energy_joules")
-    peaks = _values_by_step(lines, "memory/peak_bytes")
-    curve = _loss_curve(lines, throughputs, config.tokens_per_step)
+
+    def by_step(key: str) -> dict[int, float]:
+        found = {line.step: line.metrics[key] for line in lines if key in line.metrics}
+        return dict(sorted(found.items()))
+
+    throughputs, energy = by_step("tokens_per_second"), by_step("energy_joules")
+    seconds = accumulate(config.tokens_per_step / value for value in throughputs.values())
+    hours = {0: 0.0} | {step: s / 3600 for step, s in zip(throughputs, seconds, strict=True)}
+    losses = {step: loss for step, loss in by_step("val/loss").items() if step in hours}
     return RunResult(
         seed=config.training.seed,
         parameters=count_parameters(config.model).total,
         tokens=checkpoint.tokens_seen,
         report=report,
         tokens_per_second=median(throughputs.values()),
-        hours=sum(config.tokens_per_step / value for value in throughputs.values()) / 3600,
-        peak_memory_bytes=int(max(peaks.values(), default=0)) or None,
+        hours=max(hours.values()),
+        peak_memory_bytes=int(max(by_step("memory/peak_bytes").values(), default=0)) or None,
         energy_joules=sum(energy.values()) if energy else None,
-        curve=curve,
-    )
-
-
-def _values_by_step(lines: Iterable[journal.MetricsLine], key: str) -> dict[int, float]:
-    """Return the values of a metric in the order of steps; each step is there once."""
-    found = {line.step: line.metrics[key] for line in lines if key in line.metrics}
-    return dict(sorted(found.items()))
-
-
-def _loss_curve(
-    lines: Sequence[journal.MetricsLine], throughputs: dict[int, float], tokens_per_step: int
-) -> LossCurve:
-    seconds = accumulate(tokens_per_step / value for value in throughputs.values())
-    hours = {0: 0.0} | {step: s / 3600 for step, s in zip(throughputs, seconds, strict=True)}
-    losses = {
-        step: loss for step, loss in _values_by_step(lines, "val/loss").items() if step in hours
-    }
-    return LossCurve(
-        tokens=tuple(step * tokens_per_step for step in losses),
-        hours=tuple(hours[step] for step in losses),
-        losses=tuple(losses.values()),
+        curve=LossCurve(
+            tokens=tuple(step * config.tokens_per_step for step in losses),
+            hours=tuple(hours[step] for step in losses),
+            losses=tuple(losses.values()),
+        ),
     )

@@ -24,14 +24,9 @@ from gpt.preflight.checks import check_init_from
 from gpt.training.continued_pretraining import build_continuation_overrides
 from gpt.training.identity import identity_values
 from tasks.display import log_info, log_warning
+from tasks.tracking.journal import RegisteredVersion
 from tasks.tracking.metadata import resolve_tracking_uri
-from tasks.tracking.model_lookup import (
-    Champion,
-    EarlierTrial,
-    fetch_model,
-    find_champion,
-    find_earlier_trial,
-)
+from tasks.tracking.model_lookup import Champion, fetch_model, find_champion, find_earlier_trial
 
 MAX_NAMES = 5
 """File names in one line."""
@@ -51,7 +46,7 @@ class RetrainPlan(Artifact):
     changes: SourceChanges
     trial: str
     """Key of data, settings and initial weights."""
-    tried: EarlierTrial | None = None
+    tried: RegisteredVersion | None = None
     """Result of an earlier retraining with the same key."""
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flows.runtime.outcome import Outcome
 from gpt.artifacts import Artifact, EvaluationReport
 from gpt.markdown import render_table
-from tasks.evaluate_slices import ReportPair, SliceReports
+from tasks.evaluate import ReportPair, SliceReports
 
 
 class TokenCounts(Artifact):

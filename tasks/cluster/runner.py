@@ -12,23 +12,30 @@ repeat what a lost worker was doing or had done; what they give up is submitted 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import logging
+import os
+import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from typing import Any
+from urllib.parse import urlsplit
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from gpt.config.schema import DataSection
 from gpt.data.tokenize.encoders import EncoderMismatchError
-from gpt.data.tokenize.requests import EncodeRequest, EncodeResult, OpenCluster
+from gpt.data.tokenize.pool import available_cpus
+from gpt.data.tokenize.requests import EncodeRequest, EncodeResult, OpenCluster, encode_unit
 from gpt.errors import ConfigError, CorpusError, GPTError, Problem
-from tasks.cluster.backends import ClusterBackend, check_reachable, open_dask, open_ray
 from tasks.runtime.prefect_api import is_api_unreachable
 
 UNITS_PER_WORKER = 2
@@ -39,8 +46,23 @@ COUNT_SECONDS = 5.0
 """Interval of counting the workers: a cluster may grow."""
 WAIT_SECONDS = 0.5
 """Longest wait for a unit without handling signals."""
+CONNECT_SECONDS = 10.0
+POLL_SECONDS = 0.01
+RAY_STORE_BYTES_PER_WORKER = 64_000_000
+"""Object store of a Ray cluster on this machine: room for finished units that wait."""
+PORTS = {"dask": {"tcp": 8786, "tls": 8786, "": None}, "ray": {"ray": 10001, "": None}}
+"""The default port of each scheme that an address may have; "" is an address without one."""
 
 logger = logging.getLogger(__name__)
+
+
+@task(name="tokenize-unit", cache_policy=NO_CACHE, persist_result=False)
+def tokenize_unit(request: EncodeRequest) -> EncodeResult:
+    """`encode_unit` as a task; runs on a worker."""
+    return encode_unit(request)
+
+
+# --- open ----------------------------------------------------------------------------------------
 
 
 def resolve_cluster(data: DataSection) -> OpenCluster | None:
@@ -57,20 +79,45 @@ def resolve_cluster(data: DataSection) -> OpenCluster | None:
         remedy += "data.runner"
         raise ConfigError(Problem("data.runner", data.runner, rule, remedy))
     if data.cluster:
-        check_reachable(data.runner, data.cluster)
-    return lambda: _open_cluster(data, open_dask if data.runner == "dask" else open_ray)
+        try:
+            socket.create_connection(_host_and_port(data), CONNECT_SECONDS).close()
+        except OSError as error:
+            rule = f"nothing answers there: {error.strerror or error}"
+            raise _address_error(data, rule) from error
+    return lambda: _open_cluster(data)
+
+
+def _host_and_port(data: DataSection) -> tuple[str, int]:
+    parts = urlsplit(data.cluster if "://" in data.cluster else f"//{data.cluster}")
+    ports = PORTS[data.runner]
+    if parts.scheme not in ports:
+        rule = f"{parts.scheme}:// is not a {data.runner.capitalize()} address"
+        raise _address_error(data, rule)
+    with contextlib.suppress(ValueError):  # the port is not a number
+        if parts.hostname and (port := parts.port or ports[parts.scheme]):
+            return parts.hostname, port
+    raise _address_error(data, "has no host and port")
+
+
+def _address_error(data: DataSection, rule: str) -> ConfigError:
+    remedy = "start the cluster or correct the address, e.g. tcp://host:8786 for Dask, "
+    remedy += "ray://host:10001 or host:6379 for Ray; leave it empty to start a cluster on this "
+    remedy += "machine"
+    return ConfigError(Problem("data.cluster", data.cluster, rule, remedy))
 
 
 @contextlib.contextmanager
-def _open_cluster(
-    data: DataSection,
-    open_backend: Callable[[DataSection], AbstractContextManager[ClusterBackend]],
-) -> Iterator[_ClusterPool]:
+def _open_cluster(data: DataSection) -> Iterator[_Pool]:
     with contextlib.ExitStack() as stack:
         try:
-            backend = stack.enter_context(open_backend(data))
+            pool = stack.enter_context(
+                _open_dask(data) if data.runner == "dask" else _open_ray(data)
+            )
         except GPTError:
             raise
+        except TimeoutError as error:  # of the handshake
+            rule = "something listens there, but it does not answer as a cluster"
+            raise _address_error(data, rule) from error
         except Exception as error:  # Dask and Ray raise many kinds
             rule = f"cannot open the {data.runner} cluster: {error}"
             remedy = (
@@ -78,33 +125,120 @@ def _open_cluster(
             )
             remedy += "are the same as here"
             raise ConfigError(Problem("data.cluster", data.cluster, rule, remedy)) from error
-        pool = _ClusterPool(data, backend)
-        stack.callback(pool.close)
+        stack.enter_context(pool.counting_workers())
         yield pool
 
 
-class _ClusterPool:
-    """The `Pool` of `gpt.data.tokenize.pool` for units."""
+@contextlib.contextmanager
+def _open_dask(data: DataSection) -> Iterator[_Pool]:
+    from prefect_dask import DaskTaskRunner
 
-    def __init__(self, data: DataSection, backend: ClusterBackend) -> None:
-        self.data, self.backend = data, backend
+    if data.cluster:
+        asyncio.run(asyncio.wait_for(_greet_dask_scheduler(data.cluster), 2 * CONNECT_SECONDS))
+        runner = DaskTaskRunner(
+            address=data.cluster, client_kwargs={"timeout": CONNECT_SECONDS, "name": "overnight"}
+        )
+    else:
+        local = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
+        workers = data.workers or available_cpus()
+        runner = DaskTaskRunner(cluster_kwargs={"n_workers": workers, **local})
+    with runner:
+        assert runner.client  # the property opens it
+        yield _DaskPool(data, runner)
+
+
+async def _greet_dask_scheduler(address: str) -> None:
+    """Raises `OSError` or `TimeoutError`. Dask's client waits for a greeting without a limit, and a
+    web server such as the dashboard never sends one."""
+    from distributed.comm.core import connect
+    from distributed.security import Security
+
+    arguments = Security().get_connection_args("client")
+    comm = await connect(address, timeout=CONNECT_SECONDS, **arguments)
+    await comm.close()
+
+
+@contextlib.contextmanager
+def _open_ray(data: DataSection) -> Iterator[_Pool]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from prefect_ray import RayTaskRunner
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if data.cluster:
+        _greet_ray_head(data)
+    else:
+        workers = data.workers or available_cpus()
+        options |= {
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": max(100_000_000, workers * RAY_STORE_BYTES_PER_WORKER),
+            "_node_ip_address": "127.0.0.1",
+        }
+    with RayTaskRunner(address=data.cluster or "local", init_kwargs=options) as runner:
+        yield _RayPool(data, runner)
+
+
+def _greet_ray_head(data: DataSection) -> None:
+    """Raises `TimeoutError`. Ray itself would try for two minutes and print each attempt."""
+    import grpc  # the protocol of both ports of a head node
+
+    if os.environ.get("RAY_USE_TLS", "0") == "0":
+        host, port = _host_and_port(data)
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            try:
+                grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+            except grpc.FutureTimeoutError as error:
+                raise TimeoutError from error
+
+
+# --- the pool ------------------------------------------------------------------------------------
+
+
+class _Pool:
+    """The `Pool` of `gpt.data.tokenize.pool` for units. A job is what the cluster returns for a
+    submitted unit."""
+
+    def __init__(self, data: DataSection, runner: Any) -> None:
+        self.data, self.runner = data, runner
         self.as_task = FlowRunContext.get() is not None
-        self._workers = backend.count_workers()
-        self._closed = threading.Event()
-        # In a thread: if the cluster is gone, Ray never returns.
-        self._counter = threading.Thread(target=self._count_workers, name="workers", daemon=True)
-        self._counter.start()
+        self._workers = self.count_workers()
+
+    def count_workers(self) -> int:
+        """How many units the cluster encodes at once."""
+        raise NotImplementedError
+
+    def submit_plain(self, request: EncodeRequest) -> Any:
+        """Submit the plain function."""
+        raise NotImplementedError
+
+    def wait(self, job: Any, seconds: float) -> bool:
+        """Wait for at most `seconds`; whether the job is done."""
+        raise NotImplementedError
+
+    def fetch(self, job: Any) -> Any:
+        """Raises what the worker raised, or the cluster's own error when it gives up."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def counting_workers(self) -> Iterator[None]:
+        """Count the workers in a thread: if the cluster is gone, Ray never returns."""
+        closed = threading.Event()
+
+        def count() -> None:
+            while not closed.wait(COUNT_SECONDS):
+                with contextlib.suppress(Exception):  # reported when a unit fails
+                    self._workers = self.count_workers()
+
         if not self._workers:
-            logger.warning("the cluster at %s has no workers yet: waiting for some", data.cluster)
-
-    def _count_workers(self) -> None:
-        while not self._closed.wait(COUNT_SECONDS):
-            with contextlib.suppress(Exception):  # reported when a unit fails
-                self._workers = self.backend.count_workers()
-
-    def close(self) -> None:
-        self._closed.set()
-        self._counter.join(WAIT_SECONDS)
+            address = self.data.cluster
+            logger.warning("the cluster at %s has no workers yet: waiting for some", address)
+        counter = threading.Thread(target=count, name="workers", daemon=True)
+        counter.start()
+        try:
+            yield
+        finally:
+            closed.set()
+            counter.join(WAIT_SECONDS)
 
     @property
     def max_pending(self) -> int:
@@ -113,16 +247,54 @@ class _ClusterPool:
     def submit(self, request: EncodeRequest) -> Future[EncodeResult]:
         return _PendingUnit(self, request)
 
-    def stop_using_tasks(self) -> None:
-        if self.as_task:
-            logger.warning("the workers cannot reach Prefect's API: it will not display the units")
-        self.as_task = False
+
+class _DaskPool(_Pool):
+    def count_workers(self) -> int:
+        return sum(self.runner.client.nthreads().values())
+
+    def submit_plain(self, request: EncodeRequest) -> Any:
+        return self.runner.client.submit(encode_unit, request, pure=False)
+
+    def wait(self, job: Any, seconds: float) -> bool:
+        # A closed client would leave the job pending forever.
+        if self.runner.client.status == "closed":
+            raise ConnectionError("the connection to the scheduler is lost")
+        deadline = time.monotonic() + seconds  # distributed.wait needs a process-wide client
+        while not job.done() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return bool(job.done())
+
+    def fetch(self, job: Any) -> Any:
+        return job.result()
+
+
+class _RayPool(_Pool):
+    def __init__(self, data: DataSection, runner: Any) -> None:
+        import ray
+
+        self._ray, self._encode = ray, ray.remote(encode_unit)
+        super().__init__(data, runner)
+
+    def count_workers(self) -> int:
+        return int(self._ray.cluster_resources().get("CPU", 0))
+
+    def submit_plain(self, request: EncodeRequest) -> Any:
+        return self._encode.remote(request)
+
+    def wait(self, job: Any, seconds: float) -> bool:
+        return bool(self._ray.wait([job], timeout=seconds, fetch_local=False)[0])
+
+    def fetch(self, job: Any) -> Any:
+        try:
+            return self._ray.get(job)
+        except self._ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
 
 class _PendingUnit(Future[EncodeResult]):
     """A submitted unit. Its result stays on the worker until it is asked for."""
 
-    def __init__(self, pool: _ClusterPool, request: EncodeRequest) -> None:
+    def __init__(self, pool: _Pool, request: EncodeRequest) -> None:
         super().__init__()
         self._pool, self._request = pool, request
         self._attempts = 1
@@ -131,25 +303,30 @@ class _PendingUnit(Future[EncodeResult]):
     def _submit(self) -> None:
         self._is_task = self._pool.as_task
         try:
-            with _prefect_api_url() if self._is_task else contextlib.nullcontext():
-                self._job = self._pool.backend.submit(self._request, self._is_task)
+            if self._is_task:
+                with _prefect_api_url():
+                    parameters = {"request": self._request}
+                    self._job = self._pool.runner.submit(tokenize_unit, parameters).wrapped_future
+            else:
+                self._job = self._pool.submit_plain(self._request)
         except Exception as error:
             raise self._failure(error) from error
 
     def done(self) -> bool:
         with contextlib.suppress(Exception):  # `result` raises it
-            return self._pool.backend.wait(self._job, 0.0)
+            return self._pool.wait(self._job, 0.0)
         return False
 
     def result(self, timeout: float | None = None) -> EncodeResult:
         """Wait for the unit, without a timeout. Raises what is wrong with the unit, and
         `CorpusError` where the cluster failed `MAX_ATTEMPTS` times."""
-        backend = self._pool.backend
         while True:
             try:
-                while not backend.wait(self._job, WAIT_SECONDS):
+                while not self._pool.wait(self._job, WAIT_SECONDS):
                     pass
-                return backend.result(self._job)
+                returned = self._pool.fetch(self._job)  # a task returns its state
+                result: EncodeResult = returned.result(_sync=True) if self._is_task else returned
+                return result
             except (GPTError, EncoderMismatchError):
                 raise
             except Exception as error:  # Dask, Ray and Prefect raise many kinds
@@ -157,7 +334,11 @@ class _PendingUnit(Future[EncodeResult]):
 
     def _submit_again(self, error: Exception) -> None:
         if self._is_task and is_api_unreachable(error):
-            self._pool.stop_using_tasks()
+            if self._pool.as_task:
+                logger.warning(
+                    "the workers cannot reach Prefect's API: it will not display the units"
+                )
+            self._pool.as_task = False
         elif self._attempts == MAX_ATTEMPTS:
             raise self._failure(error) from error
         else:

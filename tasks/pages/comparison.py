@@ -6,9 +6,9 @@ The HTML file opens without a network: style and charts are inside.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -27,7 +27,7 @@ from gpt.markdown import render_table
 NOT_AVAILABLE = "n/a"
 JOULES_PER_KWH = 3.6e6
 TEMPLATE = Path(__file__).with_suffix(".html")
-Value = Callable[[RunResult], float | None]
+LOSS = "validation loss, nats per token"
 
 
 @dataclass(frozen=True)
@@ -35,60 +35,44 @@ class Column:
     """A column of the table: a value per run, averaged over the seeds of a config."""
 
     heading: str
-    value: Value
+    value: str
+    """Attribute of a `RunResult`, e.g. report.loss."""
     number_format: str
-    error: Value | None = None
-    """Standard error of a single run; several seeds give their own."""
+    error: str = ""
+    """Attribute with the standard error of a single run; several seeds give their own."""
+    unit: float = 1
+
+    def read(self, run: RunResult, path: str) -> float | None:
+        value: Any = run
+        for name in path.split("."):
+            value = getattr(value, name, None)  # None: a benchmark that was not run
+        return None if value is None else value / self.unit
 
     def cell(self, result: ConfigResult) -> str:
-        known = [value for run in result.runs if (value := self.value(run)) is not None]
+        known = [v for run in result.runs if (v := self.read(run, self.value)) is not None]
         if not known:
             return NOT_AVAILABLE
         text = format(fmean(known), self.number_format)
-        if self.error is None:
+        if not self.error:
             return text
-        error = stdev(known) / len(known) ** 0.5 if len(known) > 1 else self.error(result.runs[0])
+        single = self.read(result.runs[0], self.error)
+        error = stdev(known) / len(known) ** 0.5 if len(known) > 1 else single
         return text if error is None else f"{text} ± {error:{self.number_format}}"
 
 
-def _benchmark(name: str, field: str) -> Value:
-    """A value of a benchmark's result; None if the benchmark was not run."""
-    return lambda run: getattr(getattr(run.report, name), field, None)
-
-
+SWAG = "report.hellaswag.normalized_accuracy"
 COLUMNS = (
-    Column("parameters", lambda run: run.parameters, ",.0f"),
-    Column("tokens", lambda run: run.tokens, ",.0f"),
-    Column(
-        "validation loss",
-        lambda run: run.report.loss,
-        ".4f",
-        error=lambda run: run.report.standard_error,
-    ),
-    Column("bits per byte", lambda run: run.report.bits_per_byte, ".4f"),
-    Column(
-        "HellaSwag",
-        _benchmark("hellaswag", "normalized_accuracy"),
-        ".4f",
-        error=_benchmark("hellaswag", "normalized_accuracy_error"),
-    ),
-    Column(
-        "LAMBADA",
-        _benchmark("lambada", "accuracy"),
-        ".4f",
-        error=_benchmark("lambada", "accuracy_error"),
-    ),
-    Column("LAMBADA perplexity", _benchmark("lambada", "perplexity"), ",.2f"),
-    Column("tokens/s", lambda run: run.tokens_per_second, ",.0f"),
-    Column("hours", lambda run: run.hours, ",.2f"),
-    Column(
-        "peak memory, GiB",
-        lambda run: run.peak_memory_bytes and run.peak_memory_bytes / GIB,
-        ",.2f",
-    ),
-    Column(
-        "energy, kWh", lambda run: run.energy_joules and run.energy_joules / JOULES_PER_KWH, ",.3f"
-    ),
+    Column("parameters", "parameters", ",.0f"),
+    Column("tokens", "tokens", ",.0f"),
+    Column("validation loss", "report.loss", ".4f", error="report.standard_error"),
+    Column("bits per byte", "report.bits_per_byte", ".4f"),
+    Column("HellaSwag", SWAG, ".4f", error=f"{SWAG}_error"),
+    Column("LAMBADA", "report.lambada.accuracy", ".4f", error="report.lambada.accuracy_error"),
+    Column("LAMBADA perplexity", "report.lambada.perplexity", ",.2f"),
+    Column("tokens/s", "tokens_per_second", ",.0f"),
+    Column("hours", "hours", ",.2f"),
+    Column("peak memory, GiB", "peak_memory_bytes", ",.2f", unit=GIB),
+    Column("energy, kWh", "energy_joules", ",.3f", unit=JOULES_PER_KWH),
 )
 HEADINGS = ("config", *(column.heading for column in COLUMNS))
 
@@ -137,65 +121,42 @@ def draw_charts(results: Sequence[ConfigResult]) -> dict[str, str]:
     finished = [result for result in results if result.runs]
     if not finished:
         return {}
-    charts: dict[str, Callable[[Axes, Sequence[ConfigResult]], None]] = {
-        "loss-by-tokens": partial(
-            _draw_curves,
-            x=lambda run: [tokens / 1e6 for tokens in run.curve.tokens],
-            label="tokens, millions",
-        ),
-        "loss-by-hours": partial(
-            _draw_curves, x=lambda run: run.curve.hours, label="training time, hours"
-        ),
-        "loss-by-parameters": _draw_loss_by_parameters,
-        "throughput": _draw_throughput,
-    }
-    return {name: _to_svg(finished, draw) for name, draw in charts.items()}
+    charts: dict[str, str] = {}
 
+    @contextmanager
+    def chart(name: str, **labels: str) -> Iterator[Axes]:
+        figure, file = Figure(figsize=(6, 4), layout="constrained"), io.StringIO()
+        axes = figure.subplots()
+        axes.grid(alpha=0.3)
+        yield axes
+        axes.set(**labels)
+        # Text stays text, so that it can be searched; the same results give the same bytes.
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overnight"}):
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        charts[name] = file.getvalue()[file.getvalue().index("<svg") :]
 
-def _to_svg(
-    results: Sequence[ConfigResult], draw: Callable[[Axes, Sequence[ConfigResult]], None]
-) -> str:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    draw(axes, results)
-    file = io.StringIO()
-    # Text stays text, so that it can be searched; the same results give the same bytes.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overnight"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _draw_curves(
-    axes: Axes,
-    results: Sequence[ConfigResult],
-    x: Callable[[RunResult], Sequence[float]],
-    label: str,
-) -> None:
-    for number, result in enumerate(results):
-        for run in result.runs:
-            name = result.name if run is result.runs[0] else None
-            axes.plot(x(run), run.curve.losses, f"C{number}.-", label=name, lw=1.5)
-    axes.set(xlabel=label, ylabel="validation loss, nats per token")
-    axes.legend()
-
-
-def _draw_loss_by_parameters(axes: Axes, results: Sequence[ConfigResult]) -> None:
-    for number, result in enumerate(results):
-        errors = [run.report.standard_error or 0.0 for run in result.runs]
-        counts = [run.parameters / 1e6 for run in result.runs]
-        style: dict[str, Any] = {"color": f"C{number}", "fmt": "o", "capsize": 3}
-        axes.errorbar(counts, result.losses, yerr=errors, label=result.name, **style)
-    axes.set(xlabel="parameters, millions", ylabel="validation loss, nats per token")
-    axes.legend()
-
-
-def _draw_throughput(axes: Axes, results: Sequence[ConfigResult]) -> None:
-    names = [result.name for result in results]
-    throughputs = [fmean(run.tokens_per_second for run in result.runs) for result in results]
-    bars = axes.barh(names, throughputs, color=[f"C{number}" for number in range(len(results))])
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.margins(x=0.15)
-    axes.invert_yaxis()
-    axes.set(xlabel="tokens/s")
+    by_tokens = chart("loss-by-tokens", xlabel="tokens, millions", ylabel=LOSS)
+    by_hours = chart("loss-by-hours", xlabel="training time, hours", ylabel=LOSS)
+    by_size = chart("loss-by-parameters", xlabel="parameters, millions", ylabel=LOSS)
+    with by_size as size_axes, by_hours as hours_axes, by_tokens as tokens_axes:
+        for number, result in enumerate(finished):
+            for run in result.runs:
+                curve, label = run.curve, result.name if run is result.runs[0] else None
+                style: dict[str, Any] = {"label": label, "lw": 1.5}
+                millions = [tokens / 1e6 for tokens in curve.tokens]
+                tokens_axes.plot(millions, curve.losses, f"C{number}.-", **style)
+                hours_axes.plot(curve.hours, curve.losses, f"C{number}.-", **style)
+            errors = [run.report.standard_error or 0.0 for run in result.runs]
+            counts = [run.parameters / 1e6 for run in result.runs]
+            style = {"color": f"C{number}", "fmt": "o", "capsize": 3, "label": result.name}
+            size_axes.errorbar(counts, result.losses, yerr=errors, **style)
+        for axes in (tokens_axes, hours_axes, size_axes):
+            axes.legend()
+    with chart("throughput", xlabel="tokens/s") as axes:
+        throughputs = [fmean(run.tokens_per_second for run in result.runs) for result in finished]
+        colors = [f"C{number}" for number in range(len(finished))]
+        bars = axes.barh([result.name for result in finished], throughputs, color=colors)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+    return charts

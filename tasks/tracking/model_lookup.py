@@ -19,6 +19,7 @@ from gpt.evaluation.report_store import REPORT_FILE
 from gpt.files import atomic_folder
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
 from gpt.training.checkpoint.retention import PROGRESS_FILE
+from tasks.tracking.journal import RegisteredVersion
 from tasks.tracking.mlflow_api import (
     Alias,
     MlflowClient,
@@ -34,6 +35,7 @@ SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT_FILE)
 """What is stored of a model besides the files that MLflow needs to load it."""
 FINGERPRINT, FRACTION = "dataset.fingerprint", "data.validation_fraction"
 """Parameters of a run."""
+SQLITE = "sqlite:///"
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
@@ -51,11 +53,10 @@ def fetch_model(name: str, uri: str, root: Path) -> Path:
     if not match:
         rule = "not the name of a registered model"
         raise registry_error(name, rule, "use models:/gpt@champion or models:/gpt/3")
-    if not sqlite_store_exists(uri):
-        rule = f"no run has registered a model yet: {uri.removeprefix('sqlite:///')} does not exist"
-        raise registry_error(name, rule, "use another --root, or set MLFLOW_TRACKING_URI")
-    with registry_errors(name, uri):
-        client = MlflowClient(tracking_uri=uri)
+    with registry_client(name, uri) as client:
+        if client is None:
+            rule = f"no run has registered a model yet: {uri.removeprefix(SQLITE)} does not exist"
+            raise registry_error(name, rule, "use another --root, or set MLFLOW_TRACKING_URI")
         version = _resolve_version(client, name, match)
         location = client.get_model_version_download_uri(match["name"], version)
         if local := local_path(location):
@@ -77,10 +78,12 @@ def _check_model(folder: Path, name: str, location: str) -> Path:
 
 
 @contextmanager
-def registry_errors(name: str, uri: str) -> Iterator[None]:
-    """Turn whatever MLflow raises in the block into a `RegistryError` about `name`."""
+def registry_client(name: str, uri: str) -> Iterator[MlflowClient | None]:
+    """Open a client; None for a SQLite store without a file, which a query would create. Whatever
+    MLflow raises in the block becomes a `RegistryError` about `name`."""
+    is_missing = uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists()
     try:
-        yield
+        yield None if is_missing else MlflowClient(tracking_uri=uri)
     except RegistryError:
         raise
     except Exception as error:
@@ -91,11 +94,6 @@ def registry_errors(name: str, uri: str) -> Iterator[None]:
 
 def registry_error(name: str, rule: str, remedy: str) -> RegistryError:
     return RegistryError(Problem("MODEL", name, rule, remedy))
-
-
-def sqlite_store_exists(uri: str) -> bool:
-    """Return False for a SQLite store without a file: a query would create it. Else True."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def find_registered(
@@ -174,27 +172,15 @@ class Champion(Artifact):
         return f"{self.name} version {self.version}"
 
 
-class EarlierTrial(Artifact):
-    """The result of an earlier challenger with the same data and settings."""
-
-    version: str
-    alias: str
-    """As decided at its registration."""
-    reason: str
-
-
 def find_champion(name: str, uri: str, root: Path) -> Champion | None:
     """Return the champion of the registered model `name`, or None if it has no version yet.
 
     Raises `RegistryError` if MLflow cannot be reached, or if no version has the alias: then no
     challenger could be promoted.
     """
-    if not sqlite_store_exists(uri):
-        return None
-    with registry_errors(f"models:/{name}@{Alias.CHAMPION}", uri):
-        client = MlflowClient(tracking_uri=uri)
-        aliases, versions = find_registered(client, name) or ({}, [])
-        if not versions:
+    with registry_client(f"models:/{name}@{Alias.CHAMPION}", uri) as client:
+        aliases, versions = (client and find_registered(client, name)) or ({}, [])
+        if not client or not versions:
             return None
         number = aliases.get(Alias.CHAMPION)
         if not number:
@@ -217,19 +203,23 @@ def find_champion(name: str, uri: str, root: Path) -> Champion | None:
         )
 
 
-def find_earlier_trial(name: str, uri: str, trial: str) -> EarlierTrial | None:
-    """Return the result of the last version with this trial key, or None. Raises `RegistryError`
-    if MLflow cannot be reached."""
-    if not sqlite_store_exists(uri):
-        return None
-    with registry_errors(name, uri):
-        versions = MlflowClient(tracking_uri=uri).search_model_versions(f"name = '{name}'")
+def find_earlier_trial(name: str, uri: str, trial: str) -> RegisteredVersion | None:
+    """Return the last version with this trial key, as decided at its registration, or None. Raises
+    `RegistryError` if MLflow cannot be reached."""
+    with registry_client(name, uri) as client:
+        versions = client.search_model_versions(f"name = '{name}'") if client else []
         matching = [version for version in versions if version.tags.get(Tag.TRIAL) == trial]
         if not matching:
             return None
         last = max(matching, key=lambda version: int(version.version))
-        alias, reason = last.tags.get(Tag.ALIAS, ""), last.tags[Tag.REASON]
-        return EarlierTrial(version=str(last.version), alias=alias, reason=reason)
+        return RegisteredVersion(
+            name=name,
+            version=str(last.version),
+            step=int(last.tags.get(Tag.STEP, 0)),
+            alias=last.tags.get(Tag.ALIAS, ""),
+            reason=last.tags[Tag.REASON],
+            trial=trial,
+        )
 
 
 def _fetch_manifest(client: MlflowClient, run: entities.Run, root: Path) -> DatasetManifest | None:

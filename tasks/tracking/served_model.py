@@ -7,7 +7,6 @@ answered with 400 and the messages of the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,45 +46,38 @@ class ServedModel(mlflow.pyfunc.PythonModel):
 
 
 def read_prompts(request: Any) -> list[str]:
-    """Return the prompts of a request in any of MLflow's formats.
+    """Return the prompts of a request in any of MLflow's formats: a table, a dict of columns, a
+    list of rows, or the prompts alone.
 
     Raises `GenerationError` if there is none, if one is not text, and for every other column, such
     as a misspelled parameter.
     """
-    columns = {str(name): _to_list(values) for name, values in _to_columns(request).items()}
-    problems = list(_check_columns(columns))
-    if problems:
-        raise GenerationError(*problems)
-    return columns[PROMPT]
-
-
-def _check_columns(columns: dict[str, list[Any]]) -> Iterator[Problem]:
-    remedy = f"send a request such as {EXAMPLE}"
-    if PROMPT not in columns:
-        given = ", ".join(columns) or "nothing"
-        yield Problem(PROMPT, "", f"missing from the request, which has: {given}", remedy)
-    for name, values in columns.items():
-        if name != PROMPT:
-            rule = f"neither the prompt nor a parameter ({', '.join(PARAMETERS)})"
-            yield Problem(name, "", rule, remedy)
-            continue
-        for value in values:
-            if not isinstance(value, str):
-                yield Problem(PROMPT, repr(value), "must be text", remedy)
-
-
-def _to_columns(request: Any) -> dict[Any, Any]:
-    """MLflow passes on a table, a dict of columns, a list of rows, or the prompts alone."""
     if isinstance(request, list) and all(isinstance(row, dict) for row in request):
         request = pd.DataFrame(request)
     if isinstance(request, pd.DataFrame):
-        return {name: request[name] for name in request}
-    return request if isinstance(request, dict) else {PROMPT: request}
-
-
-def _to_list(values: Any) -> list[Any]:
-    values = values.tolist() if hasattr(values, "tolist") else values
-    return values if isinstance(values, list) else [values]
+        request = request.to_dict("list")
+    columns = request if isinstance(request, dict) else {PROMPT: request}
+    prompts = columns.get(PROMPT, [])
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    prompts = prompts if isinstance(prompts, list) else [prompts]
+    remedy, parameters = f"send a request such as {EXAMPLE}", ", ".join(PARAMETERS)
+    problems = [
+        Problem(str(name), "", f"neither the prompt nor a parameter ({parameters})", remedy)
+        for name in columns
+        if name != PROMPT
+    ]
+    problems += [
+        Problem(PROMPT, repr(prompt), "must be text", remedy)
+        for prompt in prompts
+        if not isinstance(prompt, str)
+    ]
+    if PROMPT not in columns:
+        given = ", ".join(map(str, columns)) or "nothing"
+        rule = f"missing from the request, which has: {given}"
+        problems.insert(0, Problem(PROMPT, "", rule, remedy))
+    if problems:
+        raise GenerationError(*problems)
+    return prompts
 
 
 set_model(ServedModel())

@@ -25,7 +25,7 @@ from gpt.errors import ConfigError, CorpusError, RegistryError
 from gpt.evaluation.significance import compare_with_champion
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.step import TrainState
-from tasks import evaluate_slices
+from tasks import evaluate
 from tasks.tracking import registry
 from tasks.tracking.mlflow_api import MlflowClient
 
@@ -193,7 +193,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
     """Return the calls of `evaluate`, of which one fails."""
     asked: list[Any] = []
-    really = evaluate_slices.evaluate_saved_model
+    really = evaluate.evaluate_saved_model
 
     def evaluated(*arguments: Any) -> Any:
         asked.append(arguments)
@@ -201,7 +201,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
             raise RuntimeError("the machine went away")
         return really(*arguments)
 
-    monkeypatch.setattr(evaluate_slices, "evaluate_saved_model", evaluated)
+    monkeypatch.setattr(evaluate, "evaluate_saved_model", evaluated)
     return asked
 
 

@@ -21,7 +21,7 @@ from waiting import free_port, scaled
 from gpt.data.tokenize import pipeline, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.errors import ConfigError, CorpusError
-from tasks.cluster import backends, runner
+from tasks.cluster import runner
 from tasks.cluster.runner import resolve_cluster
 from tasks.tokenize_parquet import find_or_tokenize, tokenize_parquet
 
@@ -284,7 +284,7 @@ def test_address_with_wrong_scheme_is_explained(tmp_path, source, kind, scheme):
 
 
 def test_server_that_is_not_a_cluster_is_explained(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(runner, "CONNECT_SECONDS", 1.0)
 
     def hang_up():
         with suppress(OSError):
@@ -303,7 +303,7 @@ def test_server_that_is_not_a_cluster_is_explained(tmp_path, source, monkeypatch
 @pytest.mark.parametrize("kind", KINDS)
 def test_silent_port_is_explained(tmp_path, source, monkeypatch, kind):
     """A web server, e.g. Dask's dashboard, waits for a request."""
-    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(runner, "CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"{address}\n.*does not answer as a cluster"):
