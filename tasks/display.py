@@ -159,46 +159,38 @@ def show_evaluation(steps: ProgressGenerator[Result]) -> Result:
 
 
 @contextmanager
-def train_display(config: RunConfig) -> Iterator[TrainDisplay]:
-    with _bar("training", config.training.max_steps) as (bar, task):
-        yield TrainDisplay(config, bar, task)
+def train_display(config: RunConfig) -> Iterator[Callable[[StepRecord], None]]:
+    """Yield a function that updates the bar, and logs a line every `log_interval` steps, for the
+    first and the last."""
+    last_step, interval = config.training.max_steps, config.training.log_interval
+    step_ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
+    seconds_per_token: list[float] = []
 
-
-class TrainDisplay:
-    def __init__(self, config: RunConfig, bar: Progress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
-        self._last_step = config.training.max_steps
-        self._interval = config.training.log_interval
-        self._step_ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
-        self._seconds_per_token: list[float] = []
-
-    def show(self, record: StepRecord) -> None:
-        """Update the bar; log a line every `log_interval` steps, for the first and the last."""
-        counter = f"step {record.step:>{len(str(self._last_step))}}/{self._last_step}"
+    def show(record: StepRecord) -> None:
+        counter = f"step {record.step:>{len(str(last_step))}}/{last_step}"
         if record.loss is not None:
-            self._show_step(record, record.loss, counter)
-        if record.validation:
-            heldout = record.validation
+            step_ends.append(time.monotonic())
+            if record.tokens_per_second:
+                seconds_per_token.append(1 / record.tokens_per_second)
+            rate = 1 / fmean(seconds_per_token) if seconds_per_token else 0.0
+            step_seconds = (step_ends[-1] - step_ends[0]) / (len(step_ends) - 1)
+            left = format_duration(step_seconds * (last_step - record.step))
+            text = f"loss {record.loss:.4f}  {rate:,.0f} tokens/s  {left} left"
+            bar.update(task, completed=record.step, text=text)
+            if record.step in (1, last_step) or record.step % interval == 0:
+                log_info(
+                    f"{counter}  loss {record.loss:.4f}  lr {record.learning_rate:.1e}"
+                    f"  {rate:,.0f} tokens/s{_format_device_use(record)}  {left} left"
+                )
+                seconds_per_token.clear()
+        if heldout := record.validation:
             log_info(
                 f"{counter}  validation loss {heldout.loss:.4f}  "
                 f"perplexity {heldout.perplexity:,.1f}  bits per byte {heldout.bits_per_byte:.4f}"
             )
 
-    def _show_step(self, record: StepRecord, loss: float, counter: str) -> None:
-        self._step_ends.append(time.monotonic())
-        if record.tokens_per_second:
-            self._seconds_per_token.append(1 / record.tokens_per_second)
-        rate = 1 / fmean(self._seconds_per_token) if self._seconds_per_token else 0.0
-        step_seconds = (self._step_ends[-1] - self._step_ends[0]) / (len(self._step_ends) - 1)
-        left = format_duration(step_seconds * (self._last_step - record.step))
-        text = f"loss {loss:.4f}  {rate:,.0f} tokens/s  {left} left"
-        self._bar.update(self._task, completed=record.step, text=text)
-        if record.step in (1, self._last_step) or record.step % self._interval == 0:
-            log_info(
-                f"{counter}  loss {loss:.4f}  lr {record.learning_rate:.1e}"
-                f"  {rate:,.0f} tokens/s{_format_device_use(record)}  {left} left"
-            )
-            self._seconds_per_token.clear()
+    with _bar("training", last_step) as (bar, task):
+        yield show
 
 
 def _format_device_use(record: StepRecord) -> str:

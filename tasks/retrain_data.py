@@ -101,8 +101,14 @@ def plan_retraining(config: RunConfig, path: str | None, start: StartFrom) -> Re
         config = add_source_file(config, path)
     uri, root = resolve_tracking_uri(config), config.run.root
     champion = find_champion(name, uri, root)
-    if champion:
-        _check_validation_fraction(config, champion)
+    fraction, before = (
+        config.data.validation_fraction,
+        champion.validation_fraction if champion else None,
+    )
+    if before is not None and fraction < before:
+        rule = f"less than the {before} of {champion}, so held-out documents would be trained on"
+        remedy = f"use {before} or more, or start over with another tracking.registered_model"
+        raise ConfigError(Problem("data.validation_fraction", str(fraction), rule, remedy))
     changes = find_source_changes(config, champion.dataset if champion else None)
     if champion and not changes.any:
         return RetrainPlan(config=config, champion=champion, changes=changes, trial="")
@@ -118,7 +124,11 @@ def plan_retraining(config: RunConfig, path: str | None, start: StartFrom) -> Re
     if champion and not tried:
         model = fetch_model(f"models:/{name}/{champion.version}", uri, root)
     if initial and model:
-        config = _set_init_from(config, model)
+        config = override_config(config, {"training": {"init_from": str(model)}})
+        if problem := check_init_from(config):
+            rule = f"the champion cannot be used as initial weights: {problem.rule}"
+            remedy = f'{problem.remedy}, or use start = "scratch"'
+            raise ConfigError(Problem("start", "champion", rule, remedy))
     return RetrainPlan(
         config=config, champion=champion, model=model, changes=changes, trial=trial, tried=tried
     )
@@ -169,27 +179,7 @@ def format_names(names: Sequence[str]) -> str:
 
 
 def override_config(config: RunConfig, values: dict[str, dict[str, object]]) -> RunConfig:
-    """Return the config with other values. Raises `ConfigError`."""
     return build_config(merge_overrides(config.model_dump(mode="json"), values))
-
-
-def _set_init_from(config: RunConfig, model: Path) -> RunConfig:
-    config = override_config(config, {"training": {"init_from": str(model)}})
-    if problem := check_init_from(config):
-        rule = f"the champion cannot be used as initial weights: {problem.rule}"
-        remedy = f'{problem.remedy}, or use start = "scratch"'
-        raise ConfigError(Problem("start", "champion", rule, remedy))
-    return config
-
-
-def _check_validation_fraction(config: RunConfig, champion: Champion) -> None:
-    """A smaller fraction would train on documents that were held out before."""
-    fraction, before = config.data.validation_fraction, champion.validation_fraction
-    if before is None or fraction >= before:
-        return
-    rule = f"less than the {before} of {champion}, so held-out documents would be trained on"
-    remedy = f"use {before} or more, or start over with another tracking.registered_model"
-    raise ConfigError(Problem("data.validation_fraction", str(fraction), rule, remedy))
 
 
 @task(name="continue-data", task_run_name="continue-data", cache_policy=NO_CACHE)

@@ -34,14 +34,14 @@ def train(config: RunConfig, dataset: DatasetManifest, run: RunRef) -> Checkpoin
         log_info(f"training in {run.folder}")
     with (
         open_recorder(run) as recorder,
-        train_display(config) as display,
+        train_display(config) as show,
         stop_signals.graceful_stop(),
     ):
         for record in launch_training(
             resolve_sharding(config), dataset, run.folder, stop_signals.requested
         ):
             recorder.log_step(record)
-            display.show(record)
+            show(record)
     checkpoint = latest_checkpoint(run.folder)
     assert checkpoint, "the last step writes a checkpoint"
     return checkpoint

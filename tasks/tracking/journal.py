@@ -13,9 +13,10 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field
 
@@ -25,8 +26,6 @@ from gpt.files import write_text
 METRICS_FILE = "metrics.jsonl"
 METADATA_FILE = "tracking_outbox.json"
 SYNC_STATE_FILE = "tracking_run.json"
-
-T = TypeVar("T", bound=Artifact)
 
 # --- metrics -------------------------------------------------------------------------------------
 
@@ -194,7 +193,9 @@ class SyncState(Artifact):
 
 
 def read_metadata(folder: Path) -> PendingMetadata | None:
-    return _read(PendingMetadata, folder / METADATA_FILE)
+    with suppress(FileNotFoundError):
+        return PendingMetadata.model_validate_json((folder / METADATA_FILE).read_bytes())
+    return None
 
 
 def update_metadata(folder: Path, **changes: Any) -> PendingMetadata:
@@ -212,7 +213,9 @@ def write_metadata(folder: Path, metadata: PendingMetadata) -> None:
 
 
 def read_sync_state(folder: Path) -> SyncState | None:
-    return _read(SyncState, folder / SYNC_STATE_FILE)
+    with suppress(FileNotFoundError):
+        return SyncState.model_validate_json((folder / SYNC_STATE_FILE).read_bytes())
+    return None
 
 
 def save_state(folder: Path, state: SyncState, **changes: Any) -> SyncState:
@@ -233,10 +236,3 @@ def find_registered_version(
 def count_unsent_lines(folder: Path, state: SyncState | None) -> int:
     """Count the lines of `metrics.jsonl` that MLflow does not have yet."""
     return len(read_metrics(folder / METRICS_FILE, state.sent_bytes if state else 0)[0])
-
-
-def _read(kind: type[T], path: Path) -> T | None:
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None

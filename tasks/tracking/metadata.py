@@ -49,36 +49,31 @@ def build_run_metadata(
 ) -> PendingMetadata:
     """Describe a run, or the parent run of a comparison: the parameters `compared`, and what all
     compared runs share."""
+    commit, files = "", {}
+    if compared:
+        name = folder.name.rpartition("-")[0]
+        shared = ("dataset.fingerprint", "evaluation.tokens")
+        parameters = run_parameters(config, dataset)
+        parameters = dict(compared) | {key: parameters[key] for key in shared}
+    else:
+        name, parameters, commit = config.run.name, run_parameters(config, dataset), git_commit()
+        write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
+        described = {MANIFEST: dataset.folder / MANIFEST} | write_summary(dataset)
+        files = {"config.json": folder / "config.json"}
+        files |= {f"dataset/{file}": path for file, path in described.items() if path.exists()}
     uri = resolve_tracking_uri(config)
     artifacts = (mlflow_folder(config.run.root) / "artifacts").as_uri()
-    commit = "" if compared else git_commit()
-    files = {} if compared else _describing_files(config, dataset, folder)
     return PendingMetadata(
         uid=uuid.uuid4().hex,
-        name=folder.name.rpartition("-")[0] if compared else config.run.name,
+        name=name,
         experiment=config.tracking.experiment,
         uri=uri,
         artifacts=artifacts if uri.startswith("sqlite:///") else "",
-        parameters={
-            **compared,
-            "dataset.fingerprint": dataset.fingerprint,
-            "evaluation.tokens": _to_text(config.evaluation.tokens),
-        }
-        if compared
-        else run_parameters(config, dataset) | ({"git.commit": commit} if commit else {}),
+        parameters=parameters | ({"git.commit": commit} if commit else {}),
         tags={"mlflow.source.git.commit": commit.removesuffix(DIRTY_SUFFIX)} if commit else {},
         dataset=_describe_dataset(dataset),
-        files={name: path.resolve() for name, path in files.items() if path.exists()},
+        files={file: path.resolve() for file, path in files.items()},
     )
-
-
-def _describing_files(config: RunConfig, dataset: DatasetManifest, folder: Path) -> dict[str, Path]:
-    """Write the resolved config and the dataset's summary; return them by artifact path."""
-    write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
-    described = {MANIFEST: dataset.folder / MANIFEST} | write_summary(dataset)
-    return {"config.json": folder / "config.json"} | {
-        f"dataset/{name}": path for name, path in described.items()
-    }
 
 
 def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Checkpoints as MLflow's logged models, and the last one as a version of a registered model.
 
-Called by `tasks.tracking.sync_thread` as often as it takes: after an interruption a model is found
+Called by `tasks.tracking.runs` as often as it takes: after an interruption a model is found
 by its run and name, and a version by the run's uid and the step. A version becomes the champion
 only if it is better beyond chance on the same validation slice (`gpt.evaluation.significance`); it
 gets the alias `champion`. One that is not better, or cannot be compared, gets `challenger`.

@@ -1,11 +1,12 @@
 """Tracked runs as the stages use them: open, record, attach files, register, finish.
 
 Nothing here blocks or fails training. Everything is written to the run folder first; a background
-thread sends it to MLflow (tasks.tracking.sync_thread) and retries while the server is unreachable.
+thread sends it to MLflow and retries while the server is unreachable.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +18,29 @@ from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.errors import Problem, TrackingError
 from gpt.files import PARTIAL, sync
+from gpt.training.thread_priority import lower_thread_priority
 from tasks.display import log_warning
+from tasks.runtime.signals import stop_signals
 from tasks.tracking import journal
 from tasks.tracking.journal import PendingMetadata, RegisteredVersion, SyncState
 from tasks.tracking.metadata import build_run_metadata, mlflow_folder, resolve_tracking_uri
 from tasks.tracking.mlflow_api import MlflowClient, error_summary
 from tasks.tracking.recorder import Recorder
-from tasks.tracking.registry import UPLOAD_SECONDS
-from tasks.tracking.sync_thread import sync_and_wait, sync_folder, sync_in_background
+from tasks.tracking.registry import UPLOAD_SECONDS, send_models, send_registration
+from tasks.tracking.sync import RunSync
 
 OPEN_SECONDS = 60.0
 """Longest wait for MLflow at the start; creating a SQLite store takes about 10 s."""
 FLUSH_SECONDS = 20.0
 """Longest wait for unsent data at the end of a stage."""
+STOPPED_FLUSH_SECONDS = 3.0
+"""Longest wait for unsent data after a stop signal: the process is killed if it takes long."""
+SEND_SECONDS = 10.0
+MAX_RETRY_SECONDS = 60.0
+"""Longest pause between attempts while MLflow is unreachable; it doubles from SEND_SECONDS."""
+
+_sync_lock = threading.Lock()
+"""A thread that was not waited for may still be sending when the next one starts."""
 
 
 class RunRef(Artifact):
@@ -93,6 +104,68 @@ def create_sqlite_store(database: Path) -> None:
             MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
             sync(partial)
             partial.rename(database)
+
+
+# --- send ----------------------------------------------------------------------------------------
+
+
+def sync_folder(folder: Path, uri: str) -> None:
+    """Send what MLflow at `uri` does not have yet. Raises what MLflow raises; safe to repeat."""
+    with _sync_lock:
+        sync = RunSync(folder, uri)
+        sync.send_parameters()
+        sync.send_tags()
+        sync.send_metrics()
+        sync.send_files()
+        # The status precedes the models: a registry that fails must delay nothing else.
+        sync.send_status()
+        send_models(sync)
+        send_registration(sync)
+
+
+@contextmanager
+def sync_in_background(
+    folder: Path, uri: str, flush_seconds: float, warn: bool = False
+) -> Iterator[None]:
+    """Sync a run folder during the block, and at its end wait up to `flush_seconds` for what is
+    unsent. A failed attempt is repeated; the first one is logged if `warn` is set."""
+    closing = threading.Event()
+
+    def send_until_closed() -> None:
+        lower_thread_priority()
+        pause, is_first_error = SEND_SECONDS, True
+        while True:
+            last = closing.is_set()
+            try:
+                sync_folder(folder, uri)
+                pause = SEND_SECONDS
+            except Exception as error:  # whatever MLflow raises, training continues
+                if warn and is_first_error:
+                    log_warning(
+                        f"MLflow at {uri} cannot be reached ({error_summary(error)}). The run "
+                        "continues; its metrics are saved in "
+                        f"{folder / journal.METRICS_FILE} and sent when MLflow is reachable "
+                        "again. To use another server, set tracking.uri or MLFLOW_TRACKING_URI"
+                    )
+                is_first_error = False
+                pause = min(2 * pause, MAX_RETRY_SECONDS)
+            if last:
+                return
+            closing.wait(pause)
+
+    thread = threading.Thread(target=send_until_closed, name="mlflow-sync", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join(STOPPED_FLUSH_SECONDS if stop_signals.requested() else flush_seconds)
+
+
+def sync_and_wait(folder: Path, uri: str, seconds: float, warn: bool = False) -> None:
+    """Sync a run folder for at most `seconds`."""
+    with sync_in_background(folder, uri, seconds, warn):
+        pass
 
 
 # --- record --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from servers import MlflowServer
 
 from flows.cli.model_choice import find_model, read_model_facts
 from gpt.errors import RegistryError
-from tasks.tracking import journal, mlflow_settings, registry, sync_thread
+from tasks.tracking import journal, mlflow_settings, registry, runs
 from tasks.tracking.mlflow_api import MlflowClient, Tag
 from tasks.tracking.model_lookup import local_path
 from tasks.tracking.runs import register_last_model, sync_run
@@ -149,7 +149,7 @@ def test_interruption_at_any_call_gives_the_same_result(tiny_root, client, name,
         fail_first_response(call)
     while lost < 100:
         try:
-            sync_thread.sync_folder(finished.folder, finished.run.uri)
+            runs.sync_folder(finished.folder, finished.run.uri)
             break
         except ConnectionError:
             lost += 1

@@ -14,7 +14,7 @@ from gpt.artifacts import DatasetManifest, HeldoutLoss, SourceFile, Split
 from gpt.config.loading import load_config
 from gpt.config.schema import RunConfig
 from gpt.training.metrics import StepRecord
-from tasks.tracking import journal, runs, sync_thread
+from tasks.tracking import journal, runs
 from tasks.tracking.mlflow_api import MlflowClient, Tag
 from tasks.tracking.runs import (
     RunRef,
@@ -117,14 +117,14 @@ def test_resending_metrics_creates_no_duplicates(run: RunRef, mlflow_client: Mlf
     state = journal.read_sync_state(run.folder)
     assert state
     journal.save_state(run.folder, state, sent_bytes=0)
-    sync_thread.sync_folder(run.folder, run.uri)
+    runs.sync_folder(run.folder, run.uri)
     assert str(history(mlflow_client, run.run_id, "train/loss")) == str(before)  # nan != nan
     assert len(before) == 4
 
 
 def test_run_is_found_without_sync_state(run: RunRef, mlflow_client: MlflowClient) -> None:
     (run.folder / journal.SYNC_STATE_FILE).unlink()
-    sync_thread.sync_folder(run.folder, run.uri)
+    runs.sync_folder(run.folder, run.uri)
     state = journal.read_sync_state(run.folder)
     assert state
     assert state.run_id == run.run_id
@@ -190,7 +190,7 @@ def test_unreachable_server_receives_everything_later(
 def test_slow_server_delays_no_step_and_little_at_the_end(
     run: RunRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sync_thread, "sync_folder", lambda *_: time.sleep(30))
+    monkeypatch.setattr(runs, "sync_folder", lambda *_: time.sleep(30))
     monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.2)
     began = time.monotonic()
     with track_run_status(run), open_recorder(run) as recorder:
