@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from prefect import task
@@ -84,7 +84,7 @@ def resolve_cluster(data: DataSection) -> OpenCluster | None:
         except OSError as error:
             rule = f"nothing answers there: {error.strerror or error}"
             raise _address_error(data, rule) from error
-    return lambda: _open_cluster(data)
+    return lambda: (_DaskPool if data.runner == "dask" else _RayPool)(data)
 
 
 def _host_and_port(data: DataSection) -> tuple[str, int]:
@@ -106,102 +106,62 @@ def _address_error(data: DataSection, rule: str) -> ConfigError:
     return ConfigError(Problem("data.cluster", data.cluster, rule, remedy))
 
 
-@contextlib.contextmanager
-def _open_cluster(data: DataSection) -> Iterator[_Pool]:
-    with contextlib.ExitStack() as stack:
-        try:
-            pool = stack.enter_context(
-                _open_dask(data) if data.runner == "dask" else _open_ray(data)
-            )
-        except GPTError:
-            raise
-        except TimeoutError as error:  # of the handshake
-            rule = "something listens there, but it does not answer as a cluster"
-            raise _address_error(data, rule) from error
-        except Exception as error:  # Dask and Ray raise many kinds
-            rule = f"cannot open the {data.runner} cluster: {error}"
-            remedy = (
-                "check that it is running, and that its versions of Python and of the packages "
-            )
-            remedy += "are the same as here"
-            raise ConfigError(Problem("data.cluster", data.cluster, rule, remedy)) from error
-        stack.enter_context(pool.counting_workers())
-        yield pool
-
-
-@contextlib.contextmanager
-def _open_dask(data: DataSection) -> Iterator[_Pool]:
-    from prefect_dask import DaskTaskRunner
-
-    if data.cluster:
-        asyncio.run(asyncio.wait_for(_greet_dask_scheduler(data.cluster), 2 * CONNECT_SECONDS))
-        runner = DaskTaskRunner(
-            address=data.cluster, client_kwargs={"timeout": CONNECT_SECONDS, "name": "overnight"}
-        )
-    else:
-        local = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
-        workers = data.workers or available_cpus()
-        runner = DaskTaskRunner(cluster_kwargs={"n_workers": workers, **local})
-    with runner:
-        assert runner.client  # the property opens it
-        yield _DaskPool(data, runner)
-
-
-async def _greet_dask_scheduler(address: str) -> None:
-    """Raises `OSError` or `TimeoutError`. Dask's client waits for a greeting without a limit, and a
-    web server such as the dashboard never sends one."""
-    from distributed.comm.core import connect
-    from distributed.security import Security
-
-    arguments = Security().get_connection_args("client")
-    comm = await connect(address, timeout=CONNECT_SECONDS, **arguments)
-    await comm.close()
-
-
-@contextlib.contextmanager
-def _open_ray(data: DataSection) -> Iterator[_Pool]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from prefect_ray import RayTaskRunner
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if data.cluster:
-        _greet_ray_head(data)
-    else:
-        workers = data.workers or available_cpus()
-        options |= {
-            "num_cpus": workers,
-            "include_dashboard": False,
-            "object_store_memory": max(100_000_000, workers * RAY_STORE_BYTES_PER_WORKER),
-            "_node_ip_address": "127.0.0.1",
-        }
-    with RayTaskRunner(address=data.cluster or "local", init_kwargs=options) as runner:
-        yield _RayPool(data, runner)
-
-
-def _greet_ray_head(data: DataSection) -> None:
-    """Raises `TimeoutError`. Ray itself would try for two minutes and print each attempt."""
-    import grpc  # the protocol of both ports of a head node
-
-    if os.environ.get("RAY_USE_TLS", "0") == "0":
-        host, port = _host_and_port(data)
-        with grpc.insecure_channel(f"{host}:{port}") as channel:
-            try:
-                grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
-            except grpc.FutureTimeoutError as error:
-                raise TimeoutError from error
-
-
 # --- the pool ------------------------------------------------------------------------------------
 
 
 class _Pool:
-    """The `Pool` of `gpt.data.tokenize.pool` for units. A job is what the cluster returns for a
-    submitted unit."""
+    """The `Pool` of `gpt.data.tokenize.pool` for units, and the context manager that opens it. A
+    job is what the cluster returns for a submitted unit."""
 
-    def __init__(self, data: DataSection, runner: Any) -> None:
-        self.data, self.runner = data, runner
+    runner: Any
+
+    def __init__(self, data: DataSection) -> None:
+        self.data = data
         self.as_task = FlowRunContext.get() is not None
-        self._workers = self.count_workers()
+        self._workers = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        runner, address = self.data.runner, self.data.cluster
+        with contextlib.ExitStack() as stack:
+            try:
+                self.runner = stack.enter_context(self.make_task_runner())
+                self._workers = self.count_workers()
+            except GPTError:
+                raise
+            except TimeoutError as error:  # of the handshake
+                rule = "something listens there, but it does not answer as a cluster"
+                raise _address_error(self.data, rule) from error
+            except Exception as error:  # Dask and Ray raise many kinds
+                rule = f"cannot open the {runner} cluster: {error}"
+                remedy = "check that it is running, and that its versions of Python and of the "
+                remedy += "packages are the same as here"
+                raise ConfigError(
+                    Problem("data.cluster", self.data.cluster, rule, remedy)
+                ) from error
+            closed = threading.Event()
+            # In a thread: if the cluster is gone, Ray never returns.
+            counter = threading.Thread(target=self._keep_counting, args=(closed,), daemon=True)
+            counter.start()
+            stack.callback(counter.join, WAIT_SECONDS)
+            stack.callback(closed.set)
+            self._stack = stack.pop_all()
+        if not self._workers:
+            logger.warning("the cluster at %s has no workers yet: waiting for some", address)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _keep_counting(self, closed: threading.Event) -> None:
+        while not closed.wait(COUNT_SECONDS):
+            with contextlib.suppress(Exception):  # reported when a unit fails
+                self._workers = self.count_workers()
+
+    def make_task_runner(self) -> Any:
+        """Return Prefect's task runner, not yet open. Raises `TimeoutError` if something else than
+        a cluster listens at the address."""
+        raise NotImplementedError
 
     def count_workers(self) -> int:
         """How many units the cluster encodes at once."""
@@ -219,27 +179,6 @@ class _Pool:
         """Raises what the worker raised, or the cluster's own error when it gives up."""
         raise NotImplementedError
 
-    @contextlib.contextmanager
-    def counting_workers(self) -> Iterator[None]:
-        """Count the workers in a thread: if the cluster is gone, Ray never returns."""
-        closed = threading.Event()
-
-        def count() -> None:
-            while not closed.wait(COUNT_SECONDS):
-                with contextlib.suppress(Exception):  # reported when a unit fails
-                    self._workers = self.count_workers()
-
-        if not self._workers:
-            address = self.data.cluster
-            logger.warning("the cluster at %s has no workers yet: waiting for some", address)
-        counter = threading.Thread(target=count, name="workers", daemon=True)
-        counter.start()
-        try:
-            yield
-        finally:
-            closed.set()
-            counter.join(WAIT_SECONDS)
-
     @property
     def max_pending(self) -> int:
         return UNITS_PER_WORKER * max(1, self._workers)
@@ -249,8 +188,19 @@ class _Pool:
 
 
 class _DaskPool(_Pool):
+    def make_task_runner(self) -> Any:
+        from prefect_dask import DaskTaskRunner
+
+        if address := self.data.cluster:
+            asyncio.run(asyncio.wait_for(_greet_dask_scheduler(address), 2 * CONNECT_SECONDS))
+            client = {"timeout": CONNECT_SECONDS, "name": "overnight"}
+            return DaskTaskRunner(address=address, client_kwargs=client)
+        local = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
+        workers = self.data.workers or available_cpus()
+        return DaskTaskRunner(cluster_kwargs={"n_workers": workers, **local})
+
     def count_workers(self) -> int:
-        return sum(self.runner.client.nthreads().values())
+        return sum(self.runner.client.nthreads().values())  # the property `client` opens it
 
     def submit_plain(self, request: EncodeRequest) -> Any:
         return self.runner.client.submit(encode_unit, request, pure=False)
@@ -268,12 +218,36 @@ class _DaskPool(_Pool):
         return job.result()
 
 
+async def _greet_dask_scheduler(address: str) -> None:
+    """Raises `OSError` or `TimeoutError`. Dask's client waits for a greeting without a limit, and a
+    web server such as the dashboard never sends one."""
+    from distributed.comm.core import connect
+    from distributed.security import Security
+
+    arguments = Security().get_connection_args("client")
+    comm = await connect(address, timeout=CONNECT_SECONDS, **arguments)
+    await comm.close()
+
+
 class _RayPool(_Pool):
-    def __init__(self, data: DataSection, runner: Any) -> None:
+    def make_task_runner(self) -> Any:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
+        from prefect_ray import RayTaskRunner
 
         self._ray, self._encode = ray, ray.remote(encode_unit)
-        super().__init__(data, runner)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.data.cluster:
+            _greet_ray_head(self.data)
+        else:
+            workers = self.data.workers or available_cpus()
+            options |= {
+                "num_cpus": workers,
+                "include_dashboard": False,
+                "object_store_memory": max(100_000_000, workers * RAY_STORE_BYTES_PER_WORKER),
+                "_node_ip_address": "127.0.0.1",
+            }
+        return RayTaskRunner(address=self.data.cluster or "local", init_kwargs=options)
 
     def count_workers(self) -> int:
         return int(self._ray.cluster_resources().get("CPU", 0))
@@ -289,6 +263,19 @@ class _RayPool(_Pool):
             return self._ray.get(job)
         except self._ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
+
+
+def _greet_ray_head(data: DataSection) -> None:
+    """Raises `TimeoutError`. Ray itself would try for two minutes and print each attempt."""
+    import grpc  # the protocol of both ports of a head node
+
+    if os.environ.get("RAY_USE_TLS", "0") == "0":
+        host, port = _host_and_port(data)
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            try:
+                grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+            except grpc.FutureTimeoutError as error:
+                raise TimeoutError from error
 
 
 class _PendingUnit(Future[EncodeResult]):

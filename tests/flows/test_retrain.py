@@ -191,7 +191,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def fails_once(monkeypatch: pytest.MonkeyPatch, call: int) -> list[Any]:
-    """Return the calls of `evaluate`, of which one fails."""
+    """Return the evaluations, of which one fails."""
     asked: list[Any] = []
     really = evaluate.evaluate_saved_model
 
@@ -255,11 +255,11 @@ def test_continue_from_champion_interrupted_and_resumed(
     nights.arrives("c.parquet", third)
     few: dict[str, Any] = {"training": {"max_steps": 5}}
     with monkeypatch.context() as patch:
-        evaluated = fails_once(patch, 3)
+        evaluated = fails_once(patch, 4)
         with pytest.raises(RuntimeError, match="went away"):
             nights.night("champion", path, **few)
         last = nights.night("champion", path, **few)
-    assert len(evaluated) == 5 + 1, "no report is made twice"
+    assert len(evaluated) == 6 + 1, "no report is made twice"
     assert last.reason.endswith(f"new to gpt version 2: {nights.source}/c.parquet")
     assert last.outcome.report.step == 5, "at most the override"
     made = nights.dataset(last)
