@@ -17,6 +17,7 @@ from gpt.markdown import render_table
 from gpt.preflight.checks import gib
 from gpt.preflight.memory import estimate_memory
 from gpt.preflight.parameters import count_parameters
+from gpt.preflight.render import format_hours
 from gpt.preflight.time import nominal_throughput
 
 BEGIN = "<!-- sizes: written by `python -m docs.generate` -->"
@@ -49,8 +50,8 @@ def render_sizes_table(configs: Path) -> str:
         overrides = [f"model.n_embd={split[0]}", f"model.n_head={split[1]}"] if split else []
         config = load_config(configs / f"{name}.toml", overrides)
         model, needed = config.model, estimate_memory(config).needed_bytes
-        rate = nominal_throughput(config, gpu).tokens_per_second
-        assert rate is not None
+        pace, tokens = nominal_throughput(config, gpu), config.total_tokens
+        hours = (tokens / pace.fastest / 3600, tokens / pace.slowest / 3600)
         command = [f"configs/{name}.toml", *(f"--set {override}" for override in overrides)]
         rows.append(
             (
@@ -59,7 +60,7 @@ def render_sizes_table(configs: Path) -> str:
                 str(model.n_embd // model.n_head),
                 f"{count_parameters(model).total / 1e6:.1f}M",
                 f"{gib(needed)}{'' if needed <= gpu.memory_bytes else ' (does not fit)'}",
-                f"{config.total_tokens / rate / 3600:.1f}",
+                format_hours(hours).removesuffix(" hours"),
                 f"`{' '.join(command)}`",
             )
         )

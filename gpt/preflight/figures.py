@@ -77,6 +77,15 @@ class Figures:
         return self.config.total_tokens / rate / 3600 if rate else None
 
     @property
+    def hours_range(self) -> tuple[float, float] | None:
+        """`hours` within the error of the throughput."""
+        rate = self.throughput.tokens_per_second
+        if self.hours is None or rate is None:
+            return None
+        fastest, slowest = self.throughput.fastest, self.throughput.slowest
+        return self.hours * rate / fastest, self.hours * rate / slowest
+
+    @property
     def epochs(self) -> float | None:
         tokens = self.data.train_tokens
         return self.config.total_tokens / tokens if tokens else None

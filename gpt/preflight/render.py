@@ -102,7 +102,7 @@ def _compute_rows(figures: Figures) -> Rows:
     name = "throughput" if one_device else "throughput, one GPU"
     yield name, UNKNOWN if rate is None else f"{rate:,.0f} tokens/s"
     if one_device:
-        yield "time", f"{_hours(figures.hours)} on {figures.gpu.name}"
+        yield "time", f"{format_hours(figures.hours_range)} on {figures.gpu.name}"
     yield "basis", figures.throughput.basis
 
 
@@ -176,6 +176,15 @@ def _hours(count: float | None) -> str:
     if count is None:
         return UNKNOWN
     return f"{count:,.1f} hours" if count >= 1 else f"{count * 60:,.1f} minutes"
+
+
+def format_hours(bounds: tuple[float, float] | None) -> str:
+    """Format a range of hours to two digits, e.g. "8 to 10 hours"; "n/a" for None."""
+    if bounds is None:
+        return UNKNOWN
+    factor, unit = (1, "hours") if bounds[1] >= 1 else (60, "minutes")
+    low, high = (f"{float(f'{count * factor:.2g}'):,g}" for count in bounds)
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def _seconds(count: float) -> str:
@@ -278,7 +287,7 @@ def _comparison_row(report: Report) -> tuple[str, ...]:
         f"{config.tokens_per_step:,}",
         f"{config.total_tokens / 1e9:.2f}B",
         UNKNOWN if rate is None else f"{rate:,.0f}",
-        _hours(figures.hours),
+        format_hours(figures.hours_range),
         summarize_report(report),
     )
 

@@ -118,6 +118,7 @@ def _figures_json(figures: Figures) -> dict[str, Any]:
         "flops_per_token": config.flops_per_token,
         "tokens_per_second": figures.tokens_per_second,
         "hours": figures.hours,
+        "hours_range": figures.hours_range,
         "basis": figures.throughput.basis,
         "data": {
             "train_tokens": figures.data.train_tokens,
@@ -135,6 +136,6 @@ def _figures_json(figures: Figures) -> dict[str, Any]:
 _NO_FIGURES: dict[str, Any] = dict.fromkeys(
     (
         *("parameters", "memory", "tokens_per_step", "steps", "tokens", "flops_per_token"),
-        *("tokens_per_second", "hours", "basis", "data", "disk"),
+        *("tokens_per_second", "hours", "hours_range", "basis", "data", "disk"),
     )
 )

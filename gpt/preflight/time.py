@@ -5,73 +5,176 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import exp, log, sqrt
 from pathlib import Path
 
 from gpt.config.schema import RunConfig
-from gpt.hardware.gpus import GPUSpec, find_gpu
+from gpt.hardware.gpus import GPUS, GPUSpec, find_gpu, read_rows
 from gpt.preflight.data_estimate import DataEstimate, newest_first
 from gpt.preflight.parameters import count_parameters
+from gpt.preflight.throughput import (
+    Shape,
+    describe_shape,
+    load_efficiency,
+    step_seconds,
+)
 
-GEFORCE_UTILIZATION = 0.55
-SERVER_UTILIZATION = 0.40
-"""Assumed share of the peak FLOPs without a measurement. GeForce GPUs halve the rate of their
-tensor cores for float32 sums, so memory bandwidth limits them less."""
-UNCOMPILED_SHARE = 0.54
-"""Throughput without compilation, as a share: nanoGPT's readme has 135 ms per iteration with and
-250 ms without."""
-NARROW_N_EMBD = 448
-"""Below this width kernel launches take a share of the time that was not measured."""
-MEASURED_UTILIZATION = {
-    "rtx-4070": (0.82, "nanoGPT 124M at 56,000 tokens/s, a user's log"),
-    "rtx-4090": (0.55, "nanoGPT 124M at 106,000 tokens/s, nanoGPT PR 225"),
-    "h200": (0.42, "modded-nanogpt track 3 at 490,000 tokens/s"),
-}
-"""Published runs by GPU: tokens per second x `flops_per_token` / peak, and the source."""
 RUNS_SEARCHED = 20
 LAST_STEPS = 200
 """Steps over which the median is taken: the first ones compile and warm up."""
+RUN_ERROR = 0.04
+"""Relative difference between two runs on one GPU (temperature, driver, other load); assumed."""
+STEP_ERROR = 0.3
+"""The same between single steps, so that a run of a few steps counts little; assumed."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Training throughput of one GPU; None if the GPU is unknown."""
+    """Training throughput of one GPU; None if it cannot be estimated."""
 
     tokens_per_second: float | None
     basis: str
     """Where the number comes from."""
+    slowest: float = 0.0
+    fastest: float = 0.0
+    """Bounds of the throughput by the error of the estimate."""
+
+
+@dataclass(frozen=True)
+class MeasuredPace:
+    """Steps that were measured on the user's own GPU."""
+
+    shape: Shape
+    tokens_per_second: float
+    steps: int
+    source: str
 
 
 def estimate_throughput(config: RunConfig, gpu: GPUSpec | None) -> Throughput:
-    """Estimate throughput from an earlier run on this GPU below `run.root`; without one, from the
-    peak and a utilization that was published for the GPU or is assumed."""
+    """Estimate throughput from published measurements, corrected by earlier runs on this GPU below
+    `run.root` with the same dtype."""
     if config.hardware.device == "cpu":
         return Throughput(None, "n/a: on a CPU")
     if gpu is None:
         return Throughput(None, "n/a: no GPU, or one that is not in the table")
-    return _measured_throughput(config, gpu) or nominal_throughput(config, gpu)
+    return correct_throughput(config, gpu, list(_find_paces(config, gpu)))
 
 
 def nominal_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput:
-    """Estimate throughput from the peak FLOPs alone; the same on every machine."""
-    peak = gpu.peak_tflops(config.training.dtype)
-    if peak is None:
+    """Estimate throughput from published measurements; the same on every machine."""
+    return correct_throughput(config, gpu, ())
+
+
+def correct_throughput(
+    config: RunConfig, gpu: GPUSpec, paces: Sequence[MeasuredPace]
+) -> Throughput:
+    """Weigh the model against what was measured on the user's own GPU.
+
+    Each measurement gives a factor on the model's time. The more steps and measurements there are
+    and the better they agree, the more their mean replaces the factor 1.
+    """
+    if gpu.peak_tflops(config.training.dtype) is None:
         return Throughput(None, f"n/a: {gpu.name} has no tensor cores for {config.training.dtype}")
-    if gpu.key in MEASURED_UTILIZATION:
-        share, source = MEASURED_UTILIZATION[gpu.key]
-        basis = f"{share:.0%} of {peak:g} TFLOP/s, as measured for {source}"
+    shape, dtype = describe_shape(config), config.training.dtype
+    seconds, spread = _step_seconds(shape, gpu, dtype), log(1 + _model_error(gpu))
+    slow_seconds = _slowest_seconds(shape, gpu, dtype)
+    factors = [
+        log(_tokens(pace.shape) / pace.tokens_per_second / _step_seconds(pace.shape, gpu, dtype))
+        for pace in paces
+    ]
+    between = max(RUN_ERROR, statistics.stdev(factors) if len(factors) > 1 else 0.0)
+    weights = [1 / (between**2 + STEP_ERROR**2 / pace.steps) for pace in paces]
+    precision = sum(weights) + 1 / spread**2
+    shift = sum(w * factor for w, factor in zip(weights, factors, strict=True)) / precision
+    error = max(sqrt(1 / precision), RUN_ERROR if paces else 0.0)
+    # A laptop's lower power limit, or a better card that the model holds for slower, widens the
+    # range, and no longer once the GPU was measured.
+    widened = error + max(0.0, log(slow_seconds / seconds)) / (spread**2 * precision)
+    rate = _tokens(shape) / (seconds * exp(shift))
+    if paces:
+        names = ", ".join(pace.source for pace in paces[:3])
+        basis = f"measured on this GPU by {names}" + (", ..." if len(paces) > 3 else "")
     else:
-        share = GEFORCE_UTILIZATION if "GeForce" in gpu.name else SERVER_UTILIZATION
-        basis = f"{share:.0%} of {peak:g} TFLOP/s, assumed: there is no measurement for this GPU"
-    if config.model.n_embd < NARROW_N_EMBD:
-        basis += "; narrow models reach less"
-    if not config.training.compile:
-        share, basis = share * UNCOMPILED_SHARE, f"{basis}; x {UNCOMPILED_SHARE} without compiling"
-    return Throughput(share * peak * 1e12 / config.flops_per_token, basis)
+        basis = (
+            f"fitted to published runs{'' if gpu.key in _measured_keys() else ' on other GPUs'} "
+            f"(gpt/hardware/measurements.csv), {gpu.peak_tflops(dtype):g} TFLOP/s and "
+            f"{gpu.bandwidth_gbs:g} GB/s"
+        )
+    basis += f"; error {exp(error) - 1:.0%}"
+    return Throughput(rate, basis, rate * exp(-widened), rate * exp(error))
 
 
-def _measured_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput | None:
-    """Throughput by the newest run on this GPU with the same dtype, scaled by FLOPs per token."""
+def _tokens(shape: Shape) -> int:
+    return shape.grad_acc * shape.micro_batch_tokens
+
+
+def _step_seconds(shape: Shape, gpu: GPUSpec, dtype: str) -> float:
+    """Return the model's seconds of a step, so that no card is slower than one that is no better in
+    peak, bandwidth and memory.
+
+    The model alone would break that where generations differ. Cards yield to those with published
+    runs; those before Ampere, which have no FlashAttention, are shown as fast as lesser newer ones.
+    """
+
+    def seconds(card: GPUSpec) -> float:
+        return step_seconds(shape, card, card.peak_tflops(dtype) or 0.0, load_efficiency())
+
+    measured = {card: seconds(card) for card in _better_cards(None, dtype)}
+    return min(
+        max([seconds(card), *(measured[better] for better in _better_cards(card, dtype))])
+        for card in _lesser_cards(gpu, dtype)
+    )
+
+
+def _is_better(one: GPUSpec, other: GPUSpec, dtype: str) -> bool:
+    """Return whether a card is no worse than another on paper."""
+    return (
+        (one.peak_tflops(dtype) or 0.0) >= (other.peak_tflops(dtype) or 0.0)
+        and one.bandwidth_gbs >= other.bandwidth_gbs
+        and one.memory_mib >= other.memory_mib
+    )
+
+
+@cache
+def _better_cards(gpu: GPUSpec | None, dtype: str) -> tuple[GPUSpec, ...]:
+    """Return the cards with published runs that are no worse than `gpu`; all of them for None."""
+    measured = (card for card in GPUS if card.key in _measured_keys() and card.has_bfloat16)
+    return tuple(card for card in measured if gpu is None or _is_better(card, gpu, dtype))
+
+
+@cache
+def _lesser_cards(gpu: GPUSpec, dtype: str) -> tuple[GPUSpec, ...]:
+    known = (card for card in GPUS if card != gpu and card.peak_tflops(dtype) is not None)
+    return (gpu, *(card for card in known if _is_better(gpu, card, dtype)))
+
+
+def _slowest_seconds(shape: Shape, gpu: GPUSpec, dtype: str) -> float:
+    """Return the model's seconds for the card alone, at the lowest power limit of a laptop."""
+    if gpu.low_tflops is not None:
+        gpu = replace(gpu, tflops=gpu.low_tflops)
+    return step_seconds(shape, gpu, gpu.peak_tflops(dtype) or 0.0, load_efficiency())
+
+
+@cache
+def _measured_keys() -> frozenset[str]:
+    return frozenset(row["gpu"] for row in read_rows("measurements.csv"))
+
+
+def _model_error(gpu: GPUSpec) -> float:
+    """Return the relative error of the model's time for a GPU with published runs; for one without;
+    or twice that, if no GPU of its compute capability has any."""
+    keys, efficiency = _measured_keys(), load_efficiency()
+    if gpu.key in keys:
+        return efficiency["run_error"]
+    measured = {other.compute_capability for other in GPUS if other.key in keys}
+    return efficiency["card_error"] * (1 if gpu.compute_capability in measured else 2)
+
+
+def _find_paces(config: RunConfig, gpu: GPUSpec) -> Iterator[MeasuredPace]:
+    """Yield the newest runs on this GPU with the same dtype."""
     for journal in newest_first(config.run.root / "train", "*/metrics.jsonl")[:RUNS_SEARCHED]:
         folder = journal.parent
         try:
@@ -85,10 +188,8 @@ def _measured_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput | None:
             continue
         same_dtype = earlier.training.dtype == config.training.dtype
         if rates and same_dtype and ran_on and ran_on.name == gpu.name:
-            scale = earlier.flops_per_token / config.flops_per_token
-            basis = f"measured on this GPU by an earlier run, {folder.name}"
-            return Throughput(statistics.median(rates[-LAST_STEPS:]) * scale, basis)
-    return None
+            rate = statistics.median(rates[-LAST_STEPS:]) / earlier.hardware.world_size
+            yield MeasuredPace(describe_shape(earlier), rate, len(rates), folder.name)
 
 
 def estimate_disk(config: RunConfig, data: DataEstimate) -> dict[str, int]:
