@@ -28,10 +28,10 @@ from gpt.training.distributed.sharding import (
     apply_ddp,
     apply_fsdp,
     full_tensor,
-    gradient_sync,
     keeps_gradient_buckets,
     load_full_weights,
     reshard,
+    set_gradient_sync,
 )
 from gpt.training.optimizer import build_optimizers
 
@@ -176,20 +176,20 @@ class TrainState:
         With `sync_gradients`, the gradients of all processes are averaged after the backward pass.
         """
         inputs, targets = (self._to_device(part) for part in batch)
-        with gradient_sync(self.parallel_model, sync_gradients):
-            with autocast(self.device, self.config.training.dtype):
-                loss_sum = linear_cross_entropy(
-                    self.compiled_model(inputs),
-                    self.model.head,
-                    targets,
-                    self.model.logit_softcap,
-                    self.config.training.loss_chunk_rows,
-                    self.config.training.compile,
-                )
-            # Over the tokens of the whole step, so that all micro-batches weigh the same.
-            loss = loss_sum / self.config.tokens_per_step
-            # Times their number, because gradients are averaged over the processes.
-            self.scaler.scale(loss * self.group.world_size).backward()
+        set_gradient_sync(self.parallel_model, sync_gradients)
+        with autocast(self.device, self.config.training.dtype):
+            loss_sum = linear_cross_entropy(
+                self.compiled_model(inputs),
+                self.model.head,
+                targets,
+                self.model.logit_softcap,
+                self.config.training.loss_chunk_rows,
+                self.config.training.compile,
+            )
+        # Over the tokens of the whole step, so that all micro-batches weigh the same.
+        loss = loss_sum / self.config.tokens_per_step
+        # Times their number, because gradients are averaged over the processes.
+        self.scaler.scale(loss * self.group.world_size).backward()
         return loss.detach()
 
     def clip_gradients(self, loss: Tensor) -> tuple[float, float]:

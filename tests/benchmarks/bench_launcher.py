@@ -102,7 +102,7 @@ def directly(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Itera
 def by_launcher(config: RunConfig, dataset: DatasetManifest, folder: Path) -> Iterator[StepRecord]:
     folder.mkdir()
     return launch_workers(
-        WorkerSpec(config=config, work=RunSpec(dataset=dataset, folder=folder)), folder
+        WorkerSpec(config=config, run=RunSpec(dataset=dataset, folder=folder)), folder
     )
 
 

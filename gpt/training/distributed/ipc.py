@@ -1,22 +1,27 @@
-"""How the process that starts a group talks to the group's processes on its machine: over a Unix
-socket come records, log lines and errors, and a request to stop goes back."""
+"""How the process that starts a group talks to the group's processes on its machine.
+
+They send records, log lines and errors to a Unix datagram socket, which loses nothing and mixes
+nothing up when one of them is killed. A file beside the socket asks them to stop. The end of their
+standard input, which they share, says that the process that started them is gone.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import pickle
 import signal
+import socket
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-IPC_ADDRESS = "OVERNIGHT_IPC_ADDRESS"
-"""Environment variable: the socket's path."""
-STOP = "stop"
+IPC_FOLDER = "OVERNIGHT_IPC_FOLDER"
+"""Environment variable: the folder of the socket, the stop file and the worker's settings."""
+SOCKET, STOP = "socket", "stop"
+MAX_MESSAGE_BYTES = 2**20
 
 
 class IPCServer:
@@ -24,49 +29,26 @@ class IPCServer:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="overnight-", ignore_cleanup_errors=True)
-        self.address = str(Path(self._folder.name, "ipc"))
-        self._listener = Listener(self.address, "AF_UNIX", backlog=64)
-        self._connections: list[Connection] = []
-        self._stop_requested = False
-        threading.Thread(target=self._accept, name="group-ipc", daemon=True).start()
+        self.folder = Path(self._folder.name)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self.folder / SOCKET))
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                connection = self._listener.accept()
-                if self._stop_requested:
-                    connection.send(STOP)
-                self._connections.append(connection)
-
-    @property
-    def has_clients(self) -> bool:
-        return bool(self._connections)
-
-    def receive(self, timeout_seconds: float) -> Iterator[Any]:
-        """Yield the messages that have arrived; wait at most `timeout_seconds` for the first."""
-        for ready in wait(list(self._connections), timeout_seconds):
-            assert isinstance(ready, Connection)
-            try:
-                yield ready.recv()
-            except (EOFError, OSError):  # the process has ended; the launcher says how
-                self._connections.remove(ready)
+    def receive(self, timeout_seconds: float) -> Any:
+        """Return the next message, or None if there is none within `timeout_seconds`."""
+        self._socket.settimeout(timeout_seconds)
+        try:
+            return pickle.loads(self._socket.recv(MAX_MESSAGE_BYTES))
+        except TimeoutError:
+            return None
 
     def request_stop(self) -> None:
-        if self._stop_requested:
-            return
-        self._stop_requested = True
-        for connection in list(self._connections):
-            with contextlib.suppress(OSError):
-                connection.send(STOP)
+        (self.folder / STOP).touch()
 
     def __enter__(self) -> IPCServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the socket, which ends every process that is connected to it."""
-        self._listener.close()
-        for connection in self._connections:
-            connection.close()
+        self._socket.close()
         self._folder.cleanup()
 
 
@@ -75,34 +57,25 @@ class IPCClient(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        try:
-            self._connection = Client(os.environ[IPC_ADDRESS], "AF_UNIX")
-        except OSError:
-            self._exit()
-        self._sending = threading.Lock()
-        self._stop = threading.Event()
-        threading.Thread(target=self._listen, name="group-ipc", daemon=True).start()
-
-    def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while self._connection.recv() == STOP:
-                self._stop.set()
-        self._exit()
-
-    def _exit(self) -> NoReturn:
-        """End this process and its launcher: the process that started them is gone, so a restart
-        would be of no use."""
-        os.kill(os.getppid(), signal.SIGTERM)  # torch's launcher
-        os._exit(1)
+        self.folder = Path(os.environ[IPC_FOLDER])
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        threading.Thread(target=_exit_with_starter, name="group-ipc", daemon=True).start()
 
     def stop_requested(self) -> bool:
-        return self._stop.is_set()
+        return (self.folder / STOP).exists()
 
     def send(self, message: Any) -> None:
-        with self._sending:
-            self._connection.send(message)
+        self._socket.sendto(pickle.dumps(message), str(self.folder / SOCKET))
 
     def emit(self, record: logging.LogRecord) -> None:
         record.msg, record.args = record.getMessage(), None
         record.exc_info, record.exc_text = None, None
         self.send(record)
+
+
+def _exit_with_starter() -> None:
+    """End this process and its launcher when the process that started them is gone: a restart would
+    be of no use."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getppid(), signal.SIGTERM)  # torch's launcher
+    os._exit(1)

@@ -14,12 +14,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,11 +27,10 @@ from gpt.config.schema import RunConfig
 from gpt.data.tokenize.pool import available_cpus
 from gpt.errors import ConfigError, DistributedError, GPTError, Problem
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.distributed.ipc import IPC_ADDRESS, IPCServer
+from gpt.training.distributed.ipc import IPC_FOLDER, IPCServer
 from gpt.training.distributed.process_group import IS_MAIN_MACHINE
 from gpt.training.distributed.rendezvous import (
     find_interface,
-    is_main_machine,
     local_address,
     wait_for_main_machine,
 )
@@ -43,6 +40,7 @@ from gpt.training.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
+SPEC_FILE = "spec.json"
 POLL_SECONDS = 0.2
 SAVE_SECONDS = 15.0
 """For a last checkpoint; Prefect kills a flow run's processes 29 s after its SIGTERM."""
@@ -69,20 +67,6 @@ class WorkerSpec(BaseModel):
 
     config: RunConfig
     run: RunSpec | None = None
-
-
-@dataclass(frozen=True)
-class GroupStarted:
-    """Message: the group trains on from `step`."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class WorkerFailed:
-    """Message: a process of the group failed with an error that a restart may cure."""
-
-    reason: str
 
 
 def launch_training(
@@ -132,15 +116,23 @@ def launch_workers(
 ) -> Iterator[StepRecord]:
     """Run this machine's workers with torch's launcher; yield their records on the main machine.
     The launcher and the workers write their output below `logs`."""
-    messages = _MessageHandler()
-    with IPCServer() as server, _launcher(spec, server, logs) as launcher:
+    reported_start = None
+    with IPCServer() as server, _launcher(spec, server.folder, logs) as launcher:
         try:
-            while launcher.poll() is None or server.has_clients:
-                for message in server.receive(POLL_SECONDS):
-                    if isinstance(message, StepRecord):
-                        yield message
-                    else:
-                        messages.handle(message)
+            while True:
+                has_ended = launcher.poll() is not None
+                match server.receive(POLL_SECONDS):
+                    case None if has_ended:
+                        break
+                    case StepRecord() as record:
+                        yield record
+                    case logging.LogRecord() as line:
+                        logging.getLogger(line.name).handle(line)
+                    case GPTError() as error:
+                        raise error
+                    case start, reason if start != reported_start:
+                        logger.warning("a training process failed: %s", reason)
+                        reported_start = start  # the others fail as a consequence
                 if stop():
                     server.request_stop()
         except GPTError:
@@ -148,73 +140,56 @@ def launch_workers(
         except BaseException:  # the consumer closes the generator, or this process is interrupted
             if spec.run:  # leave a checkpoint; on other machines the run continues without this one
                 server.request_stop()
-                with suppress(subprocess.TimeoutExpired):
-                    launcher.wait(SAVE_SECONDS)
+                deadline = time.monotonic() + SAVE_SECONDS
+                while launcher.poll() is None and time.monotonic() < deadline:
+                    server.receive(POLL_SECONDS)
             raise
     if launcher.returncode and not stop():
         what = f"torch's launcher ended with exit code {launcher.returncode}"
         raise _gave_up(spec.config, logs, what)
 
 
-class _MessageHandler:
-    """Logs or raises the messages of workers that are not records."""
-
-    def __init__(self) -> None:
-        self._starts, self._has_reported_failure = 0, False
-
-    def handle(self, message: Any) -> None:
-        match message:
-            case logging.LogRecord():
-                logging.getLogger(message.name).handle(message)
-            case GroupStarted(step):
-                if self._starts:
-                    logger.warning("all processes restarted from step %d", step)
-                self._starts, self._has_reported_failure = self._starts + 1, False
-            case WorkerFailed(reason):
-                if not self._has_reported_failure:  # the others fail as a consequence
-                    logger.warning("a training process failed: %s", reason)
-                self._has_reported_failure = True
-            case GPTError():
-                raise message
-
-
 @contextmanager
-def _launcher(spec: WorkerSpec, server: IPCServer, logs: Path) -> Iterator[subprocess.Popen]:
+def _launcher(spec: WorkerSpec, folder: Path, logs: Path) -> Iterator[subprocess.Popen]:
+    """Run torch's launcher; end it, and with it all processes of the group on this machine."""
+    (folder / SPEC_FILE).write_text(spec.model_dump_json())
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="overnight-") as folder:
-        path = Path(folder, "spec.json")
-        path.write_text(spec.model_dump_json())
-        with (logs / "launcher.log").open("ab") as log:
-            launcher = subprocess.Popen(
-                [*_command(spec.config, logs), str(path)],
-                env=_environment(spec, server),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is handled by this process
-            )
+    with (
+        (logs / "launcher.log").open("ab") as log,
+        subprocess.Popen(
+            _command(spec, logs),
+            env=_environment(spec, folder),
+            stdin=subprocess.PIPE,  # inherited by the workers: it ends when this process does
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is handled by this process
+        ) as launcher,
+    ):
         try:
             yield launcher
         finally:
-            _terminate(launcher)
+            launcher.terminate()
+            try:
+                launcher.wait(TERMINATE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(launcher.pid, signal.SIGKILL)
 
 
-def _command(config: RunConfig, logs: Path) -> list[str]:
-    hardware = config.hardware
-    is_host = int(is_main_machine(hardware.rendezvous))
+def _command(spec: WorkerSpec, logs: Path) -> list[str]:
+    hardware = spec.config.hardware
     return [
         *(sys.executable, "-m", "gpt.gc_tuning", "torch.distributed.run"),
         *("--nnodes", str(hardware.nodes), "--nproc-per-node", str(hardware.devices)),
         *("--max-restarts", str(hardware.restarts), "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", hardware.rendezvous or "127.0.0.1:0"),
-        *("--rdzv-id", config.run.name, "--local-addr", local_address(hardware.rendezvous)),
-        *("--rdzv-conf", f"join_timeout={JOIN_SECONDS},is_host={is_host}"),
+        *("--rdzv-id", spec.config.run.name, "--local-addr", local_address(hardware.rendezvous)),
+        *("--rdzv-conf", f"join_timeout={JOIN_SECONDS},is_host={int(spec.run is not None)}"),
         *("--log-dir", str(logs.resolve()), "--redirects", "3"),
         *("-m", "gpt.gc_tuning", "gpt.training.distributed.worker"),
     ]
 
 
-def _environment(spec: WorkerSpec, server: IPCServer) -> dict[str, str]:
+def _environment(spec: WorkerSpec, folder: Path) -> dict[str, str]:
     hardware = spec.config.hardware
     interface = find_interface(local_address(hardware.rendezvous))
     threads = max(1, available_cpus() // hardware.devices)
@@ -226,20 +201,9 @@ def _environment(spec: WorkerSpec, server: IPCServer) -> dict[str, str]:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **({"NCCL_SOCKET_IFNAME": interface} if hardware.rendezvous else {}),
         **os.environ,
-        IPC_ADDRESS: server.address,
+        IPC_FOLDER: str(folder),
         IS_MAIN_MACHINE: "1" if spec.run else "0",
     }
-
-
-def _terminate(launcher: subprocess.Popen) -> None:
-    """End the launcher, and with it all processes of the group on this machine."""
-    if launcher.poll() is None:
-        launcher.terminate()
-        try:
-            launcher.wait(TERMINATE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
 
 
 def _check_devices(config: RunConfig) -> None:

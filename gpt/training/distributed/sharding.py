@@ -4,20 +4,14 @@ et al. 2023, arXiv:2304.11277)."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.base import GPT
 from gpt.training.distributed.process_group import ProcessGroup
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 
 def apply_fsdp(model: GPT, group: ProcessGroup) -> None:
@@ -43,29 +37,19 @@ def apply_ddp(model: GPT) -> DistributedDataParallel:
     )
 
 
-def _is_fsdp(model: nn.Module) -> TypeGuard[FSDPModule]:
-    # Importing FSDP2 takes over a second, which a run on one device saves.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+def _is_sharded(part: Any) -> bool:
+    """Whether a module or tensor is sharded. (`isinstance` needs imports that take over a second,
+    which a run on one device saves.)"""
+    return hasattr(part, "reshard") or hasattr(part, "placements")
 
 
-def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
-
-
-@contextmanager
-def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
-    """Average the gradients of all processes after the backward pass in this block, if `sync`."""
-    if _is_fsdp(model):
+def set_gradient_sync(model: Any, sync: bool) -> None:
+    """Set whether the next forward and backward pass averages the gradients of all processes."""
+    if _is_sharded(model):
         model.set_requires_gradient_sync(sync)
         model.set_is_last_backward(sync)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not sync:
-        with model.no_sync():
-            yield
-    else:
-        yield
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = sync  # what `no_sync` sets
 
 
 def keeps_gradient_buckets(model: nn.Module) -> bool:
@@ -74,15 +58,16 @@ def keeps_gradient_buckets(model: nn.Module) -> bool:
     return isinstance(model, DistributedDataParallel)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Free what a forward pass without a backward pass has gathered."""
-    if _is_fsdp(model):
+    if _is_sharded(model):
         model.reshard()
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """Gather a tensor that may be sharded; every process must call this."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+    full: Tensor = tensor.full_tensor() if _is_sharded(tensor) else tensor
+    return full
 
 
 def load_full_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -91,7 +76,7 @@ def load_full_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: shard_like(t, current[name]) for name, t in tensors.items()})
 
 
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
     """Return this process's shard of a tensor that every process has in full, if `like` is
     sharded."""
     if not _is_sharded(like) or tensor.shape != like.shape:

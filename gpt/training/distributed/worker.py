@@ -1,20 +1,15 @@
-"""One process of a training group, started by torch's elastic launcher.
-
-`python -m gpt.training.distributed.worker SPEC`, where SPEC is a JSON file with a `WorkerSpec`
-(gpt.training.distributed.launch).
-"""
+"""One process of a training group, started by torch's elastic launcher
+(`gpt.training.distributed.launch`)."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-from pathlib import Path
 
 from gpt.errors import GPTError, first_line
 from gpt.training.checkpoint.retention import write_batch_size
 from gpt.training.distributed.ipc import IPCClient
-from gpt.training.distributed.launch import GroupStarted, WorkerFailed, WorkerSpec
+from gpt.training.distributed.launch import SPEC_FILE, WorkerSpec
 from gpt.training.distributed.process_group import (
     ProcessGroup,
     join_process_group,
@@ -24,10 +19,12 @@ from gpt.training.distributed.process_group import (
 from gpt.training.loop import fit, setup
 from gpt.training.out_of_memory import BatchSizeHalved
 
+logger = logging.getLogger("gpt.training.distributed.worker")  # `__name__` is "__main__"
+
 
 def main() -> None:
-    spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
     client = IPCClient()
+    spec = WorkerSpec.model_validate_json((client.folder / SPEC_FILE).read_bytes())
     hardware = spec.config.hardware
     try:
         group = join_process_group(local_device(hardware.device).type, hardware.timeout_seconds)
@@ -35,7 +32,7 @@ def main() -> None:
     except GPTError as error:
         client.send(error)  # a restart would not help, so it ends the run
     except Exception as error:
-        client.send(WorkerFailed(f"{type(error).__name__}: {first_line(error)}"))
+        client.send((_restart_count(), f"{type(error).__name__}: {first_line(error)}"))
         raise
     leave_process_group()
     # Threads of gloo that still run abort the interpreter's normal exit, and the launcher would
@@ -53,14 +50,18 @@ def _train(spec: WorkerSpec, group: ProcessGroup, client: IPCClient) -> None:
         logging.getLogger("gpt").addHandler(client)
     try:
         state = setup(config, run.dataset, run.folder, group)
-        if group.is_main_process:
-            client.send(GroupStarted(state.step))
+        if group.is_main_process and _restart_count():
+            logger.warning("all processes restarted from step %d", state.step)
         for record in fit(state, run.folder, client.stop_requested):
             if group.is_main_process:
                 client.send(record)
     except BatchSizeHalved as error:
         write_batch_size(run.folder, error.batch_size)
         raise
+
+
+def _restart_count() -> int:
+    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
 if __name__ == "__main__":

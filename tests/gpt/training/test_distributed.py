@@ -148,7 +148,7 @@ def train_until(step: int, config: RunConfig, dataset, folder: Path) -> list[Ste
 def workers() -> list[psutil.Process]:
     """List the worker processes that this process has launched."""
     children = psutil.Process().children(recursive=True)
-    return [each for each in children if "gpt.training.distributed.worker" in each.cmdline()[-3:-1]]
+    return [each for each in children if each.cmdline()[-1:] == ["gpt.training.distributed.worker"]]
 
 
 def test_lost_process_restarts_the_group_from_the_last_checkpoint(
