@@ -123,7 +123,7 @@ class DivergenceGuard:
             spike = self._spikes.find_spike(loss)
             self._state.recent_losses = self._spikes.losses
             if spike:
-                self._rollback(spike, position, is_spike=True)
+                self.rollback(spike, position, is_spike=True)
             return
         reason = f"loss {loss} and gradient norm {grad_norm} are not both finite"
         logger.warning("step %d is skipped: %s", self._state.step, reason)
@@ -131,21 +131,19 @@ class DivergenceGuard:
             self._first_skip = position
         self._consecutive_skips += 1
         if not self._state.weights_are_finite():  # the update before this step was bad
-            self._rollback(reason, step_before)
+            self.rollback(reason, step_before)
         elif self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-            self._rollback(reason, self._first_skip)
+            self.rollback(reason, self._first_skip)
 
-    def rollback(self, reason: str) -> None:
-        """Roll back because of what the last step did. Raises `NonFiniteLossError`."""
-        self._rollback(reason, self._last_step)
-
-    def _rollback(self, reason: str, first_bad: int, is_spike: bool = False) -> None:
+    def rollback(self, reason: str, first_bad: int | None = None, is_spike: bool = False) -> None:
         """Load the latest valid checkpoint, or the one before it if a rollback to the latest did
-        not help, and exclude the sequences from position `first_bad` up to here.
+        not help, and exclude the sequences from position `first_bad` (default: of the last step).
 
-        A spike that stays after `training.recovery_attempts` rollbacks is accepted.
+        A spike that stays after `training.recovery_attempts` rollbacks is accepted. Raises
+        `NonFiniteLossError` after that many rollbacks for another reason.
         """
         state, step, folder = self._state, self._state.step, self._folder
+        first_bad = self._last_step if first_bad is None else first_bad
         self._checkpoints.wait()
         attempts = self._group.broadcast_from_main(self._count_attempts)
         max_attempts = state.config.training.recovery_attempts
@@ -179,10 +177,11 @@ class DivergenceGuard:
             attempts + 1,
             max_attempts,
         )
-        recovery = Recovery(
-            step=step, back_to_step=state.step, reason=reason, sequences_passed_over=excluded
+        self.recoveries += (
+            Recovery(
+                step=step, back_to_step=state.step, reason=reason, sequences_passed_over=excluded
+            ),
         )
-        self.recoveries = (*self.recoveries, recovery)
         self._checkpoints.try_to_write(write_recoveries, self.recoveries)
         self.exclude_batches()
 

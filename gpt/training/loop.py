@@ -22,7 +22,7 @@ from gpt.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt.training.divergence import DivergenceGuard
 from gpt.training.metrics import StepMeter, StepRecord
 from gpt.training.optimizer import apply_schedule
-from gpt.training.out_of_memory import StepAttempt, find_batch_size, halve_batch_size
+from gpt.training.out_of_memory import attempt_step, find_batch_size, halve_batch_size
 from gpt.training.run_lock import run_lock
 from gpt.training.step import TrainState
 
@@ -98,7 +98,7 @@ def fit(
             start, position = time.perf_counter(), state.loader.position
             learning_rate = apply_schedule(state.optimizers, config, state.step)
             loss_sum = torch.zeros((), device=state.device)
-            with StepAttempt(state) as attempt:
+            with attempt_step(state) as attempt:
                 for batch, is_last in state.micro_batches():
                     if stop_within_step():
                         attempt.undo()

@@ -56,10 +56,10 @@ def apply_schedule(optimizers: Iterable[Optimizer], config: RunConfig, step: int
 
 
 def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) -> list[Optimizer]:
-    matrices, vectors = _by_ndim(model.parameters())
+    parameters = list(model.parameters())
     groups = [
-        {"params": matrices, "weight_decay": optimizer.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": _matrices(parameters), "weight_decay": optimizer.weight_decay},
+        {"params": _vectors(parameters), "weight_decay": 0.0},
     ]
     betas = (optimizer.beta1, optimizer.beta2)
     return [AdamW(_non_empty(groups), lr=rates.matrices, betas=betas, fused=True)]
@@ -68,19 +68,16 @@ def _adamw(model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates) ->
 def _muon_and_adamw(
     model: GPT, optimizer: OptimizerSection, rates: PeakLearningRates, on_cpu: bool
 ) -> list[Optimizer]:
-    matrices, vectors = _by_ndim(p for block in model.blocks for p in block.parameters())
-    in_blocks = {id(parameter) for parameter in (*matrices, *vectors)}
-    outside, vectors_outside = _by_ndim(p for p in model.parameters() if id(p) not in in_blocks)
-    head = [p for p in outside if p is model.head]
-    embeddings = [p for p in outside if p is not model.head]
+    in_blocks = _matrices(p for block in model.blocks for p in block.parameters())
+    known = {id(parameter) for parameter in (*in_blocks, model.head)}
+    others = [p for p in model.parameters() if id(p) not in known]
     groups = [
-        {"params": embeddings, "lr": rates.embedding, "weight_decay": _DECAY_BESIDE_MUON},
-        {"params": head, "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
-        {"params": vectors + vectors_outside, "lr": rates.head, "weight_decay": 0.0},
+        {"params": _matrices(others), "lr": rates.embedding, "weight_decay": _DECAY_BESIDE_MUON},
+        {"params": [model.head], "lr": rates.head, "weight_decay": _DECAY_BESIDE_MUON},
+        {"params": _vectors(others), "lr": rates.head, "weight_decay": 0.0},
     ]
-    muon_class = Float32Muon if on_cpu else Muon
-    muon = muon_class(
-        matrices,
+    muon = (Float32Muon if on_cpu else Muon)(
+        in_blocks,
         lr=rates.matrices,
         weight_decay=optimizer.weight_decay,
         momentum=optimizer.momentum,
@@ -91,21 +88,20 @@ def _muon_and_adamw(
     return [muon, adamw]
 
 
-def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
+def _matrices(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if parameter.ndim >= 2]
 
 
-def _by_ndim(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Split parameters into matrices and vectors."""
-    matrices: list[Tensor] = []
-    vectors: list[Tensor] = []
-    for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    return matrices, vectors
+def _vectors(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if parameter.ndim < 2]
 
 
 def _non_empty(groups: list[dict]) -> list[dict]:
     return [group for group in groups if group["params"]]
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 class Float32Muon(torch.optim.Muon):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -24,35 +25,33 @@ class BatchSizeHalved(Exception):  # noqa: N818 - a request to restart, not a fa
         self.batch_size = batch_size
 
 
+@dataclass
 class StepAttempt:
-    """Gradients of one step: undone by any exception, of which out of memory is swallowed."""
+    undo: Callable[[], None]
+    """Drop the gradients and go back to the data position and random state at the start."""
+    ran_out_of_memory: bool = False
 
-    def __init__(self, state: TrainState) -> None:
-        self._state = state
-        self.ran_out_of_memory = False
 
-    def __enter__(self) -> StepAttempt:
-        self._position, self._random_states = self._state.loader.position, get_random_states()
-        return self
+@contextmanager
+def attempt_step(state: TrainState) -> Iterator[StepAttempt]:
+    """Compute the gradients of one step, undone by any error, of which out of memory is
+    swallowed."""
+    position, random_states = state.loader.position, get_random_states()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        if error is None:
-            return False
-        self.ran_out_of_memory = is_out_of_memory(error)
+    def undo() -> None:
+        state.loader.position = position
+        state.zero_grad()
+        set_random_states(random_states)
+
+    attempt = StepAttempt(undo)
+    try:
+        yield attempt
+    except BaseException as error:
+        attempt.ran_out_of_memory = is_out_of_memory(error)
         with suppress(RuntimeError):  # a broken device; `error` says more
-            self.undo()
-        return self.ran_out_of_memory
-
-    def undo(self) -> None:
-        """Drop the gradients and go back to the data position and random state at the start."""
-        self._state.loader.position = self._position
-        self._state.zero_grad()
-        set_random_states(self._random_states)
+            undo()
+        if not attempt.ran_out_of_memory:
+            raise
 
 
 def find_batch_size(state: TrainState) -> None:
@@ -64,7 +63,7 @@ def find_batch_size(state: TrainState) -> None:
     has_optimizer_states = any(optimizer.state for optimizer in state.optimizers)
     state.is_consistent = has_optimizer_states
     while True:
-        with StepAttempt(state) as attempt:
+        with attempt_step(state) as attempt:
             _run_trial(state, has_optimizer_states)
             attempt.undo()
         if not has_optimizer_states:

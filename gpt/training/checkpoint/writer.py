@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 10.0
 """Pause between attempts while the disk refuses a checkpoint."""
 POLL_SECONDS = 0.2
+DONE: Future[None] = Future()
+DONE.set_result(None)
 
 
 class CheckpointWriter:
@@ -36,9 +38,9 @@ class CheckpointWriter:
     def __init__(self, folder: Path, group: ProcessGroup, stop: Callable[[], bool]) -> None:
         self.folder = folder
         self._group, self._stop = group, stop
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint-writer", lower_thread_priority)
+        self._writing = DONE
         self._closing = threading.Event()
-        self._error: BaseException | None = None
         self._is_stalled = False
         """Whether the disk has refused the checkpoint that is being written."""
 
@@ -68,17 +70,12 @@ class CheckpointWriter:
 
     def wait_while_stalled(self) -> None:
         """Wait until the disk accepts the checkpoint, or until a stop."""
-        while self._group.any_process(self._is_stalled and not self._stop()):
-            self._pause()
+        self._wait_while(lambda: self._is_stalled and not self._stop())
 
     def wait(self) -> None:
         """Wait until nothing is being written. Raises what the writing raised."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        writing, self._writing = self._writing, DONE
+        writing.result()
 
     @contextmanager
     def save_on_exit(self, state: TrainState) -> Iterator[None]:
@@ -94,6 +91,7 @@ class CheckpointWriter:
             raise
         finally:
             self._closing.set()
+            self._thread.shutdown()
             self.wait()
 
     def _save(self, state: TrainState, stop: Callable[[], bool]) -> bool:
@@ -108,14 +106,19 @@ class CheckpointWriter:
                 state.config, state.model, state.optimizers, state.progress(), keep=is_main
             )
             if is_main:
-                self._start(snapshot)
+                self.wait()
+                self._writing = self._thread.submit(self._write, snapshot)
             state.saved_step = state.step
         return True
 
     def _wait_for_disk(self, stop: Callable[[], bool]) -> None:
         """Wait until the last checkpoint is written; if the disk refuses it, until a stop."""
-        while self._group.any_process(self._is_busy() and not (self._is_stalled and stop())):
-            self._pause()
+        self._wait_while(lambda: not self._writing.done() and not (self._is_stalled and stop()))
+
+    def _wait_while(self, condition: Callable[[], bool]) -> None:
+        """Wait while `condition` holds in any process."""
+        while self._group.any_process(condition()):
+            wait([self._writing], POLL_SECONDS)
 
     def _save_after_error(self, state: TrainState) -> None:
         """Save what can be saved, without hiding the error that is being raised."""
@@ -128,50 +131,29 @@ class CheckpointWriter:
 
     # --- the thread ------------------------------------------------------------------------------
 
-    def _start(self, snapshot: Snapshot) -> None:
-        self.wait()
-        self._thread = threading.Thread(
-            target=self._run, args=(snapshot,), name="checkpoint-writer"
-        )
-        self._thread.start()
-
-    def _is_busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def _pause(self) -> None:
-        if self._thread:
-            self._thread.join(POLL_SECONDS)
-        else:
-            time.sleep(POLL_SECONDS)
-
-    def _run(self, snapshot: Snapshot) -> None:
-        lower_thread_priority()
-        try:
-            while not self._try_write(snapshot):
-                if self._closing.wait(RETRY_SECONDS):
-                    step = snapshot.progress.step
-                    logger.warning("the checkpoint of step %d was not written", step)
-                    return
-        except BaseException as error:  # raised again in `wait`
-            self._error = error
-        finally:
-            self._is_stalled = False
-
-    def _try_write(self, snapshot: Snapshot) -> bool:
+    def _write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint; while the disk refuses it, retry until the run ends."""
         step = snapshot.progress.step
         try:
-            write_checkpoint(self.folder, snapshot)
-        except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk
-            if not self._is_stalled:
-                logger.warning(
-                    "the checkpoint of step %d cannot be written to %s: %s. Training waits and "
-                    "retries: free some space, or stop the run, which keeps older checkpoints",
-                    step,
-                    self.folder,
-                    error,
-                )
-            self._is_stalled = True
-            return False
-        if self._is_stalled:
-            logger.warning("the checkpoint of step %d is written; training continues", step)
-        return True
+            while True:
+                try:
+                    write_checkpoint(self.folder, snapshot)
+                    break
+                except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk
+                    if not self._is_stalled:
+                        logger.warning(
+                            "the checkpoint of step %d cannot be written to %s: %s. Training waits "
+                            "and retries: free some space, or stop the run, which keeps older "
+                            "checkpoints",
+                            step,
+                            self.folder,
+                            error,
+                        )
+                    self._is_stalled = True
+                if self._closing.wait(RETRY_SECONDS):
+                    logger.warning("the checkpoint of step %d was not written", step)
+                    return
+            if self._is_stalled:
+                logger.warning("the checkpoint of step %d is written; training continues", step)
+        finally:
+            self._is_stalled = False
