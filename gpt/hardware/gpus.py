@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, TypeAdapter
 
 GIB = 2**30
 MIB = 2**20
@@ -27,13 +30,15 @@ class GPUSpec:
     """Dense 16-bit peak with float32 accumulation, 10^12 FLOPs per second; None: no tensor core."""
     low_tflops: float | None
     """Peak at the lowest power limit of laptops with this GPU; None for others."""
-    compute_capability: tuple[int, int]
+    compute_capability: Annotated[tuple[int, int], BeforeValidator(lambda text: text.split("."))]
     sms: int
     lanes: int | None
     """Of PCI Express; None for laptops."""
     nvlink_gbs: float | None
     """Both directions together."""
-    aliases: tuple[str, ...]
+    aliases: Annotated[
+        tuple[str, ...], BeforeValidator(lambda text: text.split("; ") if text else ())
+    ]
     source: str
     """Source of the peak."""
 
@@ -59,27 +64,10 @@ def read_rows(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
 
 
-def _read_spec(row: dict[str, str]) -> GPUSpec:
-    major, minor = row["compute_capability"].split(".")
-    number = {key: float(row[key]) if row[key] else None for key in _OPTIONAL}
-    return GPUSpec(
-        key=row["key"],
-        name=row["name"],
-        memory_mib=int(row["memory_mib"]),
-        bandwidth_gbs=float(row["bandwidth_gbs"]),
-        tflops=number["tflops"],
-        low_tflops=number["low_tflops"],
-        compute_capability=(int(major), int(minor)),
-        sms=int(row["sms"]),
-        lanes=int(row["lanes"]) if row["lanes"] else None,
-        nvlink_gbs=number["nvlink_gbs"],
-        aliases=tuple(filter(None, row["aliases"].split("; "))),
-        source=row["source"],
-    )
-
-
-_OPTIONAL = ("tflops", "low_tflops", "nvlink_gbs")
-GPUS: tuple[GPUSpec, ...] = tuple(map(_read_spec, read_rows("gpus.csv")))
+GPUS = tuple(
+    TypeAdapter(GPUSpec).validate_python({key: value or None for key, value in row.items()})
+    for row in read_rows("gpus.csv")
+)
 
 
 def find_gpu(name: str, memory_bytes: int | None = None) -> GPUSpec | None:

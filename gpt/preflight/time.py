@@ -80,7 +80,9 @@ def correct_throughput(
         return Throughput(None, f"n/a: {gpu.name} has no tensor cores for {config.training.dtype}")
     shape, dtype = describe_shape(config), config.training.dtype
     seconds, spread = _step_seconds(shape, gpu, dtype), log(1 + _model_error(gpu))
-    slow_seconds = _slowest_seconds(shape, gpu, dtype)
+    # The card alone, a laptop's at its lowest power limit.
+    low = gpu if gpu.low_tflops is None else replace(gpu, tflops=gpu.low_tflops)
+    slowest = step_seconds(shape, low, low.peak_tflops(dtype) or 0.0, load_efficiency())
     factors = [
         log(_tokens(pace.shape) / pace.tokens_per_second / _step_seconds(pace.shape, gpu, dtype))
         for pace in paces
@@ -92,7 +94,7 @@ def correct_throughput(
     error = max(sqrt(1 / precision), RUN_ERROR if paces else 0.0)
     # A laptop's lower power limit, or a better card that the model holds for slower, widens the
     # range, and no longer once the GPU was measured.
-    widened = error + max(0.0, log(slow_seconds / seconds)) / (spread**2 * precision)
+    widened = error + max(0.0, log(slowest / seconds)) / (spread**2 * precision)
     rate = _tokens(shape) / (seconds * exp(shift))
     if paces:
         names = ", ".join(pace.source for pace in paces[:3])
@@ -122,11 +124,7 @@ def _step_seconds(shape: Shape, gpu: GPUSpec, dtype: str) -> float:
     def seconds(card: GPUSpec) -> float:
         return step_seconds(shape, card, card.peak_tflops(dtype) or 0.0, load_efficiency())
 
-    measured = {card: seconds(card) for card in _better_cards(None, dtype)}
-    return min(
-        max([seconds(card), *(measured[better] for better in _better_cards(card, dtype))])
-        for card in _lesser_cards(gpu, dtype)
-    )
+    return min(max(map(seconds, cards)) for cards in _comparisons(gpu, dtype))
 
 
 def _is_better(one: GPUSpec, other: GPUSpec, dtype: str) -> bool:
@@ -139,23 +137,12 @@ def _is_better(one: GPUSpec, other: GPUSpec, dtype: str) -> bool:
 
 
 @cache
-def _better_cards(gpu: GPUSpec | None, dtype: str) -> tuple[GPUSpec, ...]:
-    """Return the cards with published runs that are no worse than `gpu`; all of them for None."""
-    measured = (card for card in GPUS if card.key in _measured_keys() and card.has_bfloat16)
-    return tuple(card for card in measured if gpu is None or _is_better(card, gpu, dtype))
-
-
-@cache
-def _lesser_cards(gpu: GPUSpec, dtype: str) -> tuple[GPUSpec, ...]:
-    known = (card for card in GPUS if card != gpu and card.peak_tflops(dtype) is not None)
-    return (gpu, *(card for card in known if _is_better(gpu, card, dtype)))
-
-
-def _slowest_seconds(shape: Shape, gpu: GPUSpec, dtype: str) -> float:
-    """Return the model's seconds for the card alone, at the lowest power limit of a laptop."""
-    if gpu.low_tflops is not None:
-        gpu = replace(gpu, tflops=gpu.low_tflops)
-    return step_seconds(shape, gpu, gpu.peak_tflops(dtype) or 0.0, load_efficiency())
+def _comparisons(gpu: GPUSpec, dtype: str) -> tuple[tuple[GPUSpec, ...], ...]:
+    """Return each card that is no better than `gpu`, followed by the cards with published runs that
+    are no worse than it."""
+    published = [card for card in GPUS if card.key in _measured_keys() and card.has_bfloat16]
+    lesser = [gpu, *(c for c in GPUS if c.peak_tflops(dtype) and _is_better(gpu, c, dtype))]
+    return tuple((card, *(p for p in published if _is_better(p, card, dtype))) for card in lesser)
 
 
 @cache
