@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
-from flows.runtime.outcome import find_finished_outcome, locate_mlflow_ui, locate_prefect_ui
-from flows.runtime.variant_launcher import train_in_subprocess
+from flows.runtime.outcome import find_finished_outcome, locate_links
+from flows.runtime.variant_process import train_in_subprocess
 from flows.runtime.variants import Variant, comparison_folder, expand_variants
 from gpt.errors import ComparisonError, Problem
 from gpt.training.run_lock import run_lock
@@ -29,10 +28,9 @@ class ComparisonResult(Comparison):
     name: str
     failed: tuple[str, ...]
     """A message for each config, or seed of it, without a result."""
-    mlflow_uri: str
     mlflow_run_id: str | None
-    prefect_ui: str
-    mlflow_ui: str
+    links: tuple[str, str]
+    """See `locate_links`."""
 
     def __str__(self) -> str:
         return self.verdict
@@ -68,49 +66,43 @@ def compare(
     dataset = call_task(tokenize_parquet)(shared)
     folder = comparison_folder(shared.run.root, variants, name)
     with run_lock(folder):
-        parameters = _run_parameters(variants, tokens, seeds)
-        run = open_run(shared, dataset, folder, compared=parameters)
+        names = ", ".join(dict.fromkeys(variant.name for variant in variants))
+        settings = {"configs": names, "seeds": str(seeds)}
+        settings |= {"tokens": str(tokens)} if tokens else {}
+        run = open_run(shared, dataset, folder, compared=settings)
         with track_run_status(run):
             results = tuple(_train_variant(variant, folder) for variant in variants)
             comparison = call_task(compare_runs)(run, results)
-            _check_any_finished(results)
+            if not any(result.folder for result in results):
+                remedy = "fix this and re-run the same comparison"
+                raise ComparisonError(*(Problem(r.name, "", r.failure, remedy) for r in results))
     return ComparisonResult(
         name=folder.name.rpartition("-")[0],
         **dict(comparison),
         failed=tuple(f"{r.name}: {r.failure}" for r in results if r.folder is None),
-        mlflow_uri=run.uri,
         mlflow_run_id=run.run_id,
-        prefect_ui=locate_prefect_ui(shared),
-        mlflow_ui=locate_mlflow_ui(run.uri, folder),
+        links=locate_links(shared, folder, run.uri),
     )
-
-
-def _run_parameters(variants: Sequence[Variant], tokens: int | None, seeds: int) -> dict[str, str]:
-    """Return the parameters of the comparison's MLflow run, the parent of the others."""
-    names = ", ".join(dict.fromkeys(variant.name for variant in variants))
-    parameters = {"configs": names, "seeds": str(seeds)}
-    return parameters | ({"tokens": str(tokens)} if tokens else {})
 
 
 def _train_variant(variant: Variant, parent: Path) -> VariantResult:
     """Train a variant unless it is finished; a failure becomes part of the result."""
+    folder, failure = None, variant.failure
+    run_name = variant.config.run.name if variant.config else variant.name
     if variant.config is None:
-        return _failed(variant, variant.name, variant.failure)
-    run_name = variant.config.run.name
-    if finished := find_finished_outcome(variant.path, variant.overrides):
+        pass
+    elif finished := find_finished_outcome(variant.path, variant.overrides):
         log_info(f"{run_name}: already finished, validation loss {finished.report.loss:.4f}")
-        set_parent_run(finished.folder, parent)
-        return VariantResult(name=variant.name, seed=variant.seed, folder=finished.folder)
-    try:
-        folder = call_task(pretrain_variant)(variant, run_name, parent)
-    except ComparisonError as error:
-        return _failed(variant, run_name, error.problems[0].rule)
-    return VariantResult(name=variant.name, seed=variant.seed, folder=folder)
-
-
-def _failed(variant: Variant, run_name: str, failure: str) -> VariantResult:
-    log_info(f"{run_name} is left out: {failure}")
-    return VariantResult(name=variant.name, seed=variant.seed, folder=None, failure=failure)
+        folder = finished.folder
+        set_parent_run(folder, parent)
+    else:
+        try:
+            folder = call_task(pretrain_variant)(variant, run_name, parent)
+        except ComparisonError as error:
+            failure = error.problems[0].rule
+    if folder is None:
+        log_info(f"{run_name} is left out: {failure}")
+    return VariantResult(name=variant.name, seed=variant.seed, folder=folder, failure=failure)
 
 
 @task(name="pretrain-variant", task_run_name="{run_name}", cache_policy=NO_CACHE)
@@ -118,11 +110,3 @@ def pretrain_variant(variant: Variant, run_name: str, parent: Path) -> Path:
     """Run the flow `pretrain` in its own process, under the same Prefect API; return its folder."""
     log_info(f"{run_name}: starting")
     return train_in_subprocess(variant, parent)
-
-
-def _check_any_finished(results: Sequence[VariantResult]) -> None:
-    if not any(result.folder for result in results):
-        remedy = "fix this and re-run the same comparison"
-        raise ComparisonError(
-            *[Problem(result.name, "", result.failure, remedy) for result in results]
-        )

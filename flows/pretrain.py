@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
-from flows.runtime.outcome import Outcome, build_outcome, render_outcome
+from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal, read_run_section
+from flows.runtime.outcome import Outcome, locate_links, render_outcome
 from gpt.artifacts import CheckpointRef, DatasetManifest
-from gpt.config.loading import merge_overrides, read_toml
 from gpt.config.schema import RunConfig
-from gpt.errors import GPTError
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import open_run_dir
 from gpt.training.run_lock import run_lock
@@ -32,12 +29,8 @@ from tasks.validate_config import validate_config
 def run_name_from_config() -> str:
     """Return the config's `run.name`, or the file's name if it cannot be read."""
     parameters = flow_run.get_parameters()
-    path = Path(parameters["config"])
-    try:
-        raw = merge_overrides(read_toml(path), parameters["overrides"] or {})
-        return str(raw["run"]["name"])
-    except (GPTError, KeyError, TypeError):
-        return path.stem
+    path = parameters["config"]
+    return str(read_run_section(path, parameters).get("name") or Path(path).stem)
 
 
 @flow(name="pretrain", flow_run_name=run_name_from_config, **STATE_HOOKS)
@@ -79,25 +72,27 @@ def train_and_register(
         trial: Identifies what a retraining tries; stored with the model version.
         before_registration: Called after the evaluation.
     """
-    with run_lock(folder), _add_step_to_stop(folder):
-        run = open_run(config, dataset, folder, parent, trial)
-        with track_run_status(run):
-            checkpoint = call_task(train)(config, dataset, run)
-            report = call_task(evaluate)(config, dataset, checkpoint, run)
-            before_registration(checkpoint, run)
-            registered = call_task(register_model)(config, run)
-    outcome = build_outcome(config, folder, checkpoint, report, run.uri, run.run_id, registered)
+    try:
+        with run_lock(folder):
+            run = open_run(config, dataset, folder, parent, trial)
+            with track_run_status(run):
+                checkpoint = call_task(train)(config, dataset, run)
+                report = call_task(evaluate)(config, dataset, checkpoint, run)
+                before_registration(checkpoint, run)
+                registered = call_task(register_model)(config, run)
+    except StopRequested as stop:
+        last = latest_checkpoint(folder)
+        stop.after_step = last.step if last else 0
+        raise
+    outcome = Outcome(
+        name=config.run.name,
+        folder=folder.resolve(),
+        checkpoint=checkpoint,
+        report=report,
+        mlflow_run_id=run.run_id,
+        registered=registered,
+        links=locate_links(config, folder, run.uri),
+    )
     summary = f"Validation loss {report.loss:.4f} after {report.step} steps"
     publish_markdown(f"result-{outcome.name}", render_outcome(outcome), summary)
     return outcome
-
-
-@contextmanager
-def _add_step_to_stop(folder: Path) -> Iterator[None]:
-    """Add the last checkpoint's step to a `StopRequested` that passes."""
-    try:
-        yield
-    except StopRequested as stop:
-        checkpoint = latest_checkpoint(folder)
-        stop.after_step = checkpoint.step if checkpoint else 0
-        raise

@@ -1,4 +1,4 @@
-"""The retraining flow: train a challenger on new data, promote it if it beats the champion."""
+"""The flow `retrain`: train a challenger on new data, promote it if it beats the champion."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from prefect import flow
 
 from flows.pretrain import run_name_from_config, train_and_register
 from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
-from flows.runtime.outcome import locate_mlflow_ui, locate_prefect_ui
-from flows.runtime.retrain_report import RetrainResult, TokenCounts, render_result
-from gpt.artifacts import CheckpointRef, DatasetManifest
+from flows.runtime.outcome import Outcome, locate_links, render_links
+from gpt.artifacts import Artifact, CheckpointRef, DatasetManifest, EvaluationReport
 from gpt.config.loading import load_config
 from gpt.data.continued import DERIVED_DATASETS, build_new_validation_set, group_units_by_file
 from gpt.data.tokenize.units import read_stored_units, read_unit_keys
+from gpt.evaluation.significance import compare_reports
+from gpt.markdown import render_table
 from gpt.training.run_dir import open_run_dir
 from tasks.display import log_info
-from tasks.evaluate import SliceReports, evaluate_slices
+from tasks.evaluate import ReportPair, SliceReports, evaluate_slices
 from tasks.retrain_data import (
     RetrainPlan,
     StartFrom,
@@ -31,6 +32,46 @@ from tasks.tokenize_parquet import tokenize_parquet
 from tasks.tracking.metadata import resolve_tracking_uri
 from tasks.tracking.runs import RunRef
 from tasks.validate_config import validate_config
+
+
+class RetrainResult(Artifact):
+    """What a retraining did; `outcome` is None if there was nothing to do."""
+
+    name: str
+    reason: str
+    """Why there was something to do, or why not."""
+    notes: tuple[str, ...] = ()
+    start: str = ""
+    tokenized_tokens: int = 0
+    """Tokens of the dataset that were tokenized for this retraining."""
+    reused_tokens: int = 0
+    """Tokens of the dataset from earlier ones."""
+    champion: str = ""
+    """The champion before this retraining; empty if there was none."""
+    outcome: Outcome | None = None
+    slices: SliceReports | None = None
+    links: tuple[str, str]
+    """See `locate_links`."""
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {text}" for name, text in self.lines)
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """The report as pairs of heading and text."""
+        lines = [("source", self.reason), *(("note", note) for note in self.notes)]
+        if (outcome := self.outcome) is None:
+            return lines
+        counts = f"{self.tokenized_tokens:,} tokenized, {self.reused_tokens:,} reused"
+        length = f"{outcome.report.step:,} steps, {outcome.checkpoint.tokens_seen:,} tokens"
+        return [
+            *lines,
+            ("tokens", counts),
+            ("challenger", f"trained from {self.start}: {length}"),
+            *_slice_lines(outcome.report, self.slices, self.champion),
+            ("verdict", str(outcome.registered or "not yet: MLflow was unreachable")),
+            ("run", str(outcome.folder)),
+        ]
 
 
 @flow(name="retrain", flow_run_name=run_name_from_config, **STATE_HOOKS)
@@ -64,7 +105,8 @@ def retrain(
     if reason := _why_nothing_to_train_on(plan, dataset):
         log_info(reason)
         return _publish(_up_to_date_result(plan, reason))
-    tokens = _count_tokens(dataset, known_units)
+    units = [unit.entry for unit in read_stored_units(dataset.folder)]
+    reused = sum(unit.counts.tokens for unit in units if unit.key in known_units)
     new_text = build_new_validation_set(
         dataset, plan.changes.known, planned.run.root / DERIVED_DATASETS
     )
@@ -78,12 +120,9 @@ def retrain(
             compared = (dataset, new_text, checkpoint, run, plan.champion, plan.model)
             slices.append(call_task(evaluate_slices)(planned, *compared))
 
+    folder = open_run_dir(planned, dataset)
     outcome = train_and_register(
-        planned,
-        dataset,
-        open_run_dir(planned, dataset),
-        trial=plan.trial,
-        before_registration=compare_with_champion,
+        planned, dataset, folder, trial=plan.trial, before_registration=compare_with_champion
     )
     return _publish(
         RetrainResult(
@@ -91,12 +130,12 @@ def retrain(
             reason=plan.reason,
             notes=tuple(comparison_caveats(plan)),
             start=str(plan.champion or "scratch") if start == "champion" else "scratch",
-            text=tokens,
+            tokenized_tokens=sum(unit.counts.tokens for unit in units) - reused,
+            reused_tokens=reused,
             champion=str(plan.champion or ""),
             outcome=outcome,
             slices=slices[0] if slices else None,
-            prefect_ui=outcome.prefect_ui,
-            mlflow_ui=outcome.mlflow_ui,
+            links=outcome.links,
         )
     )
 
@@ -113,14 +152,10 @@ def check_up_to_date(
 
 
 def _up_to_date_result(plan: RetrainPlan, reason: str) -> RetrainResult:
-    root = plan.config.run.root
-    return RetrainResult(
-        name=plan.config.run.name,
-        reason=reason,
-        champion=str(plan.champion or ""),
-        prefect_ui=locate_prefect_ui(plan.config),
-        mlflow_ui=locate_mlflow_ui(resolve_tracking_uri(plan.config), root),
-    )
+    config = plan.config
+    links = locate_links(config, config.run.root, resolve_tracking_uri(config))
+    champion = str(plan.champion or "")
+    return RetrainResult(name=config.run.name, reason=reason, champion=champion, links=links)
 
 
 def _why_nothing_to_train_on(plan: RetrainPlan, dataset: DatasetManifest) -> str:
@@ -135,14 +170,43 @@ def _why_nothing_to_train_on(plan: RetrainPlan, dataset: DatasetManifest) -> str
     return f"unchanged: no document for training is in {format_names(plan.changes.new)}"
 
 
-def _count_tokens(dataset: DatasetManifest, known_units: set[str]) -> TokenCounts:
-    """Count the dataset's tokens by whether earlier datasets had them."""
-    counts = {True: 0, False: 0}
-    for unit in read_stored_units(dataset.folder):
-        counts[unit.entry.key in known_units] += unit.entry.counts.tokens
-    return TokenCounts(tokenized=counts[False], reused=counts[True])
-
-
 def _publish(result: RetrainResult) -> RetrainResult:
-    publish_markdown(f"retraining-{result.name}", render_result(result), result.reason)
+    table, links = render_table(result.lines), render_links(result.links)
+    page = f"# Retraining of {result.name}\n\n{table}\n\n{links}"
+    publish_markdown(f"retraining-{result.name}", page, result.reason)
     return result
+
+
+def _slice_lines(
+    report: EvaluationReport, slices: SliceReports | None, champion: str
+) -> list[tuple[str, str]]:
+    count = f"loss over {report.tokens:,} tokens"
+    if slices is None:
+        return [("current slice", f"challenger {report.loss:.4f} ({count})")]
+    lines = [("current slice", f"{_losses(slices.current, champion)} ({count})")]
+    for name, pair, better, worse in (
+        ("old slice", slices.old, "better on it too", "the challenger has forgotten some of it"),
+        ("new text", slices.new, "the challenger has learned it", "worse on it too"),
+    ):
+        if pair:
+            lines.append((name, f"{_losses(pair, champion)}: {_compare(pair, better, worse)}"))
+    if slices.old and slices.old.challenger.slice_fingerprint == report.slice_fingerprint:
+        same = (
+            "the current slice equals the old one: new text comes after the first "
+            f"{report.tokens:,} validation tokens; raise evaluation.tokens to include it"
+        )
+        lines.append(("note", same))
+    return lines
+
+
+def _losses(pair: ReportPair, champion: str) -> str:
+    return f"challenger {pair.challenger.loss:.4f}, {champion} {pair.champion.loss:.4f}"
+
+
+def _compare(pair: ReportPair, better: str, worse: str) -> str:
+    if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
+        return "not compared: their block sizes divide the slice differently"
+    found = compare_reports(pair.challenger, pair.champion)
+    if not found.is_significant:
+        return f"no significant difference ({found.interval})"
+    return f"{better if found.is_significantly_better else worse} ({found.interval})"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import ConfigPath, Overrides, resumable
+from flows.runtime.environment import prepare
 from gpt.config.loading import load_config, merge_overrides
 
 app = typer.Typer(rich_markup_mode=None)
@@ -19,10 +20,8 @@ def tokenize(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Re-run the same command to resume.
     """
-    from flows.runtime import environment
-
     checked = load_config(config, merge_overrides({}, overrides or []))
-    environment.prepare(checked.run.root)
+    prepare(checked.run.root)
     from tasks.tokenize_parquet import find_or_tokenize
 
     with resumable():

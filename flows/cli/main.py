@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import data, model, retrain, service, train
+from flows.cli import data, model, service, train
 from flows.cli.options import USER_ERROR
 from flows.runtime.process_exit import exit_process
 from gpt.errors import GPTError
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (train, data, model, retrain, service):
+for group in (train, data, model, service):
     app.add_typer(group.app)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import Json, Overrides, Root
+from flows.runtime.environment import prepare
 from gpt.config.loading import merge_overrides
 
 app = typer.Typer(rich_markup_mode=None)
@@ -61,9 +62,7 @@ def evaluate(
 
     Benchmarks need their files: --set evaluation.hellaswag=FILE.parquet, evaluation.lambada.
     """
-    from flows.runtime import environment
-
-    environment.prepare(root)
+    prepare(root)
     from flows.cli.model_choice import evaluation_config, find_model, read_model_facts
     from gpt.evaluation.report import check_benchmarks
     from gpt.exchange.model_card import render_evaluation

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from flows.runtime.environment import use_running_service
-from gpt.artifacts import EvaluationReport
 from gpt.config.loading import build_config, merge_overrides, read_toml
 from gpt.config.schema import RunConfig
 from gpt.data.continued import find_dataset_by_fingerprint
@@ -55,6 +54,7 @@ def read_model_facts(model: Path) -> ModelCardData:
     except (OSError, ValidationError, CheckpointError):
         return ModelCardData(name=model.resolve().name)  # imported: without a run
     run = model.resolve().parent.parent
+    reports = (read_report_file(folder / REPORT_FILE) for folder in (run, model))
     return ModelCardData(
         name=config.run.name,
         config=config,
@@ -63,7 +63,7 @@ def read_model_facts(model: Path) -> ModelCardData:
         ),
         tokens_seen=progress.tokens_seen,
         step=progress.step,
-        report=_report((run, model), progress.step),
+        report=next((r for r in reports if r and r.step == progress.step), None),
     )
 
 
@@ -85,11 +85,3 @@ def evaluation_config(
         raise ConfigError(Problem("MODEL", str(model), rule, remedy))
     section = {"model": load_model_section(model).model_dump(mode="json")}
     return build_config(merge_overrides(merge_overrides(raw, overrides), section))
-
-
-def _report(folders: Iterable[Path], step: int) -> EvaluationReport | None:
-    for folder in folders:
-        report = read_report_file(folder / REPORT_FILE)
-        if report and report.step == step:
-            return report
-    return None

@@ -44,9 +44,9 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def print_links(prefect_ui: str, mlflow_ui: str, hint: str = "") -> None:
+def print_links(links: tuple[str, str], hint: str = "") -> None:
     """Print where to see a result in Prefect and MLflow."""
-    print(f"open in Prefect and MLflow{hint}:\n  {prefect_ui}\n  {mlflow_ui}")
+    print(f"open in Prefect and MLflow{hint}:", *links, sep="\n  ")
 
 
 def display_path(path: Path) -> str:

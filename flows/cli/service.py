@@ -1,9 +1,11 @@
-"""The commands about servers: up, doctor, sync."""
+"""The commands about servers: up, watch, doctor, sync."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +52,37 @@ def up(
     from flows.service.up import up as start
 
     start(settings)
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to watch.")],
+    interval: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="Seconds between scans; a file must not change between two scans."
+        ),
+    ] = 10.0,
+    pattern: Annotated[
+        str, typer.Option(help="Pattern of file names, at any depth.")
+    ] = "*.parquet",
+    existing: Annotated[
+        bool, typer.Option("--existing", help="Include files that exist at the first start.")
+    ] = False,
+    root: Root = Path("runs"),
+) -> None:
+    """Start a retraining for each new Parquet file in a folder.
+
+    Sends an event to the Prefect server per complete new file; a deployment reacts to it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        prepare(root)
+        from flows.service.watch import watch as watch_folder
+
+        watch_folder(directory, pattern, interval, existing, root)
+    except KeyboardInterrupt:
+        print("\nstopped watching; re-run the same command to resume", file=sys.stderr)
 
 
 @app.command()

@@ -1,13 +1,14 @@
-"""The commands that plan and train: run, validate, compare, import-nanogpt."""
+"""The commands that plan and train: run, validate, compare, retrain, import-nanogpt."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,14 +23,14 @@ from flows.cli.options import (
     print_links,
     resumable,
 )
+from flows.runtime.environment import prepare
 from gpt.config.loading import load_config, merge_overrides, read_toml
 from gpt.errors import ConfigError
 from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
+from gpt.preflight.report import run_preflight, run_preflight_on_values
 
 if TYPE_CHECKING:
     from flows.runtime.outcome import Outcome
-    from flows.runtime.variants import Variant
-    from gpt.preflight.report import Report
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -55,8 +56,15 @@ def run(
     """
     values = merge_overrides({}, overrides or [])
     with resumable():
-        if not _join_as_worker(config, values):
-            _print_outcome(_pretrain(config, values, fresh))
+        if _join_as_worker(config, values):
+            return
+        outcome = _pretrain(config, values, fresh)
+    print(f"\n{outcome.name}: {outcome}\n  run    {display_path(outcome.folder)}")
+    model = f"  model  {display_path(outcome.model)}"
+    if version := outcome.registered:
+        model += f", registered as {version.name} version {version.version}, {version.alias}"
+    print(model)
+    print_links(outcome.links)
 
 
 def _join_as_worker(config: str, overrides: Mapping[str, Any]) -> bool:
@@ -72,9 +80,7 @@ def _join_as_worker(config: str, overrides: Mapping[str, Any]) -> bool:
         return False
     if is_main_machine(checked.hardware.rendezvous):
         return False
-    from flows.runtime import environment
-
-    environment.prepare(checked.run.root)
+    prepare(checked.run.root)
     from gpt.training.distributed.launch import join_training
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -84,53 +90,37 @@ def _join_as_worker(config: str, overrides: Mapping[str, Any]) -> bool:
     return True
 
 
-def _pretrain(config: str, overrides: Mapping[str, Any], fresh: bool) -> Outcome:
+def _pretrain(config: str, overrides: dict[str, Any], fresh: bool) -> Outcome:
     """Run the flow unless the run is finished. An invalid config is reported at once and then
     recorded as a Failed flow run."""
     from flows.runtime.outcome import find_finished_outcome
-    from gpt.preflight.report import run_preflight
 
-    problems = run_preflight(config, overrides, starting=True).problems
-    if problems:  # before Prefect, which takes seconds to start
+    root = Path("runs")
+    if problems := run_preflight(config, overrides, starting=True).problems:
+        # Printed before Prefect starts, which takes seconds.
         print(ConfigError(*problems), file=sys.stderr, flush=True)
+        with suppress(ConfigError, KeyError, TypeError):
+            root = Path(merge_overrides(read_toml(Path(config)), overrides)["run"]["root"])
     elif not fresh and (finished := find_finished_outcome(config, overrides)):
         print(
             f"already finished at step {finished.report.step} in {display_path(finished.folder)}; "
             "use --fresh or another run.name to train again"
         )
         return finished
-    from flows.runtime import environment
-
-    environment.prepare(_root(config, overrides))
+    else:
+        root = load_config(config, overrides).run.root
+    prepare(root)
     from flows.runtime.embedded_api import launch_api
 
     launch_api()
     from flows.runtime.local_run import run_pretrain
 
     try:
-        return run_pretrain(config, dict(overrides), fresh)
+        return run_pretrain(config, overrides, fresh)
     except ConfigError:
         if not problems:
             raise
         sys.exit(USER_ERROR)  # already reported
-
-
-def _root(config: str, overrides: Mapping[str, Any]) -> Path:
-    """Return `run.root`, or its default if the config cannot be read."""
-    try:
-        return Path(merge_overrides(read_toml(Path(config)), overrides)["run"]["root"])
-    except (ConfigError, KeyError, TypeError):
-        return Path("runs")
-
-
-def _print_outcome(outcome: Outcome) -> None:
-    print(f"\n{outcome.name}: {outcome}")
-    print(f"  run    {display_path(outcome.folder)}")
-    print(f"  model  {display_path(outcome.model)}", end="")
-    if version := outcome.registered:
-        print(f", registered as {version.name} version {version.version}, {version.alias}", end="")
-    print()
-    print_links(outcome.prefect_ui, outcome.mlflow_ui)
 
 
 @app.command()
@@ -151,35 +141,29 @@ def validate(
 
     Reads no data and starts nothing.
     """
-    from gpt.preflight.report import run_preflight
-
-    hardware: dict[str, Any] = {} if devices is None else {"devices": devices}
-    if nodes is not None:
-        hardware |= {"nodes": nodes, "rendezvous": PLACEHOLDER_RENDEZVOUS}
     values = merge_overrides({}, overrides or [])
-    if hardware:
-        values = merge_overrides(values, {"hardware": hardware})
+    if devices is not None:
+        values = merge_overrides(values, {"hardware": {"devices": devices}})
+    if nodes is not None:
+        planned = {"nodes": nodes, "rendezvous": PLACEHOLDER_RENDEZVOUS}
+        values = merge_overrides(values, {"hardware": planned})
     reports = [run_preflight(path, values, gpu, network_gbit=network_gbit) for path in configs]
+    blocked = any(report.blocked for report in reports)
     if as_json:
         written = [report.as_json() for report in reports]
         print(json.dumps(written[0] if len(written) == 1 else written, indent=2))
     else:
-        _print_reports(reports)
-    if any(report.blocked for report in reports):
+        from rich.console import Console
+
+        from gpt.preflight.render import print_report, print_reports
+
+        width = None if sys.stdout.isatty() else PAGE_WIDTH
+        if len(reports) > 1:
+            print_reports(reports, Console(highlight=False, width=width))
+        else:
+            print_report(reports[0], Console(stderr=blocked, highlight=False, width=width))
+    if blocked:
         raise typer.Exit(USER_ERROR)
-
-
-def _print_reports(reports: Sequence[Report]) -> None:
-    """Print one report in full, several side by side. A single invalid one goes to stderr."""
-    from rich.console import Console
-
-    from gpt.preflight.render import print_report, print_reports
-
-    width = None if sys.stdout.isatty() else PAGE_WIDTH
-    if len(reports) > 1:
-        print_reports(reports, Console(highlight=False, width=width))
-    else:
-        print_report(reports[0], Console(stderr=reports[0].blocked, highlight=False, width=width))
 
 
 @app.command()
@@ -202,11 +186,14 @@ def compare(
 
     values = merge_overrides({}, overrides or [])
     variants = expand_variants(configs, values, tokens, seeds)
-    if _all_invalid(variants):
+    invalid = 0
+    for variant in variants:
+        if problems := run_preflight(variant.path, variant.overrides, starting=True).problems:
+            print(f"{variant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
+            invalid += 1
+    if invalid == len(variants):
         raise typer.Exit(USER_ERROR)
-    from flows.runtime import environment
-
-    environment.prepare(next(variant.config.run.root for variant in variants if variant.config))
+    prepare(next(variant.config.run.root for variant in variants if variant.config))
     from flows.compare import ComparisonResult
     from flows.compare import compare as flow
     from flows.runtime.local_run import run_flow
@@ -215,23 +202,46 @@ def compare(
     with resumable():
         result: ComparisonResult = run_flow(flow, parameters | {"seeds": seeds, "name": name})
     print(f"\n{result.markdown}\npage   {display_path(result.page)}")
-    hint = ", where + expands the comparison's runs"
-    print_links(result.prefect_ui, result.mlflow_ui, hint)
+    print_links(result.links, ", where + expands the comparison's runs")
     if result.failed:
         raise typer.Exit(INCOMPLETE)
 
 
-def _all_invalid(variants: Sequence[Variant]) -> bool:
-    """Print the preflight's problems of each variant. Return whether no variant is valid."""
-    from gpt.preflight.report import run_preflight
+@app.command()
+def retrain(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    path: Annotated[
+        str | None,
+        typer.Option("--path", metavar="FILE", help="Parquet file to add to data.source."),
+    ] = None,
+    start: Annotated[
+        Literal["scratch", "champion"],
+        typer.Option(help="Random weights on all data, or the champion's weights on new data."),
+    ] = "scratch",
+) -> None:
+    """Train on new data; promote the model if it is better.
 
-    invalid = 0
-    for variant in variants:
-        problems = run_preflight(variant.path, variant.overrides, starting=True).problems
-        if problems:
-            print(f"{variant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
-            invalid += 1
-    return invalid == len(variants)
+    Does nothing if the champion was trained on all of the source. Re-run the same command to
+    resume.
+    """
+    values = merge_overrides({}, overrides or [])
+    if problems := run_preflight(config, values, starting=True).problems:
+        raise ConfigError(*problems)
+    prepare(load_config(config, values).run.root)
+    from flows.retrain import check_up_to_date
+    from flows.retrain import retrain as flow
+    from flows.runtime.local_run import run_flow
+
+    parameters: Any = {"config": config, "overrides": values, "path": path, "start": start}
+    with resumable():
+        # Starting Prefect's API takes longer than finding out that there is nothing to do.
+        result = check_up_to_date(**parameters) or run_flow(flow, parameters)
+    print(f"\n{result.name}: " + ("nothing to do" if result.outcome is None else "retrained"))
+    width = max(len(name) for name, _ in result.lines)
+    for name, text in result.lines:
+        print(f"  {name:<{width}}  {text}")
+    print_links(result.links)
 
 
 @app.command()
@@ -251,7 +261,6 @@ def import_nanogpt(
     from gpt.exchange.nanogpt import convert_nanogpt
     from gpt.hardware.target_gpu import find_target_gpu
     from gpt.preflight.render import print_report
-    from gpt.preflight.report import run_preflight_on_values
 
     imported = convert_nanogpt(path, data)
     print(imported.to_toml(), end="", flush=True)

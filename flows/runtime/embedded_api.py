@@ -53,27 +53,22 @@ def launch_api() -> None:
 
 def start_api() -> Exception | None:
     """Launch the API and wait for its answer. Return why no API answers, or None."""
+    import httpx
+    from prefect.client.orchestration import get_client
     from prefect.context import refresh_global_settings_context
 
     launch_api()
     refresh_global_settings_context()
     deadline = time.monotonic() + START_SECONDS
-    while fault := _check_health():
-        if not servers or servers[-1].poll() is not None or time.monotonic() > deadline:
+    while True:
+        try:
+            with get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client:
+                fault = client.api_healthcheck()
+        except (RuntimeError, httpx.TransportError) as error:
+            fault = error
+        if not (fault and servers) or servers[-1].poll() is not None or time.monotonic() > deadline:
             return fault
         time.sleep(0.1)
-    return None
-
-
-def _check_health() -> Exception | None:
-    import httpx
-    from prefect.client.orchestration import get_client
-
-    try:
-        with get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client:
-            return client.api_healthcheck()
-    except (RuntimeError, httpx.TransportError) as error:
-        return error
 
 
 def main() -> None:

@@ -57,7 +57,8 @@ def prepare(root: Path) -> None:
     use_running_service(root)
     home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home(root))))
     home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
-    _set_defaults(EMBEDDED | COMPUTE)
+    for name, value in (EMBEDDED | COMPUTE).items():
+        os.environ.setdefault(name, value)
 
 
 def prefect_home(root: Path) -> Path:
@@ -67,12 +68,7 @@ def prefect_home(root: Path) -> Path:
 
 def use_running_service(root: Path) -> None:
     """Use the servers of the `overnight up` that runs on this root, unless others are set."""
-    _set_defaults(service_environment(root))
-
-
-def _set_defaults(variables: dict[str, str]) -> None:
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+    os.environ |= service_environment(root) | os.environ
 
 
 def service_environment(root: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,15 @@ def run_pretrain(
     """Run the flow `pretrain`. `parent`: folder of the comparison that the run is part of."""
 
     def run_dirs() -> set[Path]:
-        try:
+        with suppress(ConfigError):  # reported by the flow
             return set((load_config(config, overrides).run.root / "train").glob("*"))
-        except ConfigError:  # reported by the flow
-            return set()
+        return set()
 
     before = run_dirs()
     parameters = {"config": config, "overrides": overrides, "fresh": fresh}
     parameters["parent"] = str(parent) if parent else None
     # A fresh run that has started already is resumed, not started a second time.
-    outcome: Outcome = run_flow(
-        pretrain, parameters, lambda: {"fresh": fresh and run_dirs() == before}
-    )
-    return outcome
+    return run_flow(pretrain, parameters, lambda: {"fresh": fresh and run_dirs() == before})
 
 
 def run_flow(

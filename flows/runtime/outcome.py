@@ -20,6 +20,7 @@ from gpt.config.schema import RunConfig
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.evaluation.report_store import load_report
 from gpt.markdown import quote_samples, render_table
+from gpt.model.section import MODEL_FILE
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import find_run_dir
 from tasks.tracking.journal import (
@@ -32,49 +33,25 @@ from tasks.tracking.journal import (
 
 class Outcome(Artifact):
     name: str
-    report: EvaluationReport
-    tokens_seen: int
     folder: Path
-    model: Path
-    mlflow_uri: str
+    checkpoint: CheckpointRef
+    report: EvaluationReport
     mlflow_run_id: str | None
     registered: RegisteredVersion | None = None
     """None if the config names no registered model, or MLflow was unreachable."""
-    prefect_ui: str
-    """Address of Prefect's UI, or the command that starts one."""
-    mlflow_ui: str
-    """Address of MLflow's UI, or the command that starts one."""
+    links: tuple[str, str]
+    """See `locate_links`."""
+
+    @property
+    def model(self) -> Path:
+        return (self.checkpoint.folder / MODEL_FILE).resolve()
 
     def __str__(self) -> str:
         report = self.report
         return (
             f"validation loss {report.loss:.4f}, {report.bits_per_byte:.4f} bits per byte "
-            f"after {report.step:,} steps, {self.tokens_seen:,} tokens"
+            f"after {report.step:,} steps, {self.checkpoint.tokens_seen:,} tokens"
         )
-
-
-def build_outcome(
-    config: RunConfig,
-    folder: Path,
-    checkpoint: CheckpointRef,
-    report: EvaluationReport,
-    mlflow_uri: str,
-    mlflow_run_id: str | None,
-    registered: RegisteredVersion | None,
-) -> Outcome:
-    """Collect the result of the run of `folder`."""
-    return Outcome(
-        name=config.run.name,
-        report=report,
-        tokens_seen=checkpoint.tokens_seen,
-        folder=folder.resolve(),
-        model=(checkpoint.folder / "model.safetensors").resolve(),
-        mlflow_uri=mlflow_uri,
-        mlflow_run_id=mlflow_run_id,
-        registered=registered,
-        prefect_ui=locate_prefect_ui(config),
-        mlflow_ui=locate_mlflow_ui(mlflow_uri, folder),
-    )
 
 
 def find_finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | None:
@@ -95,7 +72,15 @@ def find_finished_outcome(path: str, overrides: Mapping[str, Any]) -> Outcome | 
     registered = find_registered_version(sync, name, checkpoint.step)
     if (name and not registered) or count_unsent_lines(folder, sync):
         return None
-    return build_outcome(config, folder, checkpoint, report, sync.uri, sync.run_id, registered)
+    return Outcome(
+        name=config.run.name,
+        folder=folder.resolve(),
+        checkpoint=checkpoint,
+        report=report,
+        mlflow_run_id=sync.run_id,
+        registered=registered,
+        links=locate_links(config, folder, sync.uri),
+    )
 
 
 def render_outcome(outcome: Outcome) -> str:
@@ -105,7 +90,7 @@ def render_outcome(outcome: Outcome) -> str:
         "validation loss": f"{report.loss:.4f} nats per token, over {report.tokens:,} tokens",
         "perplexity": f"{report.perplexity:,.2f}",
         "bits per byte": f"{report.bits_per_byte:.4f}",
-        "trained": f"{report.step:,} steps, {outcome.tokens_seen:,} tokens",
+        "trained": f"{report.step:,} steps, {outcome.checkpoint.tokens_seen:,} tokens",
         "run folder": f"`{outcome.folder}`",
         "model": f"`{outcome.model}`",
         "MLflow run": f"`{outcome.mlflow_run_id or 'not created yet: MLflow was unreachable'}`",
@@ -113,35 +98,33 @@ def render_outcome(outcome: Outcome) -> str:
     }
     return (
         f"# {outcome.name}\n\n{render_table(rows.items())}\n\n"
-        "## Open in Prefect and MLflow\n\n"
-        f"```sh\n{outcome.prefect_ui}\n{outcome.mlflow_ui}\n```\n\n"
-        f"## Samples\n\n{quote_samples(report.samples)}\n"
+        f"{render_links(outcome.links)}\n## Samples\n\n{quote_samples(report.samples)}\n"
     )
 
 
-def locate_prefect_ui(config: RunConfig) -> str:
-    """Return the address of the configured Prefect server, or the command that starts one."""
-    api = os.environ.get("PREFECT_API_URL", "")
-    if api and EMBEDDED_API not in os.environ:
-        return api.removesuffix("/api")
-    home = os.environ.get("PREFECT_HOME", str(prefect_home(config.run.root)))
-    settings = f"PREFECT_HOME={shlex.quote(home)} PREFECT_SERVER_ANALYTICS_ENABLED=false"
-    return f"{settings} {_program('prefect')} server start"
+def render_links(links: tuple[str, str]) -> str:
+    """Return the Markdown section that says where to see a result."""
+    return "## Open in Prefect and MLflow\n\n```sh\n{}\n{}\n```\n".format(*links)
 
 
-def locate_mlflow_ui(uri: str, folder: Path) -> str:
-    """Return the address of the charts of the run's experiment, or the command that serves them."""
-    sync = read_sync_state(folder)
-    page = ""
+def locate_links(config: RunConfig, folder: Path, uri: str) -> tuple[str, str]:
+    """Return the addresses of Prefect's UI and of the charts of the folder's experiment in MLflow
+    at `uri`; where there is no server, the command that starts one."""
+    prefect = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    if not prefect or EMBEDDED_API in os.environ:
+        home = os.environ.get("PREFECT_HOME", str(prefect_home(config.run.root)))
+        settings = f"PREFECT_HOME={shlex.quote(home)} PREFECT_SERVER_ANALYTICS_ENABLED=false"
+        prefect = f"{settings} {_program('prefect')} server start"
+    page, sync = "", read_sync_state(folder)
     if sync and sync.experiment_id:
         charts = "compareRunsMode=CHART&workflowType=machine_learning"
         page = f"/#/experiments/{sync.experiment_id}/runs?{charts}"
     if uri.startswith("http"):
-        return f"{uri}{page}"
+        return prefect, f"{uri}{page}"
     # Job workers only serve prompts and traces; without them it starts in half the time.
     settings = "DO_NOT_TRACK=1 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
     command = f"{settings} {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
-    return f"{command}  # http://127.0.0.1:5000{page}"
+    return prefect, f"{command}  # http://127.0.0.1:5000{page}"
 
 
 def _program(name: str) -> str:

@@ -61,44 +61,41 @@ def expand_variants(
     for option, value in (("--seeds", seeds), ("--tokens", tokens)):
         if value is not None and value < 1:
             raise ConfigError(Problem(option, str(value), "must be at least 1", "raise it"))
-    configs: dict[str, RunConfig | ConfigError] = {}
-    for path in paths:
+    valid: dict[str, RunConfig] = {}
+    errors: dict[str, ConfigError] = {}
+    for path in dict.fromkeys(paths):
         try:
-            configs[path] = load_config(path, overrides)
+            valid[path] = load_config(path, overrides)
         except ConfigError as error:
-            configs[path] = error
-    valid = {path: config for path, config in configs.items() if isinstance(config, RunConfig)}
-    if not valid:
-        errors = [error for error in configs.values() if isinstance(error, ConfigError)]
-        # A wrong override is a problem of every config, but reported once.
-        raise ConfigError(*dict.fromkeys(p for error in errors for p in error.problems))
+            errors[path] = error
+    if not valid:  # a wrong override is a problem of every config, but reported once
+        raise ConfigError(*dict.fromkeys(p for error in errors.values() for p in error.problems))
     _check_comparable(valid)
     names = _choose_names(paths, valid)
     return [
-        _build_variant(names[path], path, overrides, config, tokens, number)
+        _build_variant(names[path], path, overrides, valid[path], tokens, number)
+        if path in valid
+        else Variant(names[path], path, dict(overrides), None, str(errors[path]))
         for number in range(seeds)
-        for path, config in configs.items()
-        if number == 0 or isinstance(config, RunConfig)
+        for path in dict.fromkeys(paths)
+        if number == 0 or path in valid
     ]
 
 
 def _check_comparable(configs: Mapping[str, RunConfig]) -> None:
-    (first, config), *others = configs.items()
-    expected = config.flatten()
-    problems = []
-    for path, other in others:
-        found = other.flatten()
-        problems += [
-            Problem(
-                key,
-                str(found[key]),
-                f"{path} differs from {first}, which has {expected[key]}; models can only be "
-                "compared on the same data and evaluation",
-                f"set the same value in all configs: --set {key}=...",
-            )
-            for key in SHARED_KEYS
-            if found[key] != expected[key]
-        ]
+    (first, expected), *others = ((path, config.flatten()) for path, config in configs.items())
+    problems = [
+        Problem(
+            key,
+            str(found[key]),
+            f"{path} differs from {first}, which has {expected[key]}; models can only be compared "
+            "on the same data and evaluation",
+            f"set the same value in all configs: --set {key}=...",
+        )
+        for path, found in others
+        for key in SHARED_KEYS
+        if found[key] != expected[key]
+    ]
     if problems:
         raise ConfigError(*problems)
 
@@ -123,29 +120,28 @@ def _build_variant(
     name: str,
     path: str,
     overrides: Mapping[str, Any],
-    config: RunConfig | ConfigError,
+    config: RunConfig,
     tokens: int | None,
     number: int,
 ) -> Variant:
-    if isinstance(config, ConfigError):
-        return Variant(name, path, dict(overrides), None, str(config))
     own: dict[str, Any] = {"run": {"name": name}}
     if number:  # the first seed has the config's own seed and name, as a run outside a comparison
         seed = config.training.seed + number
         own = {"run": {"name": f"{name}-seed{seed}"}, "training": {"seed": seed}}
-    length = _length_overrides(config, tokens) if tokens else {}
-    merged = merge_overrides(merge_overrides(overrides, own), length)
+    merged = merge_overrides(merge_overrides(overrides, own), _length_overrides(config, tokens))
     try:
         return Variant(name, path, merged, load_config(path, merged))
     except ConfigError as error:  # e.g. a schedule that does not fit into the given length
         return Variant(name, path, merged, None, str(error))
 
 
-def _length_overrides(config: RunConfig, tokens: int) -> dict[str, Any]:
+def _length_overrides(config: RunConfig, tokens: int | None) -> dict[str, Any]:
     """Set `max_steps` for a number of tokens; in a shorter run, scale the warm-up down with it.
 
     The cool-down is a fraction of the steps anyway.
     """
+    if tokens is None:
+        return {}
     steps, own_steps = math.ceil(tokens / config.tokens_per_step), config.training.max_steps
     length: dict[str, Any] = {"training": {"max_steps": steps}}
     if steps < own_steps:

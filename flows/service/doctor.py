@@ -15,6 +15,9 @@ from typing import Any
 
 import httpx
 import psutil
+import pynvml
+import sqlalchemy
+import torch
 import yaml
 from packaging.requirements import Requirement
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -24,6 +27,7 @@ from prefect.exceptions import ObjectNotFound
 from flows.service import deployments
 from flows.service.settings import POOL, PROJECT, ServiceSettings, redact_password
 from gpt.errors import first_line
+from gpt.hardware.gpus import find_gpu
 from tasks.tracking.metadata import default_tracking_uri
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
@@ -101,10 +105,6 @@ def check_packages(requirements: Iterable[str]) -> Iterator[Finding]:
 
 
 def check_gpu() -> Finding:
-    import torch
-
-    from gpt.hardware.gpus import find_gpu
-
     name, driver = _read_driver()
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -114,22 +114,19 @@ def check_gpu() -> Finding:
             return fault("GPU", found, "find the process with nvidia-smi and stop it")
         known = "" if find_gpu(name) else "; not a known GPU, so MFU and hours are not estimated"
         return good("GPU", found + known)
-    if name:
-        found = f"{name}, driver {driver}, which torch {torch.__version__} cannot use"
-        if torch.version.cuda is None:
-            wanted = torch.__version__.split("+")[0]
-            remedy = f"torch is a build for CPUs: pip install torch=={wanted}"
-        else:
-            remedy = f"update the driver to one for CUDA {torch.version.cuda} or newer"
-        return fault("GPU", found, remedy)
-    remedy = "if there is a GPU, install NVIDIA's driver and check with nvidia-smi"
-    return Finding("GPU", NOTE, "none: runs train on the CPU", remedy)
+    if not name:
+        remedy = "if there is a GPU, install NVIDIA's driver and check with nvidia-smi"
+        return Finding("GPU", NOTE, "none: runs train on the CPU", remedy)
+    remedy = f"update the driver to one for CUDA {torch.version.cuda} or newer"
+    if torch.version.cuda is None:
+        number = torch.__version__.split("+")[0]
+        remedy = f"torch is a build for CPUs: pip install torch=={number}"
+    found = f"{name}, driver {driver}, which torch {torch.__version__} cannot use"
+    return fault("GPU", found, remedy)
 
 
 def _read_driver() -> tuple[str, str]:
     """Return the first GPU's name and the driver's version; empty without a driver."""
-    import pynvml
-
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
@@ -166,8 +163,7 @@ def check_writable(root: Path) -> Finding:
 
 
 def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def check_file_times(root: Path) -> Finding:
@@ -190,24 +186,18 @@ def check_tracking_store(uri: str) -> Finding:
         elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
             return good("MLflow", f"{shown}, created by the first run")
         else:
-            _query_database(uri)
+            with sqlalchemy.create_engine(uri).connect() as connection:
+                connection.execute(sqlalchemy.text("SELECT 1 FROM experiments LIMIT 1"))
+                if uri.startswith("sqlite"):
+                    check = connection.execute(sqlalchemy.text("PRAGMA quick_check(1)")).scalar()
+                    if check != "ok":
+                        raise OSError(check)
     except Exception as error:  # of any database or network
         remedy = "start that server, or unset MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite"):
             remedy = "move the file away; `overnight sync RUN` fills a new one from the run folders"
         return fault("MLflow", f"{shown} does not work: {first_line(error)}", remedy)
     return good("MLflow", shown)
-
-
-def _query_database(uri: str) -> None:
-    from sqlalchemy import create_engine, text
-
-    with create_engine(uri).connect() as connection:
-        if uri.startswith("sqlite"):
-            result = connection.execute(text("PRAGMA quick_check(1)")).scalar()
-            if result != "ok":
-                raise OSError(result)
-        connection.execute(text("SELECT 1 FROM experiments LIMIT 1"))
 
 
 def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
@@ -218,12 +208,10 @@ def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
         yield fault(what, f"PREFECT_API_URL is {url}, which does not end in /api", remedy)
         return
     try:
-        answer = httpx.get(f"{url}/admin/version", timeout=TIMEOUT_SECONDS)
-        answer.raise_for_status()
+        answer = httpx.get(f"{url}/admin/version", timeout=TIMEOUT_SECONDS).raise_for_status()
     except httpx.HTTPError as error:
-        reason = str(error) or type(error).__name__
         remedy = "overnight up, or unset PREFECT_API_URL"
-        yield fault(what, f"{url} does not answer: {reason}", remedy)
+        yield fault(what, f"{url} does not answer: {first_line(error)}", remedy)
         return
     theirs, ours = answer.json(), version("prefect")
     if theirs.split(".")[:2] == ours.split(".")[:2]:
@@ -282,22 +270,22 @@ def check_deployments(client: SyncPrefectClient, project: Path) -> Iterator[Find
     if not project.exists():
         yield fault("deployments", f"no {project} in this folder", "change into the checkout")
         return
-    wanted = yaml.safe_load(project.read_text(encoding="utf-8"))["deployments"]
+    wanted = {each["name"]: each for each in yaml.safe_load(project.read_bytes())["deployments"]}
     deployed = {d.name: d for d in deployments.read_deployments(client)}
-    if missing := [each["name"] for each in wanted if each["name"] not in deployed]:
+    if missing := [name for name in wanted if name not in deployed]:
         yield fault("deployments", f"missing: {', '.join(missing)}", DEPLOY)
     else:
         yield good("deployments", f"all {len(wanted)} of {project}")
-    for each in wanted:
-        if each["name"] in deployed:
-            yield from check_schedules(client, deployed[each["name"]], each.get("schedules", []))
+    for name in wanted.keys() & deployed.keys():
+        slugs = {each["slug"] for each in wanted[name].get("schedules", ())}
+        yield from check_schedules(client, deployed[name], slugs)
 
 
 def check_schedules(
-    client: SyncPrefectClient, deployment: Any, wanted: Iterable[dict[str, Any]]
+    client: SyncPrefectClient, deployment: Any, slugs: set[str]
 ) -> Iterator[Finding]:
     what = f"schedule of {deployment.name}"
-    for slug in {each["slug"] for each in wanted} - {s.slug for s in deployment.schedules}:
+    for slug in slugs - {schedule.slug for schedule in deployment.schedules}:
         yield fault(what, f"{slug} is missing", DEPLOY)
     for schedule in deployment.schedules:
         cron = getattr(schedule.schedule, "cron", schedule.schedule)
@@ -305,24 +293,19 @@ def check_schedules(
             yield good(what, f"{cron}, switched off")
         elif deployment.paused:
             yield fault(what, f"{cron}, but the deployment is paused", "resume it on its page")
-        elif due := _wait_for_next_run(client, deployment):
+        elif due := _find_next_run(client, deployment):
             yield good(what, f"{cron}, next at {due.astimezone():%Y-%m-%d %H:%M %Z}")
+        elif (datetime.now(UTC) - deployment.updated).total_seconds() < SCHEDULER_SECONDS:
+            yield good(what, f"{cron}, switched on just now")
         else:
             remedy = "pip install 'sqlalchemy<2.1' (newer ones silently schedule nothing), then "
             remedy += "start `overnight up` again"
             yield fault(what, f"{cron} is active, but has no scheduled run", remedy)
 
 
-def _wait_for_next_run(client: SyncPrefectClient, deployment: Any) -> datetime | None:
-    """Return when the next scheduled run is due; wait for Prefect if the schedule is new."""
+def _find_next_run(client: SyncPrefectClient, deployment: Any) -> datetime | None:
     scheduled = FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}})
     own = DeploymentFilter.model_validate({"id": {"any_": [deployment.id]}})
-    changed = deployment.updated or datetime.now(UTC)
-    deadline = changed + timedelta(seconds=SCHEDULER_SECONDS)
-    while True:
-        runs = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=own)
-        times = [run.expected_start_time for run in runs if run.auto_scheduled]
-        due = min((each for each in times if each), default=None)
-        if due or datetime.now(UTC) >= deadline:
-            return due
-        time.sleep(1.0)
+    runs = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=own)
+    times = (run.expected_start_time for run in runs if run.auto_scheduled)
+    return min((each for each in times if each), default=None)

@@ -25,6 +25,7 @@ from gpt.files import write_text
 
 POOL = "gpu"
 """Prefect work pool of the GPU."""
+ADDRESSES = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
 PROJECT = Path("prefect.yaml")
 """File with the deployments."""
 
@@ -90,7 +91,10 @@ def publish_service(settings: ServiceSettings) -> Iterator[None]:
     try:
         lock = FileLock(root.resolve() / SERVICE_LOCK).acquire(blocking=False)
     except Timeout:
-        rule = f"is already running: {_describe_running_service(root)}"
+        found = read_service_record(root)  # empty if it is just starting
+        addresses = [f"{k}={v}" for k, v in found.get("environment", {}).items() if k in ADDRESSES]
+        who = f"process {found['pid']}" if found else "another process"
+        rule = f"is already running: {', '.join([who, *addresses])}"
         remedy = "use that service, or stop it with Ctrl-C where it runs"
         raise ServiceError(Problem("overnight up", str(root), rule, remedy)) from None
     with lock:
@@ -108,14 +112,6 @@ def publish_service(settings: ServiceSettings) -> Iterator[None]:
             yield
         finally:
             remove_service_record(root)
-
-
-def _describe_running_service(root: Path) -> str:
-    record = read_service_record(root)
-    if not record:  # it has not published its record yet
-        return "another process"
-    addresses = (f"{k}={v}" for k, v in record["environment"].items() if k.endswith(("URL", "URI")))
-    return ", ".join([f"process {record['pid']}", *addresses])
 
 
 def _check_ports(settings: ServiceSettings) -> None:

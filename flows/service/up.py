@@ -73,13 +73,13 @@ class ManagedProcess:
         """Return whether to restart it now, because it has ended."""
         if not self.has_exited():
             return False
+        now = time.monotonic()
         if not self.restart_at:
-            self.restart_at = time.monotonic() + self.delay
+            self.restart_at = now + self.delay
             self.delay = min(2 * self.delay, MOST_RESTART_SECONDS)
-        if time.monotonic() < self.restart_at:
-            return False
-        self.restart_at = 0.0
-        return True
+        if is_due := now >= self.restart_at:
+            self.restart_at = 0.0
+        return is_due
 
 
 def up(settings: ServiceSettings) -> None:
@@ -138,8 +138,14 @@ def build_processes(settings: ServiceSettings) -> list[ManagedProcess]:
 def _start(settings: ServiceSettings, *processes: ManagedProcess) -> None:
     *servers, worker = processes
     for server in servers:
-        if server.name.startswith("MLflow"):
-            _create_mlflow_store(settings)  # while Prefect's server starts
+        if server.name == "MLflow's server" and "MLFLOW_BACKEND_STORE_URI" not in os.environ:
+            # While Prefect's server starts; atomically: MLflow cannot repair a partial database.
+            from tasks.tracking.metadata import mlflow_folder
+            from tasks.tracking.runs import create_sqlite_store
+
+            folder = mlflow_folder(settings.root)
+            folder.mkdir(parents=True, exist_ok=True)
+            create_sqlite_store(folder / "mlflow.db")
         server.start()
     if not SAMPLE.exists():  # while the servers start
         SAMPLE.parent.mkdir(parents=True, exist_ok=True)
@@ -158,17 +164,6 @@ def _start(settings: ServiceSettings, *processes: ManagedProcess) -> None:
             worker,
             "does not come online",
         )
-
-
-def _create_mlflow_store(settings: ServiceSettings) -> None:
-    """Create the database atomically: MLflow cannot repair one whose creation was interrupted."""
-    if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
-        from tasks.tracking.metadata import mlflow_folder
-        from tasks.tracking.runs import create_sqlite_store
-
-        folder = mlflow_folder(settings.root)
-        folder.mkdir(parents=True, exist_ok=True)
-        create_sqlite_store(folder / "mlflow.db")
 
 
 def _is_healthy(url: str) -> bool:

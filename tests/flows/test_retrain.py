@@ -15,8 +15,7 @@ from corpus_data import decode_documents
 from overnight_command import overnight
 
 from flows.pretrain import pretrain
-from flows.retrain import retrain
-from flows.runtime.retrain_report import RetrainResult
+from flows.retrain import RetrainResult, retrain
 from gpt.artifacts import DatasetManifest
 from gpt.data.shards import read_manifest
 from gpt.data.tokenize import pipeline
@@ -129,8 +128,8 @@ def test_unchanged_then_new_file_loses_then_wins(nights: Nights, tokenized: list
     assert lost.reason.endswith("b.parquet")
     assert set(tokenized) == {"b.parquet"}
     now = nights.dataset(lost)
-    assert lost.text.reused == before.train.tokens + before.validation.tokens
-    assert lost.text.tokenized + lost.text.reused == now.train.tokens + now.validation.tokens
+    assert lost.reused_tokens == before.train.tokens + before.validation.tokens
+    assert lost.tokenized_tokens + lost.reused_tokens == now.train.tokens + now.validation.tokens
     assert not set(kept_out) & set(decode_documents(now, now.train))
     assert set(kept_out) < set(decode_documents(now, now.validation))
 
