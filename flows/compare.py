@@ -11,8 +11,12 @@ from prefect.runtime import flow_run
 
 from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
 from flows.runtime.outcome import find_finished_outcome, locate_links
-from flows.runtime.variant_process import train_in_subprocess
-from flows.runtime.variants import Variant, comparison_folder, expand_variants
+from flows.runtime.variants import (
+    Variant,
+    comparison_folder,
+    expand_variants,
+    train_in_subprocess,
+)
 from gpt.errors import ComparisonError, Problem
 from gpt.training.run_lock import run_lock
 from tasks.compare import Comparison, VariantResult

@@ -188,8 +188,15 @@ def _slice_lines(
         ("old slice", slices.old, "better on it too", "the challenger has forgotten some of it"),
         ("new text", slices.new, "the challenger has learned it", "worse on it too"),
     ):
-        if pair:
-            lines.append((name, f"{_losses(pair, champion)}: {_compare(pair, better, worse)}"))
+        if pair is None:
+            continue
+        verdict = "not compared: their block sizes divide the slice differently"
+        if pair.challenger.slice_fingerprint == pair.champion.slice_fingerprint:
+            found = compare_reports(pair.challenger, pair.champion)
+            verdict = better if found.is_significantly_better else worse
+            verdict = verdict if found.is_significant else "no significant difference"
+            verdict += f" ({found.interval})"
+        lines.append((name, f"{_losses(pair, champion)}: {verdict}"))
     if slices.old and slices.old.challenger.slice_fingerprint == report.slice_fingerprint:
         same = (
             "the current slice equals the old one: new text comes after the first "
@@ -201,12 +208,3 @@ def _slice_lines(
 
 def _losses(pair: ReportPair, champion: str) -> str:
     return f"challenger {pair.challenger.loss:.4f}, {champion} {pair.champion.loss:.4f}"
-
-
-def _compare(pair: ReportPair, better: str, worse: str) -> str:
-    if pair.challenger.slice_fingerprint != pair.champion.slice_fingerprint:
-        return "not compared: their block sizes divide the slice differently"
-    found = compare_reports(pair.challenger, pair.champion)
-    if not found.is_significant:
-        return f"no significant difference ({found.interval})"
-    return f"{better if found.is_significantly_better else worse} ({found.interval})"

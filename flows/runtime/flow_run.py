@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -56,7 +56,7 @@ def notify_end(flow: Flow, flow_run: FlowRun, state: State) -> None:
                 flow_run = client.read_flow_run(flow_run.id)
             subject = f"{flow.name} {flow_run.name}: {state.type.value.lower()}"
             report = render_report(flow, flow_run, state)
-            send_notifications(_block_names(flow_run.parameters), f"overnight: {subject}", report)
+            send_notifications(flow_run.parameters, f"overnight: {subject}", report)
             artifact = ArtifactCreate(
                 key=artifact_key(f"end-{flow_run.name}"),
                 type="markdown",
@@ -78,9 +78,12 @@ def notify_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
         notify_end(flow, flow_run, Cancelled(message="cancelled before it started"))
 
 
-def send_notifications(blocks: Sequence[str], subject: str, body: str) -> None:
-    """Send a message through each notification block, named as type/name. A failure is logged."""
-    for name in blocks:
+def send_notifications(parameters: Mapping[str, Any], subject: str, body: str) -> None:
+    """Send a message through each notification block (type/name) of `run.notify`, even of an
+    invalid config. A failure is logged."""
+    sections = [read_run_section(path, parameters) for path in _config_paths(parameters)]
+    names = dict.fromkeys(str(n) for section in sections for n in section.get("notify") or ())
+    for name in (name for name in names if "/" in name):
         try:
             block = Block.load(name)
             assert isinstance(block, NotificationBlock), "is not a notification block"
@@ -165,24 +168,13 @@ def _describe_results(parameters: Mapping[str, Any], state: State) -> Iterator[s
             config = load_config(path, parameters.get("overrides") or {})
             dataset = find_dataset(config)
             if folder := dataset and find_run_dir(config, dataset):
-                yield from _describe_progress(folder)
-
-
-def _describe_progress(folder: Path) -> Iterator[str]:
-    lines, _ = read_metrics(folder / METRICS_FILE)
-    for key in LOSSES:
-        if steps := {line.step: line.metrics[key] for line in lines if key in line.metrics}:
-            yield f"{key} {steps[max(steps)]:.4f} at step {max(steps):,}"
-            break
-    if checkpoint := latest_checkpoint(folder):
-        yield f"a checkpoint of step {checkpoint.step:,}"
-
-
-def _block_names(parameters: Mapping[str, Any]) -> list[str]:
-    """Return `run.notify` of all configs, even of invalid ones."""
-    sections = [read_run_section(path, parameters) for path in _config_paths(parameters)]
-    names = [str(name) for section in sections for name in section.get("notify") or ()]
-    return [name for name in dict.fromkeys(names) if "/" in name]
+                last: dict[str, tuple[int, float]] = {}
+                for line in read_metrics(folder / METRICS_FILE)[0]:
+                    last |= {key: (line.step, value) for key, value in line.metrics.items()}
+                for key in [key for key in LOSSES if key in last][:1]:
+                    yield f"{key} {last[key][1]:.4f} at step {last[key][0]:,}"
+                if checkpoint := latest_checkpoint(folder):
+                    yield f"a checkpoint of step {checkpoint.step:,}"
 
 
 def read_run_section(path: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,29 @@
-"""The variants of a comparison: each config with each seed, checked to be comparable.
+"""The variants of a comparison: each config with each seed, trained in its own process.
 
 Does not import Prefect or torch, so that configs that cannot be compared are refused at once.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.runtime import environment
+from flows.runtime.process_exit import die_with_parent, stop_process
 from gpt.config.loading import load_config, merge_overrides
 from gpt.config.schema import DataSection, RunConfig, fingerprint
-from gpt.errors import ConfigError, Problem
+from gpt.errors import ComparisonError, ConfigError, GPTError, Problem
+from gpt.files import write_text
+from gpt.gc_tuning import tune_gc
 from gpt.training.identity import run_identity
 
 EXECUTION_KEYS = ("engine", "workers", "runner", "cluster", "store")
@@ -26,6 +35,8 @@ SHARED_KEYS = (
     *("evaluation.benchmark_examples", "tracking.experiment", "tracking.uri"),
 )
 """Keys that must be equal for the results to be comparable."""
+STOP_SECONDS = 24.0
+"""How long the process may take to stop; Prefect kills its parent after 29 s."""
 
 
 @dataclass(frozen=True)
@@ -161,3 +172,63 @@ def comparison_folder(root: Path, variants: Sequence[Variant], name: str) -> Pat
     folder = root / "compare" / f"{name or '-vs-'.join(names)[:80]}-{fingerprint(values)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def train_in_subprocess(variant: Variant, parent: Path) -> Path:
+    """Train a variant in its own process and return its run folder.
+
+    A device error or the kernel's out-of-memory killer then ends only this variant, and each one
+    starts with an empty device and has its own peak of memory. `parent` is the folder of the
+    comparison. Anything that stops this process stops the other one
+    first. Raises `ComparisonError` with the reason if the run does not finish.
+    """
+    assert variant.config
+    parent = parent.resolve()
+    result_file = parent / f"{variant.config.run.name}.json"
+    result_file.unlink(missing_ok=True)
+    folders = [str(path) for path in (variant.config.run.root, parent, result_file)]
+    request = json.dumps([variant.path, variant.overrides, *folders])
+    # A process that outlived this one would still hold the lock of the run.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flows.runtime.variants", request],
+        preexec_fn=die_with_parent(signal.SIGKILL),
+    )
+    try:
+        code = child.wait()
+    except BaseException:
+        stop_process(child, STOP_SECONDS)
+        raise
+    result = json.loads(result_file.read_bytes()) if result_file.exists() else {}
+    if code == 0 and "folder" in result:
+        return Path(result["folder"])
+    end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    reason = result.get("failure") or f"its process ended with {end}"
+    remedy = "fix this and re-run the same comparison; finished configs are skipped"
+    raise ComparisonError(Problem(variant.name, "", reason, remedy))
+
+
+def main() -> None:
+    """Run the flow `pretrain` as the request says, and write the run folder or the failure."""
+    tune_gc()
+    path, overrides, root, parent, result_file = json.loads(sys.argv[1])
+    environment.prepare(Path(root))
+    from flows.runtime.local_run import run_pretrain
+    from tasks.display import log_info
+
+    code, result = 0, {}
+    try:
+        outcome = run_pretrain(path, overrides, parent=Path(parent))
+        log_info(f"{outcome.name}: validation loss {outcome.report.loss:.4f}")
+        result["folder"] = str(outcome.folder)
+    except GPTError as error:
+        print(error, file=sys.stderr)
+        code, result["failure"] = 2, str(error)
+    except Exception as error:
+        traceback.print_exc()
+        code, result["failure"] = 1, f"{type(error).__name__}: {error}"
+    write_text(Path(result_file), json.dumps(result))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

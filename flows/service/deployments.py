@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -25,9 +24,7 @@ from gpt.errors import Problem, ServiceError
 
 WORKER_LABEL = "prefect.worker.name"
 ON_POOL = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
-RUNNING = FlowRunFilter.model_validate(
-    {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-)
+SLOT_STATES = ["RUNNING", "PENDING", "CANCELLING"]
 """States of a run that takes a slot of the pool."""
 
 
@@ -39,16 +36,14 @@ def create_work_pool(client: SyncPrefectClient) -> None:
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
-        client.create_work_pool(
+        pool = client.create_work_pool(
             WorkPoolCreate(
                 name=POOL,
                 type="process",
                 description="One GPU: one run at a time",
-                concurrency_limit=1,
                 base_job_template=ProcessWorker.get_default_base_job_template(),
             )
         )
-        return
     if pool.type != "process":
         rule = "has another type, which a process worker cannot serve"
         remedy = f"remove it (prefect work-pool delete {POOL}) and start again"
@@ -62,15 +57,20 @@ def deploy(client: SyncPrefectClient) -> list[str]:
 
     Schedules that a user has switched on or off stay so. Raises `ServiceError`.
     """
-    with _keep_schedule_switches(client):
-        done = subprocess.run(
-            [sys.executable, "-m", "gpt.gc_tuning", "prefect", "--no-prompt", "deploy", "--all"],
-            # {{ $PWD }} in prefect.yaml is a shell variable, which may name another folder.
-            env=os.environ | {"PWD": str(Path.cwd())},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+    before = {(d.id, s.slug): s.active for d in read_deployments(client) for s in d.schedules}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt.gc_tuning", "prefect", "--no-prompt", "deploy", "--all"],
+        # {{ $PWD }} in prefect.yaml is a shell variable, which may name another folder.
+        env=os.environ | {"PWD": str(Path.cwd())},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    for deployment in read_deployments(client):
+        for schedule in deployment.schedules:  # `prefect deploy` resets them to the file's
+            active = before.get((deployment.id, schedule.slug), schedule.active)
+            if active != schedule.active:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=active)
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
         rule = f"cannot be deployed: {' '.join(reason)}"
@@ -90,18 +90,6 @@ def read_deployments(client: SyncPrefectClient) -> Sequence[DeploymentResponse]:
     return client.read_deployments(work_pool_filter=ON_POOL, limit=200)
 
 
-@contextmanager
-def _keep_schedule_switches(client: SyncPrefectClient) -> Iterator[None]:
-    """Restore afterwards which schedules are active: `prefect deploy` resets them to the file's."""
-    before = {(d.id, s.slug): s.active for d in read_deployments(client) for s in d.schedules}
-    yield
-    for deployment in read_deployments(client):
-        for schedule in deployment.schedules:
-            active = before.get((deployment.id, schedule.slug), schedule.active)
-            if active != schedule.active:
-                client.update_deployment_schedule(deployment.id, schedule.id, active=active)
-
-
 def read_online_workers(client: SyncPrefectClient) -> list[str]:
     workers = client.read_workers_for_work_pool(POOL)
     return [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE]
@@ -109,7 +97,8 @@ def read_online_workers(client: SyncPrefectClient) -> list[str]:
 
 def read_running(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
     """Return the worker's runs that take a slot of the pool, according to Prefect."""
-    runs = client.read_flow_runs(flow_run_filter=RUNNING, work_pool_filter=ON_POOL)
+    wanted = FlowRunFilter.model_validate({"state": {"type": {"any_": SLOT_STATES}}})
+    runs = client.read_flow_runs(flow_run_filter=wanted, work_pool_filter=ON_POOL)
     return [run for run in runs if run.labels.get(WORKER_LABEL, worker) == worker]
 
 
@@ -123,20 +112,16 @@ def find_process(run: FlowRun) -> int | None:
     return pid if any("prefect" in word for word in words) else None
 
 
-def find_lost_runs(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
-    """Return the running runs, for Prefect, whose process is gone, e.g. after a power cut."""
-    return [run for run in read_running(client, worker) if find_process(run) is None]
-
-
-def reschedule_lost_runs(client: SyncPrefectClient, worker: str) -> list[FlowRun]:
-    """Schedule lost runs again, which resumes them, and return them. One that was being cancelled
-    becomes Cancelled. Otherwise each would keep the GPU's slot forever."""
-    lost = find_lost_runs(client, worker)
-    for run in lost:
+def reschedule_lost_runs(client: SyncPrefectClient, worker: str) -> None:
+    """Schedule runs again whose process is gone, e.g. after a power cut, which resumes them. One
+    that was being cancelled becomes Cancelled. Otherwise each would keep the GPU's slot forever."""
+    for run in read_running(client, worker):
+        if find_process(run):
+            continue
         if run.state and run.state.is_cancelling():
             state: State = Cancelled(message="its process ended while it was being cancelled")
         else:
             message = "its process ended unexpectedly; the run resumes from its checkpoint"
             state = Scheduled(name="Rescheduled", message=message)
         client.set_flow_run_state(run.id, state, force=True)
-    return lost
+        print(f"the process of run {run.name} is gone; it is now {state.name}", flush=True)

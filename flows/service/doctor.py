@@ -52,12 +52,9 @@ class Finding:
     remedy: str = ""
 
 
-def good(what: str, found: str) -> Finding:
-    return Finding(what, GOOD, found)
-
-
-def fault(what: str, found: str, remedy: str) -> Finding:
-    return Finding(what, FAULT, found, remedy)
+def require(what: str, is_met: bool, found: str, remedy: str) -> Finding:
+    """Return a fault with its remedy unless the requirement is met."""
+    return Finding(what, GOOD, found) if is_met else Finding(what, FAULT, found, remedy)
 
 
 def check_machine(settings: ServiceSettings, has_server: bool) -> Iterator[Finding]:
@@ -80,28 +77,27 @@ def check_machine(settings: ServiceSettings, has_server: bool) -> Iterator[Findi
 
 def check_python(found: str = platform.python_version()) -> Finding:
     required = Requirement(f"python{metadata('overnight')['Requires-Python']}").specifier
-    if required.contains(found):
-        return good("Python", found)
-    return fault("Python", f"{found}, needs {required}", "recreate .venv with a newer Python")
+    is_met, remedy = required.contains(found), "recreate .venv with a newer Python"
+    return require("Python", is_met, f"{found}, needs {required}", remedy)
 
 
 def check_packages(requirements: Iterable[str]) -> Iterator[Finding]:
     """Check that every required package is installed in an allowed version."""
     parsed = [Requirement(text) for text in requirements]
     needed = [each for each in parsed if each.marker is None or each.marker.evaluate({"extra": ""})]
-    wrong = []
+    is_met = True
     for each in needed:
         try:
             found = version(each.name)
         except PackageNotFoundError:
             found = "missing"
         if found == "missing" or not each.specifier.contains(found, prereleases=True):
+            is_met = False
             remedy = f"pip install -c constraints.txt '{each.name}{each.specifier}'"
-            wrong.append(fault(each.name, f"{found}, needs {each.specifier}", remedy))
-    yield from wrong
-    if not wrong:
+            yield Finding(each.name, FAULT, f"{found}, needs {each.specifier}", remedy)
+    if is_met:
         main = ", ".join(f"{name} {version(name)}" for name in ("prefect", "mlflow", "torch"))
-        yield good("packages", f"{len(needed)} installed as required; {main}")
+        yield Finding("packages", GOOD, f"{len(needed)} installed as required; {main}")
 
 
 def check_gpu() -> Finding:
@@ -109,11 +105,10 @@ def check_gpu() -> Finding:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        found = f"{name}, driver {driver}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-        if free < total / 2:
-            return fault("GPU", found, "find the process with nvidia-smi and stop it")
         known = "" if find_gpu(name) else "; not a known GPU, so MFU and hours are not estimated"
-        return good("GPU", found + known)
+        found = f"{name}, driver {driver}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{known}"
+        remedy = "find the process with nvidia-smi and stop it"
+        return require("GPU", free >= total / 2, found, remedy)
     if not name:
         remedy = "if there is a GPU, install NVIDIA's driver and check with nvidia-smi"
         return Finding("GPU", NOTE, "none: runs train on the CPU", remedy)
@@ -122,7 +117,7 @@ def check_gpu() -> Finding:
         number = torch.__version__.split("+")[0]
         remedy = f"torch is a build for CPUs: pip install torch=={number}"
     found = f"{name}, driver {driver}, which torch {torch.__version__} cannot use"
-    return fault("GPU", found, remedy)
+    return Finding("GPU", FAULT, found, remedy)
 
 
 def _read_driver() -> tuple[str, str]:
@@ -136,30 +131,26 @@ def _read_driver() -> tuple[str, str]:
 
 
 def check_memory(available_bytes: int) -> Finding:
+    found = f"{available_bytes / GIB:.1f} GiB free, needs {FREE_MEMORY_BYTES / GIB:.0f}"
     remedy = "stop other programs (top, then M), or lower data.workers"
-    return _check_free("memory", available_bytes, FREE_MEMORY_BYTES, "", remedy)
+    return require("memory", available_bytes >= FREE_MEMORY_BYTES, found, remedy)
 
 
 def check_disk(root: Path) -> Finding:
     free = psutil.disk_usage(str(_nearest_existing(root))).free
+    found = f"{free / GIB:.1f} GiB free below {root}, needs {FREE_DISK_BYTES / GIB:.0f}"
     remedy = "free some space, or set run.root to another disk"
-    return _check_free("disk", free, FREE_DISK_BYTES, f" below {root}", remedy)
-
-
-def _check_free(what: str, free: int, needed: int, where: str, remedy: str) -> Finding:
-    found = f"{free / GIB:.1f} GiB free{where}"
-    if free >= needed:
-        return good(what, found)
-    return fault(what, f"{found}, needs {needed / GIB:.0f}", remedy)
+    return require("disk", free >= FREE_DISK_BYTES, found, remedy)
 
 
 def check_writable(root: Path) -> Finding:
     try:
         with tempfile.TemporaryFile(dir=_nearest_existing(root)):
-            return good("folder", f"{root} is writable")
+            return Finding("folder", GOOD, f"{root} is writable")
     except OSError as error:
         remedy = "give the folder to the user that runs overnight (chown), or set another run.root"
-        return fault("folder", f"{root} is not writable: {error.strerror}", remedy)
+        found = f"{root} is not writable: {error.strerror}"
+        return Finding("folder", FAULT, found, remedy)
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -169,12 +160,10 @@ def _nearest_existing(path: Path) -> Path:
 def check_file_times(root: Path) -> Finding:
     """Check that no file was written in the future, i.e. that the clock was not set back."""
     ahead = max((path.stat().st_mtime for path in root.glob("*/*")), default=0.0) - time.time()
-    now = datetime.now().astimezone()
-    if ahead < CLOCK_SECONDS:
-        return good("clock", f"{now:%Y-%m-%d %H:%M:%S %Z}")
-    newer = timedelta(seconds=round(ahead))
-    found = f"{now:%Y-%m-%d %H:%M}, but files below {root} are {newer} newer"
-    return fault("clock", found, "set the clock: timedatectl set-ntp true")
+    found = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
+    if is_late := ahead >= CLOCK_SECONDS:
+        found += f", but files below {root} are {timedelta(seconds=round(ahead))} newer"
+    return require("clock", not is_late, found, "set the clock: timedatectl set-ntp true")
 
 
 def check_tracking_store(uri: str) -> Finding:
@@ -184,7 +173,7 @@ def check_tracking_store(uri: str) -> Finding:
         if uri.startswith("http"):
             httpx.get(f"{uri}/health", timeout=TIMEOUT_SECONDS).raise_for_status()
         elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-            return good("MLflow", f"{shown}, created by the first run")
+            return Finding("MLflow", GOOD, f"{shown}, created by the first run")
         else:
             with sqlalchemy.create_engine(uri).connect() as connection:
                 connection.execute(sqlalchemy.text("SELECT 1 FROM experiments LIMIT 1"))
@@ -196,8 +185,8 @@ def check_tracking_store(uri: str) -> Finding:
         remedy = "start that server, or unset MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite"):
             remedy = "move the file away; `overnight sync RUN` fills a new one from the run folders"
-        return fault("MLflow", f"{shown} does not work: {first_line(error)}", remedy)
-    return good("MLflow", shown)
+        return Finding("MLflow", FAULT, f"{shown} does not work: {first_line(error)}", remedy)
+    return Finding("MLflow", GOOD, shown)
 
 
 def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
@@ -205,20 +194,19 @@ def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
     what, url = "Prefect's server", settings.api_url
     if not url.rstrip("/").endswith("/api"):
         remedy = f"export PREFECT_API_URL={url.rstrip('/')}/api"
-        yield fault(what, f"PREFECT_API_URL is {url}, which does not end in /api", remedy)
+        found = f"PREFECT_API_URL is {url}, which does not end in /api"
+        yield Finding(what, FAULT, found, remedy)
         return
     try:
         answer = httpx.get(f"{url}/admin/version", timeout=TIMEOUT_SECONDS).raise_for_status()
     except httpx.HTTPError as error:
         remedy = "overnight up, or unset PREFECT_API_URL"
-        yield fault(what, f"{url} does not answer: {first_line(error)}", remedy)
+        yield Finding(what, FAULT, f"{url} does not answer: {first_line(error)}", remedy)
         return
     theirs, ours = answer.json(), version("prefect")
-    if theirs.split(".")[:2] == ours.split(".")[:2]:
-        yield good(what, f"{url}, version {theirs}")
-    else:
-        remedy = f"use the same version on both sides: pip install prefect=={theirs}"
-        yield fault(what, f"{url} has version {theirs}, this machine {ours}", remedy)
+    is_same = theirs.split(".")[:2] == ours.split(".")[:2]
+    remedy = f"use the same version on both sides: pip install prefect=={theirs}"
+    yield require(what, is_same, f"{url} has version {theirs}, this machine {ours}", remedy)
     yield check_server_clock(answer.headers["date"])
     with get_client(sync_client=True) as client:
         yield from check_work_pool(client)
@@ -229,53 +217,49 @@ def check_prefect_server(settings: ServiceSettings) -> Iterator[Finding]:
 def check_server_clock(date: str) -> Finding:
     """Compare this clock with a `Date` header, which has whole seconds."""
     ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()
-    if abs(ahead) < CLOCK_SECONDS:
-        return good("clock", "agrees with Prefect's server")
     found = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} Prefect's server"
-    return fault("clock", found, "set both clocks: timedatectl set-ntp true")
+    remedy = "set both clocks: timedatectl set-ntp true"
+    return require("clock", abs(ahead) < CLOCK_SECONDS, found, remedy)
 
 
 def check_work_pool(client: SyncPrefectClient) -> Iterator[Finding]:
     """Check the pool, and that a worker serves it."""
-    what = "work pool"
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
-        yield fault(what, f"{POOL} does not exist", "overnight up")
+        yield Finding("work pool", FAULT, f"{POOL} does not exist", "overnight up")
         return
+    found = f"{POOL} has concurrency limit {pool.concurrency_limit}; one GPU needs 1"
+    remedy = f"prefect work-pool set-concurrency-limit {POOL} 1"
     if pool.is_paused:
-        yield fault(what, f"{POOL} is paused", f"prefect work-pool resume {POOL}")
-    elif pool.concurrency_limit != 1:
-        limit = pool.concurrency_limit or "no limit"
-        found = f"{POOL} has concurrency limit {limit}; one GPU needs 1"
-        yield fault(what, found, f"prefect work-pool set-concurrency-limit {POOL} 1")
-    else:
-        yield good(what, f"{POOL}, one run at a time")
-    if online := deployments.read_online_workers(client):
-        yield good("worker", f"online for {POOL}: {', '.join(online)}")
-    else:
-        yield fault("worker", f"none is online for {POOL}, so runs wait", "overnight up")
+        found, remedy = f"{POOL} is paused", f"prefect work-pool resume {POOL}"
+    is_met = pool.concurrency_limit == 1 and not pool.is_paused
+    yield require("work pool", is_met, found, remedy)
+    online = ", ".join(deployments.read_online_workers(client))
+    found = f"online for {POOL}: {online or 'none, so runs wait'}"
+    yield require("worker", bool(online), found, "overnight up")
 
 
 def check_runs(client: SyncPrefectClient, settings: ServiceSettings) -> Finding:
-    if lost := deployments.find_lost_runs(client, settings.worker):
-        found = f"without a process: {', '.join(run.name for run in lost)}"
-        return fault("runs", found, "stop `overnight up` and start it again: they resume")
-    names = [run.name for run in deployments.read_running(client, settings.worker)]
-    return good("runs", f"running: {', '.join(names) or 'none'}")
+    running = deployments.read_running(client, settings.worker)
+    found = f"running: {', '.join(run.name for run in running) or 'none'}"
+    lost = [run.name for run in running if deployments.find_process(run) is None]
+    if lost:
+        found = f"without a process: {', '.join(lost)}"
+    return require("runs", not lost, found, "stop `overnight up` and start it again: they resume")
 
 
 def check_deployments(client: SyncPrefectClient, project: Path) -> Iterator[Finding]:
     """Check that the server has the deployments and schedules of prefect.yaml."""
     if not project.exists():
-        yield fault("deployments", f"no {project} in this folder", "change into the checkout")
+        found, remedy = f"no {project} in this folder", "change into the checkout"
+        yield Finding("deployments", FAULT, found, remedy)
         return
     wanted = {each["name"]: each for each in yaml.safe_load(project.read_bytes())["deployments"]}
     deployed = {d.name: d for d in deployments.read_deployments(client)}
-    if missing := [name for name in wanted if name not in deployed]:
-        yield fault("deployments", f"missing: {', '.join(missing)}", DEPLOY)
-    else:
-        yield good("deployments", f"all {len(wanted)} of {project}")
+    missing = ", ".join(name for name in wanted if name not in deployed)
+    found = f"missing: {missing}" if missing else f"all {len(wanted)} of {project}"
+    yield require("deployments", not missing, found, DEPLOY)
     for name in wanted.keys() & deployed.keys():
         slugs = {each["slug"] for each in wanted[name].get("schedules", ())}
         yield from check_schedules(client, deployed[name], slugs)
@@ -286,26 +270,22 @@ def check_schedules(
 ) -> Iterator[Finding]:
     what = f"schedule of {deployment.name}"
     for slug in slugs - {schedule.slug for schedule in deployment.schedules}:
-        yield fault(what, f"{slug} is missing", DEPLOY)
-    for schedule in deployment.schedules:
-        cron = getattr(schedule.schedule, "cron", schedule.schedule)
-        if not schedule.active:
-            yield good(what, f"{cron}, switched off")
-        elif deployment.paused:
-            yield fault(what, f"{cron}, but the deployment is paused", "resume it on its page")
-        elif due := _find_next_run(client, deployment):
-            yield good(what, f"{cron}, next at {due.astimezone():%Y-%m-%d %H:%M %Z}")
-        elif (datetime.now(UTC) - deployment.updated).total_seconds() < SCHEDULER_SECONDS:
-            yield good(what, f"{cron}, switched on just now")
-        else:
-            remedy = "pip install 'sqlalchemy<2.1' (newer ones silently schedule nothing), then "
-            remedy += "start `overnight up` again"
-            yield fault(what, f"{cron} is active, but has no scheduled run", remedy)
-
-
-def _find_next_run(client: SyncPrefectClient, deployment: Any) -> datetime | None:
+        yield Finding(what, FAULT, f"{slug} is missing", DEPLOY)
     scheduled = FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}})
     own = DeploymentFilter.model_validate({"id": {"any_": [deployment.id]}})
     runs = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=own)
     times = (run.expected_start_time for run in runs if run.auto_scheduled)
-    return min((each for each in times if each), default=None)
+    due = min((each for each in times if each), default=None)
+    is_new = (datetime.now(UTC) - deployment.updated).total_seconds() < SCHEDULER_SECONDS
+    for schedule in deployment.schedules:
+        cron = getattr(schedule.schedule, "cron", schedule.schedule)
+        if not schedule.active:
+            yield Finding(what, GOOD, f"{cron}, switched off")
+        elif deployment.paused:
+            found, remedy = f"{cron}, but the deployment is paused", "resume it on its page"
+            yield Finding(what, FAULT, found, remedy)
+        else:
+            when = f"next at {due.astimezone():%Y-%m-%d %H:%M %Z}" if due else "no scheduled run"
+            remedy = "pip install 'sqlalchemy<2.1' (newer ones silently schedule nothing), then "
+            remedy += "start `overnight up` again"
+            yield require(what, bool(due) or is_new, f"{cron}, {when}", remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,11 +72,7 @@ class ServiceSettings:
 
 def redact_password(uri: str) -> str:
     """Return the URI with its password replaced by stars."""
-    if "@" not in uri:
-        return uri
-    import sqlalchemy
-
-    return sqlalchemy.make_url(uri).render_as_string(hide_password=True)
+    return re.sub(r"(\w://[^/:@]*:)[^/]+@", r"\1***@", uri)
 
 
 @contextmanager

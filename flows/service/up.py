@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 
 from flows.runtime.process_exit import die_with_parent
 from flows.service import deployments
@@ -96,8 +96,8 @@ def up(settings: ServiceSettings) -> None:
             _print_addresses(settings)
             while True:
                 for each in processes:
-                    if each.is_restart_due() and _may_restart(each, settings):
-                        each.start()
+                    if each.is_restart_due():
+                        _restart(each, settings)
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             pass
@@ -157,7 +157,7 @@ def _start(settings: ServiceSettings, *processes: ManagedProcess) -> None:
     with get_client(sync_client=True) as client:
         deployments.create_work_pool(client)
         print(f"deployed {', '.join(deployments.deploy(client))}", flush=True)
-        _reschedule_lost_runs(client, settings)
+        deployments.reschedule_lost_runs(client, settings.worker)
         worker.start()
         _wait_until(
             lambda: settings.worker in deployments.read_online_workers(client),
@@ -186,27 +186,19 @@ def _wait_until(ready: Callable[[], bool], process: ManagedProcess | None, rule:
         time.sleep(POLL_SECONDS)
 
 
-def _may_restart(ended: ManagedProcess, settings: ServiceSettings) -> bool:
-    """Return whether to restart a process now: the worker only once the runs that were lost with
-    it are rescheduled, which needs Prefect's server."""
+def _restart(ended: ManagedProcess, settings: ServiceSettings) -> None:
+    """Restart a process: the worker only once the runs that were lost with it are rescheduled,
+    which needs Prefect's server; until then it is tried again."""
     assert ended.process
-    if ended.name == "the worker":
-        try:
+    print(f"{ended.name} ended with exit code {ended.process.returncode}", flush=True)
+    try:
+        if ended.name == "the worker":
             with get_client(sync_client=True) as client:
-                _reschedule_lost_runs(client, settings)
-        except Exception as error:
-            if not is_api_unreachable(error):
-                raise
-            return False
-    print(
-        f"{ended.name} ended with exit code {ended.process.returncode}; restarting it", flush=True
-    )
-    return True
-
-
-def _reschedule_lost_runs(client: SyncPrefectClient, settings: ServiceSettings) -> None:
-    for run in deployments.reschedule_lost_runs(client, settings.worker):
-        print(f"the process of run {run.name} is gone; it resumes from its checkpoint", flush=True)
+                deployments.reschedule_lost_runs(client, settings.worker)
+        ended.start()
+    except Exception as error:
+        if not is_api_unreachable(error):
+            raise
 
 
 def _running_pids(settings: ServiceSettings) -> list[int]:
