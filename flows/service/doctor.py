@@ -236,7 +236,9 @@ def check_work_pool(client: SyncPrefectClient) -> Iterator[Finding]:
     is_met = pool.concurrency_limit == 1 and not pool.is_paused
     yield require("work pool", is_met, found, remedy)
     online = ", ".join(deployments.read_online_workers(client))
-    found = f"online for {POOL}: {online or 'none, so runs wait'}"
+    found = f"online for {POOL}: {online}"
+    if not online:
+        found = f"none is online for {POOL}, so runs wait"
     yield require("worker", bool(online), found, "overnight up")
 
 
@@ -285,7 +287,9 @@ def check_schedules(
             found, remedy = f"{cron}, but the deployment is paused", "resume it on its page"
             yield Finding(what, FAULT, found, remedy)
         else:
-            when = f"next at {due.astimezone():%Y-%m-%d %H:%M %Z}" if due else "no scheduled run"
+            when = "is active, but has no scheduled run"
+            if due:
+                when = f"next at {due.astimezone():%Y-%m-%d %H:%M %Z}"
             remedy = "pip install 'sqlalchemy<2.1' (newer ones silently schedule nothing), then "
             remedy += "start `overnight up` again"
-            yield require(what, bool(due) or is_new, f"{cron}, {when}", remedy)
+            yield require(what, bool(due) or is_new, f"{cron} {when}", remedy)
