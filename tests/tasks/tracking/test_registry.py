@@ -211,7 +211,7 @@ def test_checkpoints_are_logged_models_with_metrics(tiny_root, client, name):
     assert {"MLmodel", "model.safetensors", "config.json", "report.json"} <= files
     assert "code/gpt/model/generate.py" in files
     assert {Path(file).suffix for file in files} <= {
-        *(".py", ".typed", ".json", ".txt", ".yaml", ".safetensors", ""),
+        *(".py", ".typed", ".csv", ".toml", ".json", ".txt", ".yaml", ".safetensors", ""),
     }, "no file that could be a pickle"
     assert not local_path(first.artifact_location).exists(), "the weights are stored once"
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
