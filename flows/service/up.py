@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,7 @@ def up(settings: ServiceSettings) -> None:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             print("stopping: runs write a checkpoint first", flush=True)
-            _stop(_running_pids(settings), processes)
+            _stop(settings, processes)
     print("stopped; start an interrupted run again to resume it", flush=True)
 
 
@@ -201,34 +202,22 @@ def _restart(ended: ManagedProcess, settings: ServiceSettings) -> None:
             raise
 
 
-def _running_pids(settings: ServiceSettings) -> list[int]:
-    try:
-        with get_client(sync_client=True) as client:
-            runs = deployments.read_running(client, settings.worker)
-    except Exception:  # the server has failed; the worker's children are stopped anyway
-        return []
-    return [pid for run in runs if (pid := deployments.find_process(run))]
-
-
-def _stop(runs: Sequence[int], processes: Sequence[ManagedProcess]) -> None:
-    """Stop the runs, which write a checkpoint, then the processes in reverse order with all their
-    children. What is left after `STOP_SECONDS` each is killed."""
-    found = [psutil.Process(pid) for pid in runs if psutil.pid_exists(pid)]
-    for run in found:
-        run.terminate()
-    _kill_after_timeout(found)
-    for each in reversed(processes):
-        if each.process and not each.has_exited():
-            parent = psutil.Process(each.process.pid)
+def _stop(settings: ServiceSettings, processes: Sequence[ManagedProcess]) -> None:
+    """Stop the runs, which write a checkpoint, then the processes in reverse order, each with all
+    its children. What is left after `STOP_SECONDS` each is killed."""
+    runs: list[int | None] = []
+    with suppress(Exception), get_client(sync_client=True) as client:  # the server may have failed
+        running = deployments.read_running(client, settings.worker)
+        runs = [deployments.find_process(run) for run in running]
+    alive = [each for each in reversed(processes) if not each.has_exited()]
+    own = [each.process.pid for each in alive if each.process]
+    for pid in filter(None, [*runs, *own]):
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
             family = [parent, *parent.children(recursive=True)]
-            each.process.send_signal(signal.SIGINT)
-            _kill_after_timeout(family)
-            each.process.wait()
-
-
-def _kill_after_timeout(processes: Sequence[psutil.Process]) -> None:
-    for process in psutil.wait_procs(processes, timeout=STOP_SECONDS)[1]:
-        process.kill()
+            parent.send_signal(signal.SIGINT if pid in own else signal.SIGTERM)
+            for left in psutil.wait_procs(family, timeout=STOP_SECONDS)[1]:
+                left.kill()
 
 
 def _print_addresses(settings: ServiceSettings) -> None:
