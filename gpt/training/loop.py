@@ -108,18 +108,17 @@ def fit(
                 halve_batch_size(state, "in training")
                 continue
             loss, grad_norm = state.clip_gradients(loss_sum)
-            is_finite = math.isfinite(loss) and (
-                math.isfinite(grad_norm) or state.scaler_skips_overflow()
-            )
-            if is_finite:
+            has_update = math.isfinite(loss) and math.isfinite(grad_norm)
+            if has_update:
                 state.update_weights()
             else:
                 state.skip_update()
             state.step += 1
+            is_finite = has_update or (math.isfinite(loss) and state.scale_was_too_large())
             record = meter.record_step(
                 learning_rate=learning_rate,
                 loss=loss if is_finite else None,
-                grad_norm=grad_norm if is_finite else None,
+                grad_norm=grad_norm if has_update else None,
                 seconds=time.perf_counter() - start,
                 recoveries=len(divergence.recoveries),
             )

@@ -27,7 +27,7 @@ class StepRecord:
     """Mean cross-entropy over the tokens of the step before its update, in nats; None if the update
     was skipped because loss or gradient was not finite."""
     grad_norm: float | None = None
-    """Global norm before clipping."""
+    """Global norm before clipping; None also if a float16 gradient overflowed."""
     tokens_per_second: float | None = None
     """Of the step alone: checkpoints and evaluations are not counted."""
     mfu: float | None = None

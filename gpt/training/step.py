@@ -46,6 +46,9 @@ def build_initial_model(config: RunConfig) -> GPT:
     return model
 
 
+START = TrainingProgress(step=0, position=0, tokens_seen=0, finished=False, dataset_fingerprint="")
+
+
 class TrainState:
     """The state of a run: before its first step when built, of a checkpoint after `resume`.
 
@@ -71,17 +74,12 @@ class TrainState:
         self.parallel_model = self._parallelize()
         self.compiled_model = self._compile()
         self.optimizers = build_optimizers(self.model, config)
-        # float16 gradients underflow unless scaled; other types need no scaler.
-        is_float16 = compute_dtype(self.device, config.training.dtype) == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
         sequences = SequenceDataset(dataset, dataset.train, config.model.block_size)
         self.loader = TrainingLoader(sequences, config.training.seed)
-        self.step = self.saved_step = self.skipped_steps = 0
         self.evaluated_step: int | None = None
-        self.recent_losses: tuple[float, ...] = ()
         self.is_consistent = True
         """False during an update, when weights and optimizer states belong to no step."""
-        self._seed_dropout(0)
+        self._set_progress(START)
 
     @property
     def on_gpu(self) -> bool:
@@ -129,12 +127,7 @@ class TrainState:
         progress = load_checkpoint(
             checkpoint.folder, self.config, self.dataset.fingerprint, self.model, self.optimizers
         )
-        self.scaler.load_state_dict(progress.scaler)
-        self.loader.position = progress.position
-        self.step = self.saved_step = progress.step
-        self.skipped_steps = progress.skipped_steps
-        self.recent_losses = progress.recent_losses
-        self._seed_dropout(self.step)
+        self._set_progress(progress)
 
     def restart(self) -> None:
         """Go back to the state before step 1."""
@@ -142,9 +135,18 @@ class TrainState:
         load_full_weights(self.model, build_initial_model(self.config).state_dict())
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        self.loader.position = self.step = self.saved_step = self.skipped_steps = 0
-        self.recent_losses = ()
-        self._seed_dropout(0)
+        self._set_progress(START)
+
+    def _set_progress(self, progress: TrainingProgress) -> None:
+        # float16 gradients underflow unless scaled; other types need no scaler.
+        is_float16 = compute_dtype(self.device, self.config.training.dtype) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
+        if progress.scaler:  # empty if the checkpoint comes from a device with another type
+            self.scaler.load_state_dict(progress.scaler)
+        self.loader.position = progress.position
+        self.step = self.saved_step = progress.step
+        self.skipped_steps, self.recent_losses = progress.skipped_steps, progress.recent_losses
+        self._seed_dropout(self.step)
 
     def progress(self) -> TrainingProgress:
         """Return what a checkpoint holds besides tensors."""
@@ -193,30 +195,34 @@ class TrainState:
         return loss.detach()
 
     def clip_gradients(self, loss: Tensor) -> tuple[float, float]:
-        """Clip the global norm of the gradients to `optimizer.grad_clip`.
+        """Clip the global norm of the gradients to `optimizer.grad_clip`, and adapt their scale.
 
         Returns the mean loss over all processes, in nats, and the norm before clipping. This is the
-        one place where a step waits for the device: both must be known before the update.
+        one place where a step waits for the device: both must be known before the update. If the
+        norm is not finite, clipping spoils all gradients, so no optimizer may step; the scaler
+        would let those step whose own gradients were finite.
         """
         self.group.all_reduce_sum(loss)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
+        self.scaler.update()
         max_norm = self.config.optimizer.grad_clip or float("inf")
         norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
         loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
         return loss_value, norm_value
 
-    def scaler_skips_overflow(self) -> bool:
-        """Whether a gradient that is not finite is a float16 overflow: then the scaler skips the
-        update by itself and lowers its scale."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+    def scale_was_too_large(self) -> bool:
+        """Whether a gradient that is not finite is a float16 overflow, for which the scale has just
+        been lowered; one at a scale below 1 has another cause."""
+        return (
+            self.scaler.is_enabled() and self.scaler.get_scale() >= self.scaler.get_backoff_factor()
+        )
 
     def update_weights(self) -> None:
         """Step the optimizers; on a GPU this returns before the update is done."""
         self.is_consistent = False
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+            optimizer.step()
         self.zero_grad()
         self.is_consistent = True
 

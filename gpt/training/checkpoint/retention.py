@@ -14,8 +14,9 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpt.artifacts import CheckpointRef
 from gpt.config.schema import TrainingSection
@@ -44,8 +45,9 @@ class TrainingProgress(BaseModel):
     tokens_seen: int
     finished: bool
     dataset_fingerprint: str
-    scaler: dict[str, float] = {}
-    """State of the gradient scaler for float16; empty for other types."""
+    scaler: dict[str, Annotated[int | float, Field(union_mode="left_to_right")]] = {}
+    """State of the gradient scaler for float16; empty for other types. Whole numbers are ints: its
+    intervals must be, and older checkpoints hold them as floats."""
     skipped_steps: int = 0
     recent_losses: tuple[float, ...] = ()
     """What the next losses are compared with (gpt.training.divergence)."""

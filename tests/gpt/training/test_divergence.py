@@ -211,7 +211,7 @@ def test_falling_loss_with_noise_is_not_a_spike():
 
 
 def test_float16_overflow_is_left_to_the_scaler(dataset, tmp_path):
-    """The scaler skips the update and halves its scale; only a scale below 1 is a problem."""
+    """The update is skipped and the scale halved; only a scale below 1 is a problem."""
     state = TrainState(small_config(tmp_path), dataset)
     state.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
     before = [parameter.detach().clone() for parameter in state.model.parameters()]
@@ -226,11 +226,11 @@ def test_float16_overflow_is_left_to_the_scaler(dataset, tmp_path):
         loss, grad_norm = overflow()
         assert loss == 5.0
         assert not math.isfinite(grad_norm)
-        assert state.scaler_skips_overflow()
-        state.update_weights()
+        assert state.scale_was_too_large()
+        state.skip_update()
     assert all(map(torch.equal, before, state.model.parameters()))
     overflow()
-    assert not state.scaler_skips_overflow()
+    assert not state.scale_was_too_large()
 
 
 def test_spike_detection_does_not_change_a_normal_run(dataset, tmp_path):
