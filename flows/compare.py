@@ -106,7 +106,7 @@ def _train_variant(variant: Variant, parent: Path) -> VariantResult:
             failure = error.problems[0].rule
     if folder is None:
         log_info(f"{run_name} is left out: {failure}")
-    return VariantResult(name=variant.name, seed=variant.seed, folder=folder, failure=failure)
+    return VariantResult(name=variant.name, folder=folder, failure=failure)
 
 
 @task(name="pretrain-variant", task_run_name="{run_name}", cache_policy=NO_CACHE)

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt.artifacts import Artifact
 from gpt.config.schema import RunConfig
-from gpt.evaluation.comparison import ConfigResult, LossCurve, RunResult, summarize_comparison
+from gpt.evaluation.comparison import ConfigResult, RunResult, summarize_comparison
 from gpt.evaluation.report_store import load_report
 from gpt.files import write_text
 from gpt.preflight.parameters import count_parameters
@@ -32,7 +32,6 @@ class VariantResult(Artifact):
     """One config with one seed: the folder of its finished run, or why there is none."""
 
     name: str
-    seed: int
     folder: Path | None
     failure: str = ""
 
@@ -94,9 +93,7 @@ def load_run_result(folder: Path) -> RunResult:
     throughputs, energy = by_step("tokens_per_second"), by_step("energy_joules")
     seconds = accumulate(config.tokens_per_step / value for value in throughputs.values())
     hours = {0: 0.0} | {step: s / 3600 for step, s in zip(throughputs, seconds, strict=True)}
-    losses = {step: loss for step, loss in by_step("val/loss").items() if step in hours}
     return RunResult(
-        seed=config.training.seed,
         parameters=count_parameters(config.model).total,
         tokens=checkpoint.tokens_seen,
         report=report,
@@ -104,9 +101,9 @@ def load_run_result(folder: Path) -> RunResult:
         hours=max(hours.values()),
         peak_memory_bytes=int(max(by_step("memory/peak_bytes").values(), default=0)) or None,
         energy_joules=sum(energy.values()) if energy else None,
-        curve=LossCurve(
-            tokens=tuple(step * config.tokens_per_step for step in losses),
-            hours=tuple(hours[step] for step in losses),
-            losses=tuple(losses.values()),
+        curve=tuple(
+            (step * config.tokens_per_step, hours[step], loss)
+            for step, loss in by_step("val/loss").items()
+            if step in hours
         ),
     )

@@ -14,11 +14,11 @@ from gpt.evaluation.report import evaluate_model
 from gpt.evaluation.report_store import (
     CHAMPION_REPORT_FILE,
     REPORT_FILE,
+    evaluation_values,
     load_report,
-    load_report_for,
-    model_report_key,
+    read_report_file,
     save_report,
-    save_report_for,
+    write_report_file,
 )
 from gpt.files import compute_sha256, write_text
 from gpt.hardware.device import pick_device
@@ -27,7 +27,6 @@ from gpt.model.io import load_model
 from gpt.model.section import CONFIG_FILE, MODEL_FILE, load_model_section
 from gpt.training.checkpoint.retention import (
     PROGRESS_FILE,
-    checkpoint_step,
     complete_checkpoints,
     read_progress,
 )
@@ -71,29 +70,26 @@ def evaluate_saved_model(
 
 def collect_models(folder: Path, evaluated_step: int) -> tuple[PendingModel, ...]:
     """List the checkpoints of a run for MLflow; the evaluated one with its files and report."""
-    report = folder / REPORT_FILE
-    return tuple(
-        _describe_checkpoint(path, report if checkpoint_step(path) == evaluated_step else None)
-        for path in reversed(complete_checkpoints(folder))
-    )
-
-
-def _describe_checkpoint(checkpoint: Path, report: Path | None) -> PendingModel:
-    progress = read_progress(checkpoint)
-    return PendingModel(
-        name=f"step-{progress.step}",
-        step=progress.step,
-        tokens_seen=progress.tokens_seen,
-        folder=checkpoint,
-        files=(*(checkpoint / name for name in MODEL_FILES), report) if report else (),
-        report_sha256=compute_sha256(report) if report else "",
-    )
+    report, models = folder / REPORT_FILE, []
+    for checkpoint in reversed(complete_checkpoints(folder)):
+        progress = read_progress(checkpoint)
+        model = PendingModel(
+            name=f"step-{progress.step}",
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            folder=checkpoint,
+        )
+        if progress.step == evaluated_step:
+            files = (*(checkpoint / name for name in MODEL_FILES), report)
+            changes = {"files": files, "report_sha256": compute_sha256(report)}
+            model = model.model_copy(update=changes)
+        models.append(model)
+    return tuple(models)
 
 
 def render_samples(report: EvaluationReport) -> str:
     """Return the sample texts of a report as Markdown."""
-    samples = quote_samples(report.samples)
-    return f"# Samples after step {report.step}\n\n{samples}\n"
+    return f"# Samples after step {report.step}\n\n{quote_samples(report.samples)}\n"
 
 
 # --- the challenger of a retraining and the champion ---------------------------------------------
@@ -138,44 +134,41 @@ def evaluate_slices(
     loss_config = config.model_copy(update={"evaluation": evaluation})
     step = checkpoint.step
     longest = max(config.model.block_size, load_model_section(model).block_size)
-    # Folder, permanent id (for the key of a stored report), step and description.
-    ours = (checkpoint.folder, f"step-{step}", step, "the challenger")
-    theirs = (model, champion.location, champion.step, str(champion))
+    models = {
+        # Folder, permanent id (for the key of a stored report), step and description.
+        REPORT_FILE: (checkpoint.folder, f"step-{step}", step, "the challenger"),
+        CHAMPION_REPORT_FILE: (model, champion.location, champion.step, str(champion)),
+    }
     metrics: dict[str, float | None] = {}
 
     def load_or_evaluate(
-        evaluated: tuple[Path, str, int, str],
-        text: DatasetManifest,
-        name: str,
-        settings: RunConfig,
-        file: str,
+        file: str, name: str, text: DatasetManifest, settings: RunConfig = loss_config
     ) -> EvaluationReport:
-        folder, identity, model_step, description = evaluated
-        key = model_report_key(identity, text.fingerprint, settings)
-        report = load_report_for(run.folder / file, key)
+        folder, identity, model_step, description = models[file]
+        path = run.folder / (file if name == "current" else f"{name}_{file}")
+        key = {"model": identity, "dataset": text.fingerprint}
+        report = read_report_file(path, **key, evaluation=evaluation_values(settings))
         if report is None:
-            log_info(f"evaluating {description} on {name}")
+            log_info(f"evaluating {description} on the {name} text")
             report = evaluate_saved_model(folder, settings, text, model_step)
-            save_report_for(run.folder / file, key, report)
+            write_report_file(path, report, **key, evaluation=evaluation_values(settings))
         return report
 
     def evaluate_pair(name: str, text: DatasetManifest | None) -> ReportPair | None:
         if text is None or text.validation.tokens <= longest:
             return None
-        our_report, their_report = (
-            load_or_evaluate(evaluated, text, f"{name} text", loss_config, f"{name}_{file}")
-            for evaluated, file in ((ours, REPORT_FILE), (theirs, CHAMPION_REPORT_FILE))
+        pair = ReportPair(
+            challenger=load_or_evaluate(REPORT_FILE, name, text),
+            champion=load_or_evaluate(CHAMPION_REPORT_FILE, name, text),
         )
-        metrics[f"final/{name}_text_loss"] = our_report.loss
-        metrics[f"champion/{name}_text_loss"] = their_report.loss
-        return ReportPair(challenger=our_report, champion=their_report)
+        metrics[f"final/{name}_text_loss"] = pair.challenger.loss
+        metrics[f"champion/{name}_text_loss"] = pair.champion.loss
+        return pair
 
     challenger_report = load_report(run.folder, config, step)
     assert challenger_report, "the evaluate task writes this report"
     with open_recorder(run) as recorder:
-        champion_report = load_or_evaluate(
-            theirs, dataset, "the current slice", config, CHAMPION_REPORT_FILE
-        )
+        champion_report = load_or_evaluate(CHAMPION_REPORT_FILE, "current", dataset, config)
         slices = SliceReports(
             current=ReportPair(challenger=challenger_report, champion=champion_report),
             old=evaluate_pair("old", champion.dataset if champion.dataset_is_local else None),

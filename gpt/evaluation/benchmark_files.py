@@ -32,27 +32,24 @@ def read_hellaswag(path: str, limit: int | None = None) -> list[HellaSwagExample
     Columns: `activity_label`, `endings` (four texts), `label` (0 to 3, as a number or a digit), and
     `ctx_a` and `ctx_b` as in the original, or `ctx`. Raises `BenchmarkError`.
     """
-    columns = ("activity_label", "ctx", "endings", "label")
     original = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+    columns = ("activity_label", "ctx", "endings", "label")
     examples = []
     for number, row in enumerate(_read_rows(path, original, columns, limit)):
-        for column in set(row) & {"activity_label", "ctx", "ctx_a", "ctx_b"}:
-            _check(isinstance(row[column], str), path, number, column, row, "must be text")
-        endings, label = row["endings"], row["label"]
-        is_valid = (
-            isinstance(endings, list)
-            and len(endings) == ENDINGS
-            and all(isinstance(ending, str) and ending.strip() for ending in endings)
+        endings = row["endings"] if isinstance(row["endings"], list) else []
+        is_valid = len(endings) == ENDINGS and all(
+            isinstance(e, str) and e.strip() for e in endings
         )
         _check(is_valid, path, number, "endings", row, "must be a list of four texts")
         rule = "must be 0, 1, 2 or 3, the index of the correct ending"
-        _check(str(label) in ("0", "1", "2", "3"), path, number, "label", row, rule)
+        _check(str(row["label"]) in ("0", "1", "2", "3"), path, number, "label", row, rule)
+        for column in row.keys() - {"endings", "label"}:
+            _check(isinstance(row[column], str), path, number, column, row, "must be text")
         # lm-evaluation-harness joins the halves like this.
         halves = "ctx_a" in row
         context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if halves else row["ctx"]
-        examples.append(
-            HellaSwagExample(row["activity_label"], context, tuple(endings), int(label))
-        )
+        activity, label = row["activity_label"], int(row["label"])
+        examples.append(HellaSwagExample(activity, context, tuple(endings), label))
     return examples
 
 
@@ -104,6 +101,6 @@ def _read_rows(
     except (pl.exceptions.PolarsError, OSError) as error:
         rule = f"is not a complete Parquet file: {first_line(error)}"
         raise BenchmarkError(Problem(path, "", rule, _DOWNLOAD)) from error
-    if table.is_empty() and limit != 0:
+    if table.is_empty():
         raise BenchmarkError(Problem(path, "", "has no rows", _DOWNLOAD))
     return table.to_dicts()

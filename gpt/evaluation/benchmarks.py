@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+
+import numpy as np
 
 from gpt.artifacts import HellaSwagResult, LambadaResult
-from gpt.errors import BenchmarkError, Problem
 from gpt.evaluation.benchmark_files import (
     ENDINGS,
     HellaSwagExample,
     read_hellaswag,
     read_lambada,
 )
+from gpt.evaluation.heldout import standard_error
 from gpt.evaluation.progress import ProgressGenerator
 from gpt.evaluation.scoring import (
     Continuation,
@@ -45,22 +46,21 @@ def evaluate_hellaswag(
         limit: Use the first so many examples.
     """
     examples = read_hellaswag(path, limit)
-    _check_not_empty(path, examples)
     requests = [request for example in examples for request in build_hellaswag_requests(example)]
     scores = yield from score_continuations(model, requests, batch_size, dtype, "HellaSwag")
-    correct, correct_normalized = [], []
-    for number, example in enumerate(examples):
-        own = [each.log_likelihood for each in scores[number * ENDINGS : (number + 1) * ENDINGS]]
-        sizes = [len(preprocess(ending).encode()) or 1 for ending in example.endings]
-        correct.append(_argmax(own) == example.label)
-        per_byte = [likelihood / size for likelihood, size in zip(own, sizes, strict=True)]
-        correct_normalized.append(_argmax(per_byte) == example.label)
+    likelihoods = np.array([each.log_likelihood for each in scores]).reshape(-1, ENDINGS)
+    endings = [[preprocess(ending).encode() for ending in each.endings] for each in examples]
+    sizes = np.array([[len(ending) or 1 for ending in four] for four in endings])
+    labels = np.array([example.label for example in examples])
+    # Of equal maxima, the first one, as in the harness.
+    correct = likelihoods.argmax(axis=1) == labels
+    correct_normalized = (likelihoods / sizes).argmax(axis=1) == labels
     return HellaSwagResult(
         examples=len(examples),
-        accuracy=sum(correct) / len(correct),
-        accuracy_error=_standard_error(correct),
-        normalized_accuracy=sum(correct_normalized) / len(correct_normalized),
-        normalized_accuracy_error=_standard_error(correct_normalized),
+        accuracy=float(correct.mean()),
+        accuracy_error=standard_error(correct),
+        normalized_accuracy=float(correct_normalized.mean()),
+        normalized_accuracy_error=standard_error(correct_normalized),
         fingerprint=fingerprint_continuations(requests),
     )
 
@@ -95,15 +95,14 @@ def evaluate_lambada(
     `evaluate_hellaswag`.
     """
     texts = read_lambada(path, limit)
-    _check_not_empty(path, texts)
     requests = [build_lambada_request(text) for text in texts]
     scores = yield from score_continuations(model, requests, batch_size, dtype, "LAMBADA")
-    correct = [each.is_greedy for each in scores]
-    mean_loss = -sum(each.log_likelihood for each in scores) / len(scores)
+    correct = np.array([each.is_greedy for each in scores])
+    mean_loss = -float(np.mean([each.log_likelihood for each in scores]))
     return LambadaResult(
-        examples=len(correct),
-        accuracy=sum(correct) / len(correct),
-        accuracy_error=_standard_error(correct),
+        examples=len(texts),
+        accuracy=float(correct.mean()),
+        accuracy_error=standard_error(correct),
         perplexity=math.exp(min(mean_loss, 700.0)),
         fingerprint=fingerprint_continuations(requests),
     )
@@ -112,24 +111,3 @@ def evaluate_lambada(
 def build_lambada_request(text: str) -> Continuation:
     context, _, word = text.rpartition(" ")
     return encode_continuation(context, f" {word}")
-
-
-# --- both ----------------------------------------------------------------------------------------
-
-
-def _check_not_empty(path: str, examples: Sequence[object]) -> None:
-    if not examples:
-        raise BenchmarkError(
-            Problem(path, "limit 0", "leaves no example to score", "allow at least one example")
-        )
-
-
-def _argmax(values: Sequence[float]) -> int:
-    """Return the first of equal maxima, as numpy's argmax in the harness does."""
-    return values.index(max(values))
-
-
-def _standard_error(correct: Sequence[bool]) -> float | None:
-    """Divide the sample standard deviation by the square root of the count, as in the harness."""
-    count, share = len(correct), sum(correct) / len(correct)
-    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None

@@ -12,21 +12,9 @@ from gpt.evaluation.significance import LossDifference, compare_reports, compare
 
 
 @dataclass(frozen=True)
-class LossCurve:
-    """The validation losses of a run during training."""
-
-    tokens: tuple[int, ...]
-    hours: tuple[float, ...]
-    """Training time up to each validation."""
-    losses: tuple[float, ...]
-    """Nats per token."""
-
-
-@dataclass(frozen=True)
 class RunResult:
     """The result of one run. None: not measured on this device."""
 
-    seed: int
     parameters: int
     tokens: int
     report: EvaluationReport
@@ -36,7 +24,8 @@ class RunResult:
     """Training time, without evaluations."""
     peak_memory_bytes: int | None
     energy_joules: float | None
-    curve: LossCurve
+    curve: tuple[tuple[int, float, float], ...]
+    """Validation losses during training: tokens, hours as above, and nats per token."""
 
 
 @dataclass(frozen=True)

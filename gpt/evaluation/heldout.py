@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,18 @@ from gpt.data.tokenize.tokenizer import (
     encode,
     load_tokenizer,
 )
-from gpt.evaluation.batch_size import evaluate_in_batches
-from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator, run_to_completion
+from gpt.evaluation.progress import (
+    EvaluationProgress,
+    ProgressGenerator,
+    evaluate_in_batches,
+    run_to_completion,
+)
 from gpt.hardware.device import autocast
 from gpt.model.base import GPT
 from gpt.model.loss import score_tokens
 
 POSITION_BUCKETS = 16
+"""Nearly equal parts of the context; fewer if it has fewer positions."""
 
 
 def heldout_loss(
@@ -80,12 +86,10 @@ def score_texts(
 
     def batches(size: int) -> Iterator[Batch]:
         pairs = torch.stack((ids[:-1], ids[1:]))
-        full, rest = pairs.split([length, len(ids) - 1 - length], dim=1)
-        for batch in full.view(2, -1, model.config.block_size).split(size, dim=1):
+        full = pairs[:, :length].reshape(2, -1, model.config.block_size)
+        for batch in (*full.split(size, dim=1), pairs[:, None, length:]):
             if batch.numel():
                 yield batch[0], batch[1]
-        if rest.numel():
-            yield rest[0][None], rest[1][None]
 
     def evaluate(size: int) -> ProgressGenerator[HeldoutLoss]:
         return _evaluate(model, batches(size), dtype, len(ids) - 1, RANKS_SHA256)
@@ -118,26 +122,24 @@ def _evaluate(
     total = float(sequence_sums.sum())
     positions = np.arange(max(lengths))
     sequences_at = len(lengths) - np.searchsorted(np.sort(lengths), positions, side="right")
+    at_position = by_position[: len(positions)].cpu().numpy() / sequences_at
+    buckets = np.array_split(at_position, min(POSITION_BUCKETS, len(positions)))
     return HeldoutLoss(
         tokens=completed,
         loss=total / completed,
         perplexity=math.exp(min(total / completed, 700.0)),
         bits_per_byte=total / math.log(2) / max(1, text_bytes),
-        standard_error=_standard_error(sequence_losses),
-        loss_by_position=_bucket_means(by_position[: len(positions)].cpu().numpy() / sequences_at),
+        standard_error=standard_error(sequence_losses),
+        loss_by_position=tuple(float(bucket.mean()) for bucket in buckets),
         sequence_losses=tuple(sequence_losses.tolist()),
         slice_fingerprint=digest.hexdigest()[:16],
     )
 
 
-def _standard_error(values: NDArray[np.float64]) -> float | None:
+def standard_error(values: NDArray[Any]) -> float | None:
+    """Return the sample standard deviation divided by the square root of the count; None for one
+    value."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def _bucket_means(by_position: NDArray[np.float64]) -> tuple[float, ...]:
-    """Average `POSITION_BUCKETS` nearly equal parts; fewer if there are fewer positions."""
-    parts = np.array_split(by_position, min(POSITION_BUCKETS, len(by_position)))
-    return tuple(float(part.mean()) for part in parts)
 
 
 @cache

@@ -22,52 +22,29 @@ CHAMPION_REPORT_FILE = "champion_report.json"
 
 def load_report(folder: Path, config: RunConfig, step: int) -> EvaluationReport | None:
     """Load the report on the checkpoint of `step`; None if there is none for this config."""
-    return load_report_for(folder / REPORT_FILE, _checkpoint_report_key(config, step))
+    return read_report_file(folder / REPORT_FILE, step=step, evaluation=evaluation_values(config))
 
 
 def save_report(folder: Path, config: RunConfig, report: EvaluationReport) -> None:
     """Save the report on the checkpoint of `report.step`."""
-    save_report_for(folder / REPORT_FILE, _checkpoint_report_key(config, report.step), report)
+    key = {"step": report.step, "evaluation": evaluation_values(config)}
+    write_report_file(folder / REPORT_FILE, report, **key)
 
 
-def load_report_for(path: Path, key: dict[str, Any]) -> EvaluationReport | None:
-    """Load the report in a file; None if the file is missing or its key differs."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return EvaluationReport(**stored["report"]) if stored["asked"] == key else None
+def read_report_file(path: Path, **key: Any) -> EvaluationReport | None:
+    """Read the report in a file; None if it cannot be read or its key has other values."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_bytes())
+        if key.items() <= stored["asked"].items():
+            return EvaluationReport(**stored["report"])
+    return None
 
 
-def save_report_for(path: Path, key: dict[str, Any], report: EvaluationReport) -> None:
+def write_report_file(path: Path, report: EvaluationReport, **key: Any) -> None:
     values = {"asked": key, "report": report.model_dump(mode="json")}
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def read_report_file(path: Path) -> EvaluationReport | None:
-    """Read the report in a file, whatever its key; None if it cannot be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return EvaluationReport(**json.loads(path.read_bytes())["report"])
-    return None
-
-
-def load_champion_report(folder: Path, model: str) -> EvaluationReport | None:
-    """Load the report in a run folder on the champion `model`, the id in its key, if any."""
-    path = folder / CHAMPION_REPORT_FILE
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads(path.read_bytes())["asked"]["model"] == model:
-            return read_report_file(path)
-    return None
-
-
-def model_report_key(model: str, dataset: str, config: RunConfig) -> dict[str, Any]:
-    """Build the key of a report on a model, by a permanent id, on a dataset, by fingerprint."""
-    return {"model": model, "dataset": dataset, "evaluation": _evaluation(config)}
-
-
-def _checkpoint_report_key(config: RunConfig, step: int) -> dict[str, Any]:
-    return {"step": step, "evaluation": _evaluation(config)}
-
-
-def _evaluation(config: RunConfig) -> dict[str, Any]:
+def evaluation_values(config: RunConfig) -> dict[str, Any]:
+    """Return the part of a key that says how the model is evaluated."""
     return config.evaluation.model_dump(mode="json")

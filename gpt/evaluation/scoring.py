@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from gpt.data.tokenize.tokenizer import END_OF_TEXT, encode
 from gpt.errors import BenchmarkError, Problem
-from gpt.evaluation.batch_size import evaluate_in_batches
-from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator
+from gpt.evaluation.progress import EvaluationProgress, ProgressGenerator, evaluate_in_batches
 from gpt.hardware.device import autocast
 from gpt.model.base import GPT
 from gpt.model.loss import score_tokens

@@ -53,27 +53,20 @@ def compare_reports(one: EvaluationReport, other: EvaluationReport) -> LossDiffe
     """
     assert one.slice_fingerprint == other.slice_fingerprint, "reports on different text"
     a, b = np.array(one.sequence_losses), np.array(other.sequence_losses)
-    mean = one.loss - other.loss
-    if min(len(a), len(b)) < 2:
-        return LossDifference(mean, None, None, "no interval: there is only one sequence")
-    if len(a) == len(b):
-        return _with_interval(mean, a, b, f"{len(a):,} paired sequences", paired=True)
-    basis = f"{len(a):,} and {len(b):,} unpaired sequences"
-    return _with_interval(mean, a, b, basis, paired=False)
+    return _compare(one.loss - other.loss, a, b, "sequence", paired=len(a) == len(b))
 
 
 def compare_seeds(one: Sequence[float], other: Sequence[float]) -> LossDifference:
     """Compare the losses of two configs that were trained with several seeds each (Welch's t)."""
-    mean = float(np.mean(one) - np.mean(other))
-    if min(len(one), len(other)) < 2:
-        return LossDifference(mean, None, None, "no interval: there is only one seed")
-    basis = f"{len(one)} and {len(other)} seeds"
-    return _with_interval(mean, np.array(one), np.array(other), basis, paired=False)
+    a, b = np.array(one), np.array(other)
+    return _compare(float(a.mean() - b.mean()), a, b, "seed", paired=False)
 
 
-def _with_interval(
-    mean: float, a: np.ndarray, b: np.ndarray, basis: str, paired: bool
-) -> LossDifference:
+def _compare(mean: float, a: np.ndarray, b: np.ndarray, unit: str, paired: bool) -> LossDifference:
+    if min(len(a), len(b)) < 2:
+        return LossDifference(mean, None, None, f"no interval: there is only one {unit}")
+    counts = f"{len(a):,} paired" if paired else f"{len(a):,} and {len(b):,} unpaired"
+    basis = f"{counts} {unit}s"
     spread = np.ptp(a - b) if paired else max(np.ptp(a), np.ptp(b))
     if spread == 0:  # e.g. a model and itself; the t statistic would divide by zero
         mean = float(np.mean(a - b) if paired else np.mean(a) - np.mean(b))
@@ -100,12 +93,11 @@ def compare_with_champion(
     if champion is None:
         return PromotionDecision(True, "the first model: there was no champion")
     if challenger.slice_fingerprint != champion.slice_fingerprint:
-        return PromotionDecision(
-            False,
+        reason = (
             "cannot be compared with the champion, which was evaluated on other text; evaluate "
-            "both on the same slice",
-            comparable=False,
+            "both on the same slice"
         )
+        return PromotionDecision(False, reason, comparable=False)
     found = compare_reports(challenger, champion)
     if found.is_significantly_better:
         result = "better"

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import matplotlib as mpl
+import numpy as np
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -141,14 +142,13 @@ def draw_charts(results: Sequence[ConfigResult]) -> dict[str, str]:
     with by_size as size_axes, by_hours as hours_axes, by_tokens as tokens_axes:
         for number, result in enumerate(finished):
             for run in result.runs:
-                curve, label = run.curve, result.name if run is result.runs[0] else None
-                style: dict[str, Any] = {"label": label, "lw": 1.5}
-                millions = [tokens / 1e6 for tokens in curve.tokens]
-                tokens_axes.plot(millions, curve.losses, f"C{number}.-", **style)
-                hours_axes.plot(curve.hours, curve.losses, f"C{number}.-", **style)
+                tokens, hours, losses = np.array(run.curve).reshape(-1, 3).T
+                label = result.name if run is result.runs[0] else None
+                tokens_axes.plot(tokens / 1e6, losses, f"C{number}.-", label=label)
+                hours_axes.plot(hours, losses, f"C{number}.-", label=label)
             errors = [run.report.standard_error or 0.0 for run in result.runs]
             counts = [run.parameters / 1e6 for run in result.runs]
-            style = {"color": f"C{number}", "fmt": "o", "capsize": 3, "label": result.name}
+            style: dict[str, Any] = {"fmt": f"C{number}o", "capsize": 3, "label": result.name}
             size_axes.errorbar(counts, result.losses, yerr=errors, **style)
         for axes in (tokens_axes, hours_axes, size_axes):
             axes.legend()

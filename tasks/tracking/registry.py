@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import gpt
 from gpt.artifacts import EvaluationReport
-from gpt.evaluation.report_store import REPORT_FILE, load_champion_report, read_report_file
+from gpt.evaluation.report_store import CHAMPION_REPORT_FILE, REPORT_FILE, read_report_file
 from gpt.model.generate import SamplingParams
 from tasks.tracking.journal import (
     METRICS_FILE,
@@ -224,7 +224,8 @@ def _compare(
     if champion:
         # The run folder's report covers the run's own slice; the stored one may cover another.
         location = sync.client.get_model_version_download_uri(version.name, champion)
-        report = load_champion_report(sync.folder, location) or _fetch_report(sync.client, location)
+        report = read_report_file(sync.folder / CHAMPION_REPORT_FILE, model=location)
+        report = report or _fetch_report(sync.client, location)
         if report is None:
             problem = (
                 f"cannot be compared with the champion, version {champion}: its {REPORT_FILE} is "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpt.artifacts import EvaluationReport, Sample
-from gpt.evaluation.comparison import ConfigResult, LossCurve, RunResult
+from gpt.evaluation.comparison import ConfigResult, RunResult
 
 RNG = np.random.default_rng(7)
 TEXT_LOSSES = RNG.normal(3.5, 0.5, 400)
@@ -29,8 +29,8 @@ def report(better_by: float = 0.0, noise: float = 0.02, count: int = 400, **chan
     return EvaluationReport(**(values | changes))
 
 
-def run_result(better_by=0.0, parameters=1_000, tokens=50_000, seed=1, **changes) -> RunResult:
-    curve = LossCurve((0, 25_000, tokens), (0.0, 0.1, 0.2), (10.0, 5.0, 3.5))
+def run_result(better_by=0.0, parameters=1_000, tokens=50_000, **changes) -> RunResult:
+    curve = ((0, 0.0, 10.0), (25_000, 0.1, 5.0), (tokens, 0.2, 3.5))
     values = {
         "parameters": parameters,
         "report": report(better_by),
@@ -39,7 +39,7 @@ def run_result(better_by=0.0, parameters=1_000, tokens=50_000, seed=1, **changes
         "peak_memory_bytes": 3 * 2**30,
         "energy_joules": None,
     }
-    return RunResult(seed=seed, tokens=tokens, curve=curve, **(values | changes))
+    return RunResult(tokens=tokens, curve=curve, **(values | changes))
 
 
 def config_result(name, *runs, failures=()) -> ConfigResult:

@@ -85,15 +85,15 @@ def test_summary_says_if_the_lead_is_not_significant():
 
 
 def test_significance_with_several_seeds_is_over_seeds():
-    steady = config_result("a", *(run_result(0.1 + s / 1000, seed=s) for s in range(3)))
-    wild = config_result("b", *(run_result(0.3 * s, seed=s) for s in range(3)))
+    steady = config_result("a", *(run_result(0.1 + s / 1000) for s in range(3)))
+    wild = config_result("b", *(run_result(0.3 * s) for s in range(3)))
     summary = summarize_comparison([steady, wild])
     assert "not significantly lower" in summary
     assert "Significance is computed over seeds." in summary
 
 
 def test_config_with_one_finished_seed_is_not_called_worse():
-    several = config_result("a", *(run_result(0.2 + s / 1000, seed=s) for s in range(3)))
+    several = config_result("a", *(run_result(0.2 + s / 1000) for s in range(3)))
     single = config_result("b", run_result(0.0), failures=("out of memory", "out of memory"))
     summary = summarize_comparison([several, single])
     assert "not significantly lower than b (0.2010 nats per token, interval unknown)" in summary
