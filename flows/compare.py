@@ -1,7 +1,5 @@
 """The flow `compare`: train several configs on one dataset, and say which one is best."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The main flow: validate -> tokenize -> train -> evaluate -> register, each a Prefect task."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

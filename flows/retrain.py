@@ -1,7 +1,5 @@
 """The flow `retrain`: train a challenger on new data, promote it if it beats the champion."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prefect import flow

@@ -1,7 +1,5 @@
 """Compare: read the result of each run from its folder and write one page about all of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import accumulate

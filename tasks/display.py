@@ -3,8 +3,6 @@
 Every line also goes to the log of the current Prefect run, so that its page shows the same.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

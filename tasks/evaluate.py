@@ -1,8 +1,6 @@
 """Stage 4, evaluate: one report on the last checkpoint, stored in the run folder. A retraining then
 evaluates challenger and champion on the same text: the current, the old and the new."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect import task

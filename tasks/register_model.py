@@ -1,7 +1,5 @@
 """Stage 5, register-model: the evaluated model as a version of MLflow's registered model."""
 
-from __future__ import annotations
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 

@@ -1,7 +1,5 @@
 """Stage 2, tokenize-parquet: the Parquet source as token shards, built now or found."""
 
-from __future__ import annotations
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 

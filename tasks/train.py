@@ -1,7 +1,5 @@
 """Stage 3, train. Called directly, never submitted, so that a signal reaches it."""
 
-from __future__ import annotations
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 

@@ -1,7 +1,5 @@
 """Stage 1, validate-config: a config that cannot work fails before anything else starts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prefect import task

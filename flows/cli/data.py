@@ -1,7 +1,5 @@
 """The commands about data: tokenize, inspect, sample-corpus."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

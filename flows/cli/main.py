@@ -1,7 +1,5 @@
 """The `overnight` command. Commands import what is heavy when they run, so that help is instant."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

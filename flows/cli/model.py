@@ -1,7 +1,5 @@
 """The commands about a trained model: generate, evaluate, export, import-hf."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

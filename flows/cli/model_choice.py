@@ -1,7 +1,5 @@
 """Find the model that a command names, and what is known about it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

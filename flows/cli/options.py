@@ -1,7 +1,5 @@
 """Arguments, options and exit codes that several commands share."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

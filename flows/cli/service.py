@@ -1,7 +1,5 @@
 """The commands about servers: up, watch, doctor, sync."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

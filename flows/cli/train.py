@@ -1,7 +1,5 @@
 """The commands that plan and train: run, validate, compare, retrain, import-nanogpt."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
@@ -90,7 +88,7 @@ def _join_as_worker(config: str, overrides: Mapping[str, Any]) -> bool:
     return True
 
 
-def _pretrain(config: str, overrides: dict[str, Any], fresh: bool) -> Outcome:
+def _pretrain(config: str, overrides: dict[str, Any], fresh: bool) -> "Outcome":
     """Run the flow unless the run is finished. An invalid config is reported at once and then
     recorded as a Failed flow run."""
     from flows.runtime.outcome import find_finished_outcome

@@ -4,8 +4,6 @@ Prefect starts an ephemeral API by itself, but in the process group of the run, 
 before the run can report its end, and on a port that two runs started together may share.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -3,8 +3,6 @@
 Variables that are set already win, so `PREFECT_API_URL` points the same code at another server.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

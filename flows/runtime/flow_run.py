@@ -5,8 +5,6 @@ mail, Teams, a webhook, ...) that `run.notify` names; its first line says what t
 calls the hooks in the run's own process, or in the worker's if the run's process was killed.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import shlex
@@ -223,6 +221,4 @@ def cancelled_on_signal(run: Callable[P, R]) -> Callable[P, R | State]:
             notify_end(context.flow, context.flow_run, state)
         return state
 
-    # Prefect looks up annotations in this module unless they are evaluated already.
-    wrapped.__signature__ = inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
     return wrapped

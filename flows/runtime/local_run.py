@@ -1,7 +1,5 @@
 """Run a flow from the command line: under Prefect if its API answers, without it if not."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

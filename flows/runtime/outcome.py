@@ -3,8 +3,6 @@
 Imports neither Prefect nor MLflow, so that a finished run is reported within a second.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """How processes end: this one without waiting for a dead server, a child with its parent."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -3,8 +3,6 @@
 Does not import Prefect or torch, so that configs that cannot be compared are refused at once.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

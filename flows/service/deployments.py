@@ -1,7 +1,5 @@
 """The work pool of the GPU, its deployments, and runs whose process is gone."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`overnight doctor`: check what a night of training needs; each finding has its remedy."""
 
-from __future__ import annotations
-
 import platform
 import tempfile
 import time

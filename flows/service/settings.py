@@ -1,7 +1,5 @@
 """Where the service of `overnight up` runs, and how other processes find it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 The servers and the worker are started, restarted when they end, and stopped together.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

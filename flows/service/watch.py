@@ -1,7 +1,5 @@
 """Watch a folder and send Prefect one event per new Parquet file, across restarts and outages."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -1,7 +1,5 @@
 """Load a config: TOML, then overrides, then a checked `RunConfig` or every problem at once."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import tomllib

@@ -4,8 +4,6 @@ A rule runs only if all its values are valid by themselves, so one wrong value i
 Combinations that work but cost something are warnings (`gpt.preflight.warnings`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any

@@ -5,8 +5,6 @@ field appears in error messages, in configs/README.md and in configs/schema.json
 imports torch, so checking a config takes milliseconds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

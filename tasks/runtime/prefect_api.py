@@ -1,7 +1,5 @@
 """Prefect's API: artifacts, and whether it can be reached. A run does not depend on it."""
 
-from __future__ import annotations
-
 import re
 
 import httpx

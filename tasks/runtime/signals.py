@@ -10,8 +10,6 @@ does not call the handlers of others. Its exception interrupts training after th
 step, which becomes a checkpoint, and Prefect decides what happens to the run.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -19,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PREFECT_DECIDES = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
@@ -52,7 +50,7 @@ class StopSignals:
     _is_graceful = False
     _repeat: threading.Timer | None = None
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         self.signal = None
         self._last = -REPEATED_SECONDS
         self._previous: dict[int, Any] = {}
