@@ -19,11 +19,8 @@ Function = TypeVar("Function", bound=Callable)
 
 def compile_if_supported(function: Function, device: torch.device) -> Function:
     """Compile `function` for static shapes; return it unchanged if no compiler works here."""
-    return function if find_compiler_error(device.type) else _compile(function)
-
-
-@functools.cache
-def _compile(function: Function) -> Function:
+    if find_compiler_error(device.type):
+        return function
     return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 

@@ -10,6 +10,8 @@ fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in plain torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,6 +122,11 @@ def _chunk_loss(
     return loss, logit_grad.to(rows.dtype)
 
 
+@cache
+def _compiled_chunk_loss(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    return compile_if_supported(_chunk_loss, device)
+
+
 _Gradients = tuple[Tensor | None, Tensor | None, None, None, None, None]
 
 
@@ -141,9 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=rows.device)
         row_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         head_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        chunk_loss = (
-            compile_if_supported(_chunk_loss, rows.device) if compile_chunks else _chunk_loss
-        )
+        chunk_loss = _compiled_chunk_loss(rows.device) if compile_chunks else _chunk_loss
         for start in range(0, rows.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
             part_loss, logit_grad = chunk_loss(rows[part], weight, targets[part], softcap)
