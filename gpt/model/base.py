@@ -82,4 +82,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, cache: LayerKVCache 
     # A single new token may see everything. torch aligns its causal mask at the top left, which
     # would hide all but the first position.
     causal = q.shape[2] == k.shape[2]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    scale, size = None, q.shape[3]
+    if padding := head_padding(q):
+        q, k, v = (F.pad(part, (0, padding)) for part in (q, k, v))
+        scale = size**-0.5
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
+    return y[..., :size]
+
+
+def head_padding(q: Tensor) -> int:
+    """Return the channels by which a head must grow for every attention kernel of CUDA.
+
+    FlashAttention pads by itself. Memory-efficient attention, which GPUs before Ampere use, refuses
+    rows that are no multiple of 16 bytes, and torch would compute whole (time, time) matrices.
+    """
+    return -q.shape[3] % (16 // q.element_size()) if q.is_cuda else 0

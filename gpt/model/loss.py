@@ -80,10 +80,11 @@ def score_tokens(
     size = chunk_rows or default_chunk_rows(rows.device)
     losses, is_greedy = [], []
     for chunk, wanted in zip(rows.split(size), targets.reshape(-1).split(size), strict=True):
-        logits, _ = compute_logits(chunk, head, softcap)
+        logits = compute_logits(chunk, head, softcap)[0]
         chosen = logits.gather(1, wanted[:, None]).squeeze(1)
         losses.append(torch.logsumexp(logits, dim=1) - chosen)
         is_greedy.append(logits.argmax(dim=1) == wanted)
+        del logits  # or the next chunk's would be allocated beside them
     return torch.cat(losses).view(targets.shape), torch.cat(is_greedy).view(targets.shape)
 
 

@@ -7,7 +7,9 @@ from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from gpt.config.loading import build_config
 from gpt.config.schema import ModelSection
+from gpt.model import base
 from gpt.model.architectures import build_model
+from gpt.model.kv_cache import KVCache
 from gpt.model.loss import compute_logits, linear_cross_entropy
 from gpt.training.optimizer import build_optimizers
 
@@ -77,6 +79,30 @@ def test_activation_checkpointing_gives_the_same_gradients(architecture):
     model.activation_checkpointing = True
     again = gradients()
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
+def test_heads_padded_for_cuda_attend_as_unpadded_ones(architecture, monkeypatch):
+    model = randomize_weights(build_model(model_section(architecture, n_embd=20)))
+    ids = torch.arange(12).view(1, 12)
+
+    def compute():
+        model.zero_grad()
+        hidden = model(ids)
+        hidden.square().sum().backward()
+        cache = KVCache(model.config)
+        parts = [model(part, cache) for part in (ids[:, :11], ids[:, 11:])]
+        return [
+            hidden,
+            torch.cat(parts, dim=1),
+            *(p.grad for p in model.parameters() if p.grad is not None),
+        ]
+
+    assert base.head_padding(torch.zeros(1, 2, 12, 10)) == 0  # on a CPU
+    expected = compute()
+    monkeypatch.setattr(base, "head_padding", lambda q: 6)
+    for padded, unpadded in zip(compute(), expected, strict=True):
+        torch.testing.assert_close(padded, unpadded, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
