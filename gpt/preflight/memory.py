@@ -180,7 +180,7 @@ class _Step:
         # states, and of what nanochat's norms save (uncompiled, they compute in float32).
         self.e = 4 if training.dtype == "float32" or on_cpu else 2
         self.stream = 4 if self.is_gpt2 else self.e
-        self.norm = self.e if compiled else 4
+        self.norm = self.e
         self.is_autocast = self.e == 2
         self.tokens = training.batch_size * model.block_size
         self.elements = self.tokens * model.n_embd
@@ -218,7 +218,7 @@ class _Step:
         if self.is_autocast and head_size % 8:
             # Four padded copies instead of queries, keys and values: the output is saved as well.
             padded = -(-head_size // 8) * 8 * heads * self.tokens
-            padding = e * (4 * padded - 3 * self.elements)
+            padding = e * (4 * padded - (3 if self.is_gpt2 else 4) * self.elements)
         return (saved + masks) * self.elements + per_token * self.tokens + padding
 
     def _activations(self) -> int:
