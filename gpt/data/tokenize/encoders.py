@@ -6,16 +6,21 @@ numpy and tiktoken; gigatoken is imported only when it is the engine.
 
 from __future__ import annotations
 
+import importlib.util
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt.data.tokenize import tokenizer
+from gpt.errors import CorpusError, Problem
 
 EngineName = Literal["tiktoken", "gigatoken"]
+GIGATOKEN_PACKAGE = "gigatoken"
 
 PART = np.dtype(
     [("text_bytes", "<i8"), ("tokens", "<i8"), ("starts", "?"), ("ends", "?"), ("held_out", "?")]
@@ -61,21 +66,45 @@ TokenIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The ids of some texts, end to end, and the number of ids of each text."""
 
 
-class Encoder(Protocol):
-    def encode(self, texts: list[bytes]) -> TokenIds:
-        """Encode texts, each of them complete UTF-8. Raises `EncoderMismatchError`."""
+Encoder = Callable[[list[bytes]], TokenIds]
+"""Encodes texts, each of them complete UTF-8. Raises `EncoderMismatchError`."""
+
+_thread_local = threading.local()
 
 
-class TiktokenEncoder:
-    def encode(self, texts: list[bytes]) -> TokenIds:
-        return concatenate_ids([tokenizer.encode(text.decode()) for text in texts])
+def resolve_engine(engine: str) -> EngineName:
+    """Choose the encoder for `data.engine`. Raises `CorpusError` for gigatoken where it is not
+    installed."""
+    installed = importlib.util.find_spec(GIGATOKEN_PACKAGE) is not None
+    if engine == "gigatoken" and not installed:
+        remedy = "pip install 'overnight[turbo]', or set data.engine to auto or tiktoken"
+        raise CorpusError(Problem("data.engine", engine, "gigatoken is not installed", remedy))
+    return "gigatoken" if engine != "tiktoken" and installed else "tiktoken"
+
+
+def load_encoder(engine: EngineName) -> Encoder:
+    """Load the ranks and the engine, once per thread; takes 0.2 to 0.5 s."""
+    if getattr(_thread_local, "engine", None) != engine:
+        tokenizer.load_tokenizer()
+        encoder = encode_with_tiktoken
+        if engine == "gigatoken":
+            from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder
+
+            encoder = GigatokenEncoder().encode
+        _thread_local.encoder, _thread_local.engine = encoder, engine
+    loaded: Encoder = _thread_local.encoder
+    return loaded
+
+
+def encode_with_tiktoken(texts: list[bytes]) -> TokenIds:
+    return concatenate_ids([tokenizer.encode(text.decode()) for text in texts])
 
 
 def concatenate_ids(ids: list[NDArray[Any]]) -> TokenIds:
     return np.concatenate(ids), np.array([each.size for each in ids], dtype=np.int64)
 
 
-def encode_chunk(encoder: Encoder, chunk: Chunk) -> EncodedChunk:
+def encode_chunk(engine: EngineName, chunk: Chunk) -> EncodedChunk:
     """Encode a chunk; the result depends on its text alone.
 
     Raises `EncoderMismatchError`, and `ValueError` for an id outside GPT-2's ordinary vocabulary
@@ -86,7 +115,7 @@ def encode_chunk(encoder: Encoder, chunk: Chunk) -> EncodedChunk:
         return chunk.with_ids(np.empty(0, np.uint16), parts)
     ends = np.cumsum(parts["text_bytes"]).tolist()
     texts = [chunk.text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    ids, counts = encoder.encode(texts)
+    ids, counts = load_encoder(engine)(texts)
     if ids.size and int(ids.max()) >= tokenizer.END_OF_TEXT:
         raise ValueError(f"{ids.max()} is not the id of ordinary text in GPT-2's vocabulary")
     document_starts = (np.cumsum(counts) - counts)[parts["starts"]]

@@ -8,7 +8,7 @@ memory follows the number of workers alone.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import io
 import os
 import pickle
@@ -18,18 +18,11 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from gpt.data.tokenize.encoders import (
-    Chunk,
-    EncodedChunk,
-    Encoder,
-    EngineName,
-    encode_chunk,
-)
-from gpt.data.tokenize.worker import load_encoder
+from gpt.data.tokenize.encoders import Chunk, EncodedChunk, EngineName, encode_chunk
 from gpt.errors import CorpusError, Problem
 
 Item = TypeVar("Item")
@@ -38,7 +31,6 @@ Result = TypeVar("Result")
 CHUNKS_PER_WORKER = 16
 """Pending chunks per worker: the one it encodes and some to go on with, so that reading continues
 while the workers start or one of them is slow."""
-GIGATOKEN_PACKAGE = "gigatoken"
 STOP_SECONDS = 5.0
 WORKER_ENVIRONMENT = {
     # numpy's BLAS would start threads, which do not survive a fork.
@@ -94,92 +86,71 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def resolve_engine(engine: str) -> EngineName:
-    """Choose the encoder for `data.engine`. Raises `CorpusError` for gigatoken where it is not
-    installed."""
-    installed = importlib.util.find_spec(GIGATOKEN_PACKAGE) is not None
-    if engine == "gigatoken" and not installed:
-        remedy = "pip install 'overnight[turbo]', or set data.engine to auto or tiktoken"
-        raise CorpusError(Problem("data.engine", engine, "gigatoken is not installed", remedy))
-    return "gigatoken" if engine != "tiktoken" and installed else "tiktoken"
+class _LocalPool:
+    """Threads that encode a chunk each, or wait for a worker process that does."""
+
+    def __init__(
+        self, threads: ThreadPoolExecutor, encode: Callable[[Chunk], EncodedChunk], max_pending: int
+    ) -> None:
+        self.threads, self.encode, self.max_pending = threads, encode, max_pending
+
+    def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
+        return self.threads.submit(self.encode, chunk)
 
 
 @contextlib.contextmanager
 def open_pool(engine: EngineName, workers: int) -> Iterator[Pool[Chunk, EncodedChunk]]:
-    """Start `workers` worker processes and stop them on exit; one worker is this process itself.
-
-    The workers load their encoder while the first chunks are read.
-    """
-    if workers == 1:
-        yield _InProcessPool(engine)
-        return
-    pool = _ProcessPool(engine, workers)
+    """Start `workers` worker processes and stop them on exit; one worker is a thread of this
+    process. The workers load their encoder while the first chunks are read."""
+    threads = ThreadPoolExecutor(workers, "tokenize")
     try:
-        yield pool
+        if workers == 1:
+            yield _LocalPool(threads, functools.partial(encode_chunk, engine), 1)
+            return
+        with _worker_processes(engine, workers, threads) as encode:
+            yield _LocalPool(threads, encode, CHUNKS_PER_WORKER * workers)
     finally:
-        pool.close()
+        threads.shutdown(cancel_futures=True)
 
 
-class _InProcessPool:
-    """Encodes in this process, at once: for one worker, or too little text to start any."""
+@contextlib.contextmanager
+def _worker_processes(
+    engine: EngineName, workers: int, threads: ThreadPoolExecutor
+) -> Iterator[Callable[[Chunk], EncodedChunk]]:
+    """Yield a function that sends a chunk to an idle worker and waits for the ids. On exit, a
+    worker that does not finish its chunk in time is killed."""
+    process, sockets = _start_workers(engine, workers)
+    idle: queue.SimpleQueue[io.BufferedRWPair] = queue.SimpleQueue()
+    for each in sockets:
+        idle.put(each.makefile("rwb"))
 
-    max_pending = CHUNKS_PER_WORKER
-
-    def __init__(self, engine: EngineName) -> None:
-        self._engine = engine
-        self._encoder: Encoder | None = None
-
-    def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
-        future: Future[EncodedChunk] = Future()
-        try:
-            self._encoder = self._encoder or load_encoder(self._engine)
-            future.set_result(encode_chunk(self._encoder, chunk))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-class _ProcessPool:
-    """One thread per worker process; it sends a chunk and waits for the ids."""
-
-    def __init__(self, engine: EngineName, workers: int) -> None:
-        self.max_pending = CHUNKS_PER_WORKER * workers
-        self._process, self._sockets = _start_workers(engine, workers)
-        self._idle: queue.SimpleQueue[io.BufferedRWPair] = queue.SimpleQueue()
-        for each in self._sockets:
-            self._idle.put(each.makefile("rwb"))
-        self._threads = ThreadPoolExecutor(workers, "tokenize")
-
-    def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
-        return self._threads.submit(self._encode, chunk)
-
-    def _encode(self, chunk: Chunk) -> EncodedChunk:
-        worker = self._idle.get()
+    def encode(chunk: Chunk) -> EncodedChunk:
+        worker = idle.get()
         try:
             pickle.dump(chunk, worker, pickle.HIGHEST_PROTOCOL)
             worker.flush()
             answer: EncodedChunk | Exception = pickle.load(worker)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise _worker_died(self._process) from error
+            raise _worker_died(process) from error
         finally:
-            self._idle.put(worker)
+            idle.put(worker)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def close(self) -> None:
-        """Stop the workers. One that does not finish its chunk in time is killed."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for each in self._sockets:
+    try:
+        yield encode
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for each in sockets:
             with contextlib.suppress(OSError):  # the worker has exited
                 each.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(STOP_SECONDS)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._threads.shutdown(wait=True)
-        for each in self._sockets:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for each in sockets:
             each.close()
 
 

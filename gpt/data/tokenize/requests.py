@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +20,10 @@ from gpt.data.filters import HASH_BYTES, RowFilter, SeenTexts, hash_text
 from gpt.data.parquet import ParquetSource
 from gpt.data.tokenize.build import DatasetBuild
 from gpt.data.tokenize.chunks import read_chunks
-from gpt.data.tokenize.encoders import (
-    EncodedChunk,
-    Encoder,
-    EngineName,
-    encode_chunk,
-)
+from gpt.data.tokenize.encoders import EncodedChunk, EngineName, encode_chunk, resolve_engine
 from gpt.data.tokenize.plan import FORMAT_VERSION, PlannedUnit
-from gpt.data.tokenize.pool import Pool, map_in_order, resolve_engine
+from gpt.data.tokenize.pool import Pool, map_in_order
 from gpt.data.tokenize.units import StoredUnit, Unit
-from gpt.data.tokenize.worker import load_encoder
 from gpt.errors import CorpusError, Problem
 
 
@@ -75,7 +68,6 @@ def encode_unit(request: EncodeRequest) -> EncodeResult:
     """
     try:
         _check_worker(request)
-        encoder = _thread_encoder(request.engine)
         hashes = bytearray()
 
         def collect_hash(text: memoryview) -> bool:
@@ -89,7 +81,8 @@ def encode_unit(request: EncodeRequest) -> EncodeResult:
             request.validation_fraction,
             collect_hash if request.with_hashes else None,
         )
-        return EncodeResult([encode_chunk(encoder, chunk) for chunk in chunks], bytes(hashes))
+        encoded = [encode_chunk(request.engine, chunk) for chunk in chunks]
+        return EncodeResult(encoded, bytes(hashes))
     except CorpusError as error:
         host = f" (on {socket.gethostname()})"
         problems = [replace(problem, rule=problem.rule + host) for problem in error.problems]
@@ -111,17 +104,6 @@ def _check_worker(request: EncodeRequest) -> None:
             rule = f"has {file.size_bytes():,} bytes instead of {request.size_bytes:,}"
             remedy = "every worker must see the same files: use a shared folder or an address"
             raise CorpusError(Problem(file.name, "", rule, remedy))
-
-
-_thread_local = threading.local()
-"""One encoder per thread: a worker may have several, and loading one takes half a second."""
-
-
-def _thread_encoder(engine: EngineName) -> Encoder:
-    if getattr(_thread_local, "engine", None) != engine:
-        _thread_local.encoder, _thread_local.engine = load_encoder(engine), engine
-    encoder: Encoder = _thread_local.encoder
-    return encoder
 
 
 # --- on the machine that writes the shards -------------------------------------------------------

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
 from gpt.data.shards import read_stream
 
@@ -85,7 +86,7 @@ class UnitCounts:
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Rows without a document, by reason."""
-    splits: dict[str, SplitCounts] = field(
+    splits: Annotated[dict[str, SplitCounts], Field(alias="sides")] = field(
         default_factory=lambda: {name: SplitCounts() for name in SPLITS}
     )
     lengths: Counter[int] = field(default_factory=Counter)
@@ -112,52 +113,31 @@ class UnitCounts:
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A finished unit: one line of the journal."""
+    """A finished unit: one line of the journal. The aliases are the names in the file."""
 
     key: str
     engine: str
-    counts: UnitCounts
-    complete: bool = True
+    counts: Annotated[UnitCounts, Field(alias="tally")]
+    complete: Annotated[bool, Field(alias="whole")] = True
     """False where data.max_tokens cut documents off."""
 
-    def to_line(self) -> str:
-        counts = self.counts
-        tally = {
-            "rows": counts.rows,
-            "skipped": counts.skipped,
-            "sides": {name: vars(split) for name, split in counts.splits.items()},
-            "lengths": counts.lengths,
-        }
-        entry = {"key": self.key, "engine": self.engine, "tally": tally, "whole": self.complete}
-        return _to_line(entry)
-
-    @classmethod
-    def from_line(cls, line: str) -> JournalEntry:
-        value = json.loads(line)
-        tally = value["tally"]
-        counts = UnitCounts(
-            rows=tally["rows"],
-            skipped=Counter(tally["skipped"]),
-            splits={name: SplitCounts(**tally["sides"][name]) for name in SPLITS},
-            lengths=Counter({int(bits): count for bits, count in tally["lengths"].items()}),
-        )
-        return cls(value["key"], value["engine"], counts, value["whole"])
+    def to_line(self) -> bytes:
+        return _ENTRY_JSON.dump_json(self, by_alias=True) + b"\n"
 
 
-def open_journal(folder: Path, tokens_per_shard: int, entries: Iterable[JournalEntry]) -> IO[str]:
+_ENTRY_JSON = TypeAdapter(JournalEntry)
+
+
+def open_journal(folder: Path, tokens_per_shard: int, entries: Iterable[JournalEntry]) -> IO[bytes]:
     """Replace the journal by one with these entries; returns it open for appending."""
     path = folder / UNIT_JOURNAL
     new_path = path.with_name(f".{UNIT_JOURNAL}.{os.getpid()}")
-    journal = new_path.open("w", encoding="utf-8")
-    journal.write(_to_line({"tokens_per_shard": tokens_per_shard}))
+    journal = new_path.open("wb")
+    journal.write(b'{"tokens_per_shard":%d}\n' % tokens_per_shard)
     journal.writelines(entry.to_line() for entry in entries)
     journal.flush()
     new_path.replace(path)
     return journal
-
-
-def _to_line(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, separators=(",", ":")) + "\n"
 
 
 @dataclass(frozen=True)
@@ -191,10 +171,10 @@ def read_stored_units(folder: Path) -> list[StoredUnit]:
     found: list[StoredUnit] = []
     offsets = dict.fromkeys(SPLITS, 0)
     try:
-        with (folder / UNIT_JOURNAL).open(encoding="utf-8") as lines:
+        with (folder / UNIT_JOURNAL).open("rb") as lines:
             tokens_per_shard = int(json.loads(next(lines))["tokens_per_shard"])
             for line in lines:
-                entry = JournalEntry.from_line(line)
+                entry = _ENTRY_JSON.validate_json(line)
                 found.append(StoredUnit(entry, folder, tokens_per_shard, dict(offsets)))
                 for split in SPLITS:
                     offsets[split] += entry.counts.splits[split].tokens

@@ -13,65 +13,40 @@ import contextlib
 import gc
 import os
 import pickle
-import signal
 import socket
 import sys
 import traceback
 
-from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.encoders import (
     EncodedChunk,
-    Encoder,
     EncoderMismatchError,
     EngineName,
-    TiktokenEncoder,
     encode_chunk,
+    load_encoder,
 )
-
-
-def load_encoder(engine: EngineName) -> Encoder:
-    """Load the ranks and the engine; takes 0.2 to 0.5 s."""
-    tokenizer.load_tokenizer()
-    if engine == "gigatoken":
-        from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder
-
-        return GigatokenEncoder()
-    return TiktokenEncoder()
 
 
 def main() -> None:
     """Run the workers. Arguments: the engine, then the descriptor of each worker's socket."""
     engine: EngineName = "gigatoken" if sys.argv[1] == "gigatoken" else "tiktoken"
     descriptors = [int(descriptor) for descriptor in sys.argv[2:]]
-    encoder = None
     with contextlib.suppress(Exception):  # reported with the first chunk, which tries again
-        encoder = load_encoder(engine)
+        load_encoder(engine)
     gc.freeze()  # a collection would write to pages that the workers share
-    workers: list[int] = []
-    while descriptors:
-        pid = os.fork()
-        if not pid:
-            _run_worker(engine, encoder, *descriptors)
-        workers.append(pid)
+    for _ in range(len(descriptors)):
+        if not os.fork():
+            _run_worker(engine, *descriptors)
         os.close(descriptors.pop(0))
-    while workers:
-        pid, status = os.wait()
-        workers.remove(pid)
-        if status:
-            _fail(os.waitstatus_to_exitcode(status), workers)
+    with contextlib.suppress(ChildProcessError):  # all workers have ended
+        while True:
+            code = os.waitstatus_to_exitcode(os.wait()[1])
+            if code < 0:
+                os.killpg(0, -code)  # end all as the failed one did: the parent reads the status
+            elif code:
+                sys.exit(code)  # the others end when the parent then closes their sockets
 
 
-def _fail(code: int, others: list[int]) -> None:
-    """Kill the other workers and end as the failed one did: the parent reads the exit status."""
-    for pid in others:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if code < 0:
-        os.kill(os.getpid(), -code)
-    sys.exit(code)
-
-
-def _run_worker(engine: EngineName, encoder: Encoder | None, own: int, *others: int) -> None:
+def _run_worker(engine: EngineName, own: int, *others: int) -> None:
     """Answer chunks until the parent closes the socket, then exit; does not return."""
     for descriptor in others:
         os.close(descriptor)
@@ -82,8 +57,7 @@ def _run_worker(engine: EngineName, encoder: Encoder | None, own: int, *others: 
                 chunk = pickle.load(stream)
                 answer: EncodedChunk | Exception
                 try:
-                    encoder = encoder or load_encoder(engine)
-                    answer = encode_chunk(encoder, chunk)
+                    answer = encode_chunk(engine, chunk)
                 except EncoderMismatchError as mismatch:
                     answer = mismatch
                 except Exception:

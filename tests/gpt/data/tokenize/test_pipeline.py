@@ -297,7 +297,7 @@ def test_existing_dataset_is_found_without_reading_sources(tmp_path, monkeypatch
     _, manifest = tokenize_with_progress(config)
     monkeypatch.setattr(sources, "compute_sha256", None)
     monkeypatch.setattr(parquet_files, "inspect_parquet", None)
-    monkeypatch.setattr(pool, "load_encoder", None)
+    monkeypatch.setattr(pipeline, "open_pool", None)
     assert find_dataset(config) == manifest
     assert tokenize_with_progress(config) == ([], manifest)
 

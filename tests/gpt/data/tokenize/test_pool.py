@@ -22,11 +22,10 @@ from corpus_data import (
 )
 from waiting import scaled
 
-from gpt.data.tokenize import chunks, pipeline, pool, units
-from gpt.data.tokenize.encoders import PART, Chunk, encode_chunk
+from gpt.data.tokenize import chunks, encoders, pipeline, pool, units
+from gpt.data.tokenize.encoders import PART, Chunk, encode_chunk, resolve_engine
 from gpt.data.tokenize.pipeline import tokenize_corpus
-from gpt.data.tokenize.pool import map_in_order, open_pool, resolve_engine
-from gpt.data.tokenize.worker import load_encoder
+from gpt.data.tokenize.pool import map_in_order, open_pool
 from gpt.errors import CorpusError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), "tests/helpers"])}
@@ -55,11 +54,10 @@ def test_results_are_in_the_order_of_the_items(workers, children):
     items = [(text, chunk(text) if i % 5 else None) for i, text in enumerate(texts)]
     with open_pool("tiktoken", workers) as workers_pool:
         results = list(map_in_order(workers_pool, items))
-    encoder = load_encoder("tiktoken")
     assert [text for text, _ in results] == texts
     for (_, request), (_, encoded) in zip(items, results, strict=True):
         if request:
-            assert np.array_equal(encoded.ids, encode_chunk(encoder, request).ids)
+            assert np.array_equal(encoded.ids, encode_chunk("tiktoken", request).ids)
         else:
             assert encoded is None
     assert not children()
@@ -113,7 +111,7 @@ def test_worker_does_not_import_heavy_packages():
 
 
 def test_engine_that_is_not_installed_is_explained(monkeypatch):
-    monkeypatch.setattr(pool, "GIGATOKEN_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(encoders, "GIGATOKEN_PACKAGE", "no_such_package_here")
     assert resolve_engine("auto") == "tiktoken"
     with pytest.raises(CorpusError, match="pip install"):
         resolve_engine("gigatoken")
