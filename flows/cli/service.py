@@ -1,4 +1,4 @@
-"""The commands about servers: up, watch, doctor, sync."""
+"""The commands about servers and the machine: up, watch, doctor, calibrate, sync."""
 
 import json
 import os
@@ -105,6 +105,44 @@ def doctor(root: ServiceRoot = Path("runs"), as_json: Json = False) -> None:
         print(json.dumps([vars(finding) for finding in findings], indent=2))
     if any(finding.level == FAULT for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again, although the driver is the same.")
+    ] = False,
+    root: Root = Path("runs"),
+) -> None:
+    """Measure this machine's GPU, so that hours are estimated for it.
+
+    Takes about three minutes. Shows the last result while the driver stays the same.
+    """
+    prepare(root)
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+
+    from gpt.hardware.calibration import read_calibration, write_calibration
+    from gpt.hardware.device import describe_device, pick_device
+    from gpt.hardware.gpus import find_gpu
+    from gpt.preflight.calibration import compare_measurement
+    from gpt.training.calibration import measure_card
+
+    chosen = pick_device(device)
+    card = describe_device(chosen)
+    gpu = find_gpu(card.name, card.memory_bytes)
+    stored = () if fresh else read_calibration(root, card)
+    console, measured = Console(highlight=False, soft_wrap=True), []
+    console.print(f"{card.name}, driver {card.driver}")
+    with TemporaryDirectory() as folder, console.status("measuring, about three minutes"):
+        for each in stored or measure_card(chosen, Path(folder), is_small=chosen.type == "cpu"):
+            for name, value, comparison in compare_measurement(each, gpu):
+                console.print(f"  {name:<30} {value:>18}  {comparison}", markup=False)
+            measured.append(each)
+    if not stored:
+        write_calibration(root, card, tuple(measured))
 
 
 @app.command()

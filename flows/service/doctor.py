@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import psutil
-import pynvml
 import sqlalchemy
 import torch
 import yaml
@@ -25,7 +24,9 @@ from prefect.exceptions import ObjectNotFound
 from flows.service import deployments
 from flows.service.settings import POOL, PROJECT, ServiceSettings, redact_password
 from gpt.errors import first_line
+from gpt.hardware.calibration import read_calibration
 from gpt.hardware.gpus import find_gpu
+from gpt.hardware.target_gpu import installed_gpus
 from tasks.tracking.metadata import default_tracking_uri
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
@@ -60,6 +61,7 @@ def check_machine(settings: ServiceSettings, has_server: bool) -> Iterator[Findi
     yield check_python()
     yield from check_packages(requires("overnight") or [])
     yield check_gpu()
+    yield from check_calibration(settings.root)
     yield check_memory(psutil.virtual_memory().available)
     yield check_disk(settings.root)
     yield check_writable(settings.root)
@@ -99,7 +101,7 @@ def check_packages(requirements: Iterable[str]) -> Iterator[Finding]:
 
 
 def check_gpu() -> Finding:
-    name, driver = _read_driver()
+    name, driver = next(((gpu.name, gpu.driver) for gpu in installed_gpus()), ("", ""))
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
@@ -118,14 +120,17 @@ def check_gpu() -> Finding:
     return Finding("GPU", FAULT, found, remedy)
 
 
-def _read_driver() -> tuple[str, str]:
-    """Return the first GPU's name and the driver's version; empty without a driver."""
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return str(pynvml.nvmlDeviceGetName(handle)), str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return "", ""
+def check_calibration(root: Path) -> Iterator[Finding]:
+    """Check that hours rest on measurements of each GPU with its driver."""
+    for card in installed_gpus():
+        found, remedy = (
+            f"{card.name}, driver {card.driver}",
+            "for closer hours: overnight calibrate",
+        )
+        if read_calibration(root, card):
+            yield Finding("calibration", GOOD, f"{found}: measured")
+        else:
+            yield Finding("calibration", NOTE, f"{found}: not measured yet", remedy)
 
 
 def check_memory(available_bytes: int) -> Finding:

@@ -11,6 +11,7 @@ import pynvml
 import torch
 
 from gpt.errors import ConfigError, Problem
+from gpt.hardware.target_gpu import InstalledGPU, installed_gpus
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,15 +63,34 @@ def peak_memory_bytes(device: torch.device) -> int:
 def read_energy_joules(device: torch.device) -> float | None:
     """Return the energy that the GPU has used since its driver was loaded. None for a CPU and for a
     GPU older than Volta."""
+    return _read_thousandths(device, "nvmlDeviceGetTotalEnergyConsumption")
+
+
+def read_power_limit_watts(device: torch.device) -> float | None:
+    """Return the power that the driver allows the GPU; None for a CPU, or if it does not say."""
+    return _read_thousandths(device, "nvmlDeviceGetEnforcedPowerLimit")
+
+
+def _read_thousandths(device: torch.device, function: str) -> float | None:
+    """Return what a function of NVML reports in thousandths, e.g. millijoules."""
     if device.type != "cuda":
         return None
     handle = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
     if handle is None:
         return None
     try:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000  # millijoules
+        return float(getattr(pynvml, function)(handle)) / 1000
     except pynvml.NVMLError:
         return None
+
+
+def describe_device(device: torch.device) -> InstalledGPU:
+    """Return what NVML says of a device; for a CPU, torch's version in place of the driver's."""
+    if device.type == "cpu":
+        return InstalledGPU("CPU", 0, 0, "cpu", torch.__version__)
+    found = torch.cuda.get_device_properties(device)
+    without_nvml = InstalledGPU(found.name, found.total_memory, 0, str(found.uuid), "unknown")
+    return next((gpu for gpu in installed_gpus() if gpu.uuid == str(found.uuid)), without_nvml)
 
 
 @cache

@@ -44,24 +44,37 @@ def find_target_gpu(gpu: str = "auto") -> TargetGPU:
     if gpu != "auto":
         spec = find_gpu(gpu)
         return TargetGPU(gpu, spec, spec.memory_bytes if spec else None, is_named=True)
-    installed = _installed_gpus()
+    installed = installed_gpus()
     if not installed:
         return TargetGPU("no GPU", None, None)
-    name, memory_bytes, free_bytes = installed[0]
-    spec = find_gpu(name, memory_bytes)
-    return TargetGPU(name, spec, memory_bytes, free_bytes, installed=len(installed))
+    first = installed[0]
+    spec = find_gpu(first.name, first.memory_bytes)
+    free_bytes, count = first.free_bytes, len(installed)
+    return TargetGPU(first.name, spec, first.memory_bytes, free_bytes, installed=count)
+
+
+@dataclass(frozen=True)
+class InstalledGPU:
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    uuid: str = ""
+    driver: str = ""
 
 
 @cache
-def _installed_gpus() -> tuple[tuple[str, int, int], ...]:
-    """Name, total and free bytes of each GPU by NVML (importing torch would take seconds). Empty
-    without NVIDIA's driver."""
+def installed_gpus() -> tuple[InstalledGPU, ...]:
+    """Return the GPUs of this machine by NVML (importing torch would take seconds); none without
+    NVIDIA's driver."""
     try:
         pynvml.nvmlInit()
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple((str(pynvml.nvmlDeviceGetName(h)), *_memory(h)) for h in handles)
+        names = [(str(pynvml.nvmlDeviceGetName(h)), *_memory(h)) for h in handles]
+        uuids = [str(pynvml.nvmlDeviceGetUUID(h)).removeprefix("GPU-") for h in handles]
     except pynvml.NVMLError:
         return ()
+    return tuple(InstalledGPU(*name, uuid, driver) for name, uuid in zip(names, uuids, strict=True))
 
 
 def _memory(handle: object) -> tuple[int, int]:

@@ -12,7 +12,9 @@ from math import exp, log, sqrt
 from pathlib import Path
 
 from gpt.config.schema import RunConfig
+from gpt.hardware.calibration import read_calibration
 from gpt.hardware.gpus import GPUS, GPUSpec, find_gpu, read_rows
+from gpt.hardware.target_gpu import installed_gpus
 from gpt.preflight.data_estimate import DataEstimate, newest_first
 from gpt.preflight.parameters import count_parameters
 from gpt.preflight.throughput import (
@@ -51,16 +53,19 @@ class MeasuredPace:
     tokens_per_second: float
     steps: int
     source: str
+    step_error: float = STEP_ERROR
 
 
 def estimate_throughput(config: RunConfig, gpu: GPUSpec | None) -> Throughput:
-    """Estimate throughput from published measurements, corrected by earlier runs on this GPU below
-    `run.root` with the same dtype."""
+    """Estimate throughput from published measurements, corrected by the calibration of this GPU and
+    earlier runs on it below `run.root` with the same dtype."""
     if config.hardware.device == "cpu":
         return Throughput(None, "n/a: on a CPU")
     if gpu is None:
         return Throughput(None, "n/a: no GPU, or one that is not in the table")
-    return correct_throughput(config, gpu, list(_find_paces(config, gpu)))
+    return correct_throughput(
+        config, gpu, [*_calibrated_paces(config, gpu), *_find_paces(config, gpu)]
+    )
 
 
 def nominal_throughput(config: RunConfig, gpu: GPUSpec) -> Throughput:
@@ -88,7 +93,7 @@ def correct_throughput(
         for pace in paces
     ]
     between = max(RUN_ERROR, statistics.stdev(factors) if len(factors) > 1 else 0.0)
-    weights = [1 / (between**2 + STEP_ERROR**2 / pace.steps) for pace in paces]
+    weights = [1 / (between**2 + pace.step_error**2 / pace.steps) for pace in paces]
     precision = sum(weights) + 1 / spread**2
     shift = sum(w * factor for w, factor in zip(weights, factors, strict=True)) / precision
     error = max(sqrt(1 / precision), RUN_ERROR if paces else 0.0)
@@ -97,8 +102,9 @@ def correct_throughput(
     widened = error + max(0.0, log(slowest / seconds)) / (spread**2 * precision)
     rate = _tokens(shape) / (seconds * exp(shift))
     if paces:
-        names = ", ".join(pace.source for pace in paces[:3])
-        basis = f"measured on this GPU by {names}" + (", ..." if len(paces) > 3 else "")
+        names = list(dict.fromkeys(pace.source for pace in paces))
+        names[3:] = ["..."] if names[3:] else []
+        basis = f"measured on this card by {', '.join(names)}"
     else:
         basis = (
             f"fitted to published runs{'' if gpu.key in _measured_keys() else ' on other GPUs'} "
@@ -158,6 +164,17 @@ def _model_error(gpu: GPUSpec) -> float:
         return efficiency["run_error"]
     measured = {other.compute_capability for other in GPUS if other.key in keys}
     return efficiency["card_error"] * (1 if gpu.compute_capability in measured else 2)
+
+
+def _calibrated_paces(config: RunConfig, gpu: GPUSpec) -> Iterator[MeasuredPace]:
+    """Yield the steps that `overnight calibrate` measured with the installed driver."""
+    for card in installed_gpus():
+        if find_gpu(card.name, card.memory_bytes) != gpu:
+            continue
+        for measured in read_calibration(config.run.root, card):
+            if measured.config and measured.config.training.dtype == config.training.dtype:
+                shape, source = describe_shape(measured.config), "overnight calibrate"
+                yield MeasuredPace(shape, measured.value, measured.steps, source, measured.spread)
 
 
 def _find_paces(config: RunConfig, gpu: GPUSpec) -> Iterator[MeasuredPace]:

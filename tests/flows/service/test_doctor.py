@@ -11,8 +11,11 @@ import pytest
 from flows.service import doctor
 from flows.service.doctor import FAULT, GOOD, NOTE, Finding
 from flows.service.settings import ServiceSettings
+from gpt.hardware.calibration import Measurement, write_calibration
+from gpt.hardware.target_gpu import InstalledGPU
 
 ROOT = Path(__file__).resolve().parents[3]
+RTX_4070 = InstalledGPU("GeForce RTX 4070", 12 * 2**30, 2**30, "uuid", "535.1")
 
 
 def settings(root: Path, **named: str) -> ServiceSettings:
@@ -47,7 +50,7 @@ def test_missing_and_wrong_packages_are_faults() -> None:
 
 
 def test_gpu_that_torch_cannot_use_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_read_driver", lambda: ("GeForce RTX 4070", "535.1"))
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: (RTX_4070,))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", None)
     is_fault(doctor.check_gpu(), "GeForce RTX 4070, driver 535.1", "build for CPUs")
@@ -56,11 +59,27 @@ def test_gpu_that_torch_cannot_use_is_a_fault(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_gpu_in_use_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_read_driver", lambda: ("GeForce RTX 4070", "535.1"))
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: (RTX_4070,))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4070")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2 * 2**30, 12 * 2**30))
     is_fault(doctor.check_gpu(), "2.0 of 12.0 GiB free", "nvidia-smi")
+
+
+def test_doctor_points_to_calibrate_until_the_driver_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: (RTX_4070,))
+    (finding,) = doctor.check_calibration(tmp_path)
+    assert finding.level == NOTE
+    assert "overnight calibrate" in finding.remedy
+    write_calibration(tmp_path, RTX_4070, (Measurement(name="power limit", value=200, unit="W"),))
+    (finding,) = doctor.check_calibration(tmp_path)
+    assert finding.level == GOOD
+    newer = InstalledGPU("GeForce RTX 4070", 12 * 2**30, 2**30, "uuid", "580.9")
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: (newer,))
+    (finding,) = doctor.check_calibration(tmp_path)
+    assert finding.level == NOTE
 
 
 def test_low_memory_is_a_fault() -> None:

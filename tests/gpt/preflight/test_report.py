@@ -106,7 +106,7 @@ def test_throughput_is_corrected_by_earlier_runs_on_this_gpu(tmp_path: Path) -> 
     assert now is not None
     assert now.throughput.tokens_per_second == pytest.approx(60_000, rel=0.02)
     assert now.throughput.slowest < 60_000 < now.throughput.fastest
-    assert "measured on this GPU by old-1" in now.throughput.basis
+    assert "measured on this card by old-1" in now.throughput.basis
     other = make_report(overrides, gpu="rtx-4070-ti").figures
     assert other is not None
     assert "published runs on other GPUs" in other.throughput.basis
@@ -174,15 +174,15 @@ def test_reachable_tracking_server_gives_no_warning() -> None:
 
 
 def test_missing_device_blocks_unless_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_gpu, "_installed_gpus", lambda: ())
+    monkeypatch.setattr(target_gpu, "installed_gpus", lambda: ())
     overrides = {"hardware.device": "cuda:1"}
     assert "hardware.device" in keys(make_report(overrides, gpu="auto").problems)
     assert "hardware.device" not in keys(make_report(overrides, gpu="rtx-4070").problems)
 
 
 def test_installed_gpu_is_known_by_name_and_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = (("NVIDIA GeForce RTX 4070", 12 * GIB, 2 * GIB),)
-    monkeypatch.setattr(target_gpu, "_installed_gpus", lambda: here)
+    here = (target_gpu.InstalledGPU("NVIDIA GeForce RTX 4070", 12 * GIB, 2 * GIB),)
+    monkeypatch.setattr(target_gpu, "installed_gpus", lambda: here)
     report = make_report({}, gpu="auto")
     assert report.gpu.spec is find_gpu("rtx-4070")
     assert any("other processes" in warning.rule for warning in report.warnings)

@@ -227,14 +227,14 @@ def test_auto_sharding_is_ddp_if_it_fits_or_memory_is_unknown_else_fsdp() -> Non
 def test_auto_sharding_is_resolved_for_the_gpus_of_this_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    h100 = ("NVIDIA H100 80GB HBM3", H100_BYTES, H100_BYTES)
-    monkeypatch.setattr(target_gpu, "_installed_gpus", lambda: (h100,))
+    h100 = target_gpu.InstalledGPU("NVIDIA H100 80GB HBM3", H100_BYTES, H100_BYTES)
+    monkeypatch.setattr(target_gpu, "installed_gpus", lambda: (h100,))
     large = make_config(on(8, 2, **LARGE))
     assert resolve_sharding(large).hardware.sharding == "fsdp"
     assert resolve_sharding(make_config(on(8, 2))).hardware.sharding == "ddp"
     on_cpu = make_config(on(8, 2, **LARGE, **{"hardware.device": "cpu"}))
     assert resolve_sharding(on_cpu).hardware.sharding == "ddp"
-    monkeypatch.setattr(target_gpu, "_installed_gpus", lambda: ())
+    monkeypatch.setattr(target_gpu, "installed_gpus", lambda: ())
     assert resolve_sharding(large).hardware.sharding == "ddp"
     assert resolve_sharding(make_config(on(2, **FSDP))).hardware.sharding == "fsdp"
 
