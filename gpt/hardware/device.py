@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from functools import cache
@@ -12,6 +13,16 @@ import torch
 
 from gpt.errors import ConfigError, Problem
 from gpt.hardware.target_gpu import InstalledGPU, installed_gpus
+
+OUT_OF_MEMORY = re.compile(
+    "out of memory"  # CUDA's runtime and driver, Triton, and errors of the compiler that quote them
+    "|_ALLOC_FAILED"  # cuBLAS and its sisters, which allocate their workspace outside of torch
+    "|can't allocate memory"  # torch on a CPU
+    # torch asks NVML who uses the memory before it reports that there is none left
+    "|NVML_SUCCESS == .* INTERNAL ASSERT FAILED at .*CUDACachingAllocator",
+    re.IGNORECASE,
+)
+"""Messages of a `RuntimeError` for an allocation that failed."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed, on the GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
