@@ -26,15 +26,19 @@ OUT_OF_MEMORY = re.compile(
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that `hardware.device` names. Raises `ConfigError` if it does not exist."""
+    """Return the device that `hardware.device` names, and make a GPU torch's current one: random
+    states, caches and supported dtypes are asked of that. Raises `ConfigError` if it does not
+    exist."""
     count = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
+    device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    if device.type == "cpu":
+        return device
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= count:
         rule = f"does not exist: torch {torch.__version__} finds {count} CUDA devices"
         remedy = 'use "auto" or "cpu", or install the CUDA build of torch and the driver'
         raise ConfigError(Problem("hardware.device", name, rule, remedy))
+    torch.cuda.set_device(device)
     return device
 
 

@@ -1,4 +1,4 @@
-"""What a device reports: its energy, with a fake NVML, and that its memory is full."""
+"""Which device is used, and what it reports: its energy, with a fake NVML, and full memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpt.errors import ConfigError
 from gpt.hardware import device as device_module
-from gpt.hardware.device import is_out_of_memory, read_energy_joules
+from gpt.hardware.device import is_out_of_memory, pick_device, read_energy_joules
 
 
 class NVMLError(Exception):
@@ -77,3 +78,24 @@ def test_other_errors_are_not_out_of_memory() -> None:
         RuntimeError("Expected NVML_SUCCESS == nvmlDeviceGetGpuFabricInfoV_(&info) to be true"),
     ):
         assert not is_out_of_memory(error), error
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_chosen_gpu_becomes_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, index: int
+) -> None:
+    """Random states of a checkpoint are the current GPU's, and dropout draws on the model's."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [pick_device(name)] == current == [torch.device("cuda", index)]
+
+
+def test_cpu_leaves_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delattr(torch.cuda, "set_device")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="torch .* finds 2 CUDA devices"):
+        pick_device("cuda:2")
