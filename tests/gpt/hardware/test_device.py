@@ -52,7 +52,7 @@ def test_energy_is_none_if_not_reported(gpu: Any) -> None:
 
 
 def test_allocation_that_fails_is_out_of_memory_in_all_its_forms() -> None:
-    torch_source = '"/pytorch/c10/cuda/CUDACachingAllocator.cpp":1407, please report a bug'
+    source = '"/pytorch/c10/cuda/CUDACachingAllocator.cpp":1407, please report a bug'
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
@@ -61,9 +61,9 @@ def test_allocation_that_fails_is_out_of_memory_in_all_its_forms() -> None:
         "Triton Error [CUDA]: out of memory",
         "No valid triton configs. OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried",
-        f"NVML_SUCCESS == r INTERNAL ASSERT FAILED at {torch_source}",
-        f"NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at {torch_source}",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you",
+        f"NVML_SUCCESS == r INTERNAL ASSERT FAILED at {source}",
+        f"NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at {source}",
     ):
         assert is_out_of_memory(RuntimeError(message)), message
 
@@ -97,5 +97,5 @@ def test_cpu_leaves_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delattr(torch.cuda, "set_device")
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="torch .* finds 2 CUDA devices"):
+    with pytest.raises(ConfigError, match=r"torch .* finds 2 CUDA devices"):
         pick_device("cuda:2")
