@@ -32,9 +32,9 @@ from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from gpt.config.schema import DataSection
-from gpt.data.tokenize.encoders import EncoderMismatchError
 from gpt.data.tokenize.pool import available_cpus
 from gpt.data.tokenize.requests import EncodeRequest, EncodeResult, OpenCluster, encode_unit
+from gpt.data.tokenize.tokenizer import EncoderMismatchError
 from gpt.errors import ConfigError, CorpusError, GPTError, Problem
 from tasks.runtime.prefect_api import is_api_unreachable
 

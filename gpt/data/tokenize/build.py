@@ -21,8 +21,9 @@ from gpt.data.filters import SeenTexts
 from gpt.data.parquet import ParquetSource, read_rows
 from gpt.data.shards import record_verified, write_manifest
 from gpt.data.tokenize import tokenizer
-from gpt.data.tokenize.encoders import EncoderMismatchError, EngineName, resolve_engine
+from gpt.data.tokenize.encoders import EngineName, resolve_engine
 from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, plan_units
+from gpt.data.tokenize.tokenizer import EncoderMismatchError
 from gpt.data.tokenize.units import StoredUnit, UnitCounts, read_stored_units
 from gpt.errors import DatasetError, Problem
 from gpt.files import FULL_DISK, PARTIAL, sync, write_text

@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,15 +58,7 @@ class EncodedChunk:
     ends_unit: bool
 
 
-class EncoderMismatchError(Exception):
-    """gigatoken's ids differ from tiktoken's; the message says where. Caught to fall back."""
-
-
-TokenIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""The ids of some texts, end to end, and the number of ids of each text."""
-
-
-Encoder = Callable[[list[bytes]], TokenIds]
+Encoder = Callable[[list[bytes]], tokenizer.TokenIds]
 """Encodes texts, each of them complete UTF-8. Raises `EncoderMismatchError`."""
 
 _thread_local = threading.local()
@@ -86,7 +78,7 @@ def load_encoder(engine: EngineName) -> Encoder:
     """Load the ranks and the engine, once per thread; takes 0.2 to 0.5 s."""
     if getattr(_thread_local, "engine", None) != engine:
         tokenizer.load_tokenizer()
-        encoder = encode_with_tiktoken
+        encoder = tokenizer.encode_texts
         if engine == "gigatoken":
             from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder
 
@@ -94,14 +86,6 @@ def load_encoder(engine: EngineName) -> Encoder:
         _thread_local.encoder, _thread_local.engine = encoder, engine
     loaded: Encoder = _thread_local.encoder
     return loaded
-
-
-def encode_with_tiktoken(texts: list[bytes]) -> TokenIds:
-    return concatenate_ids([tokenizer.encode(text.decode()) for text in texts])
-
-
-def concatenate_ids(ids: list[NDArray[Any]]) -> TokenIds:
-    return np.concatenate(ids), np.array([each.size for each in ids], dtype=np.int64)
 
 
 def encode_chunk(engine: EngineName, chunk: Chunk) -> EncodedChunk:

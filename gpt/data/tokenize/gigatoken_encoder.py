@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt.data.tokenize import tokenizer
-from gpt.data.tokenize.encoders import EncoderMismatchError, TokenIds, concatenate_ids
+from gpt.data.tokenize.tokenizer import EncoderMismatchError, TokenIds, concatenate_ids
 
 SAMPLE_BYTES = 8_192
 """Compared in every chunk (1 MB), at a position derived from its text."""

@@ -40,10 +40,11 @@ from gpt.data.tokenize.build import (
     remove_abandoned,
 )
 from gpt.data.tokenize.chunks import read_chunks
-from gpt.data.tokenize.encoders import Chunk, EncodedChunk, EncoderMismatchError
+from gpt.data.tokenize.encoders import Chunk, EncodedChunk
 from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, make_plan
 from gpt.data.tokenize.pool import Pool, available_cpus, map_in_order, open_pool
 from gpt.data.tokenize.requests import OpenCluster, encode_on_cluster
+from gpt.data.tokenize.tokenizer import EncoderMismatchError
 from gpt.data.tokenize.units import SPLITS, StoredUnit, UnitCounts
 from gpt.data.tokenize.writer import DatasetWriter
 from gpt.errors import CorpusError, Problem

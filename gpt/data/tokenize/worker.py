@@ -17,13 +17,8 @@ import socket
 import sys
 import traceback
 
-from gpt.data.tokenize.encoders import (
-    EncodedChunk,
-    EncoderMismatchError,
-    EngineName,
-    encode_chunk,
-    load_encoder,
-)
+from gpt.data.tokenize.encoders import EncodedChunk, EngineName, encode_chunk, load_encoder
+from gpt.data.tokenize.tokenizer import EncoderMismatchError
 
 
 def main() -> None:

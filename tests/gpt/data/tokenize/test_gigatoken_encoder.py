@@ -15,8 +15,8 @@ from corpus_data import (
 from hypothesis import given, settings
 
 from gpt.data.tokenize import chunks, gigatoken_encoder, tokenizer, units
-from gpt.data.tokenize.encoders import EncoderMismatchError, encode_with_tiktoken
 from gpt.data.tokenize.gigatoken_encoder import GigatokenEncoder, spans_to_verify
+from gpt.data.tokenize.tokenizer import EncoderMismatchError
 
 ENCODER = GigatokenEncoder()
 PLAIN = "Plain English words, one after the other; nothing else is in here. " * 400
@@ -26,7 +26,7 @@ PLAIN = "Plain English words, one after the other; nothing else is in here. " * 
 @settings(max_examples=300, deadline=None)
 def test_ids_equal_those_of_tiktoken(text):
     texts = [text.encode(), b"next document", (text * 3).encode()]
-    for ours, theirs in zip(ENCODER.encode(texts), encode_with_tiktoken(texts), strict=True):
+    for ours, theirs in zip(ENCODER.encode(texts), tokenizer.encode_texts(texts), strict=True):
         assert np.array_equal(ours, theirs)
 
 

@@ -11,9 +11,9 @@ import pytest
 from corpus_data import TEXTS, build_dataset, make_config, tokenize_with_progress, write_parquet
 
 from gpt.data.tokenize import chunks, requests, units
-from gpt.data.tokenize.encoders import EncoderMismatchError
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.data.tokenize.requests import encode_unit
+from gpt.data.tokenize.tokenizer import EncoderMismatchError
 from gpt.errors import CorpusError
 
 
