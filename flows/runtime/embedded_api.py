@@ -16,8 +16,13 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.runtime.environment import EMBEDDED_API
 from flows.runtime.process_exit import die_with_parent, stop_process
-from gpt.gc_tuning import tune_gc
 
+SERVER = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
+SERVER_SETTINGS = {
+    # As Prefect's own ephemeral API: no user interface and no schedules.
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+}
 ANSWER_SECONDS = 5.0
 """Longest wait for one answer to a health check."""
 START_SECONDS = 90.0
@@ -35,11 +40,11 @@ def launch_api() -> None:
     """
     if servers or PREFECT_API_URL.value():
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "flows.runtime.embedded_api", str(port)],
+        [sys.executable, "-m", "gpt.gc_tuning", *SERVER, "--port", str(port)],
+        env=os.environ | SERVER_SETTINGS,
         # Ctrl-C and `timeout` signal a whole process group; the API outlives it by a moment.
         start_new_session=True,
         preexec_fn=die_with_parent(signal.SIGKILL),
@@ -67,17 +72,3 @@ def start_api() -> Exception | None:
         if not (fault and servers) or servers[-1].poll() is not None or time.monotonic() > deadline:
             return fault
         time.sleep(0.1)
-
-
-def main() -> None:
-    """Serve the API, without its UI, on the port given as the only argument."""
-    tune_gc()
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    app = create_app(ephemeral=True, final=True)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
-
-
-if __name__ == "__main__":
-    main()
