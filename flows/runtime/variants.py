@@ -50,10 +50,6 @@ class Variant:
     """None if the config is invalid."""
     failure: str = ""
 
-    @property
-    def seed(self) -> int:
-        return self.config.training.seed if self.config else 0
-
 
 def expand_variants(
     paths: Sequence[str], overrides: Mapping[str, Any], tokens: int | None, seeds: int
@@ -151,12 +147,10 @@ def _length_overrides(config: RunConfig, tokens: int | None) -> dict[str, Any]:
     """
     if tokens is None:
         return {}
-    steps, own_steps = math.ceil(tokens / config.tokens_per_step), config.training.max_steps
-    length: dict[str, Any] = {"training": {"max_steps": steps}}
-    if steps < own_steps:
-        warmup_steps = round(config.schedule.warmup_steps * steps / own_steps)
-        length["schedule"] = {"warmup_steps": warmup_steps}
-    return length
+    steps = math.ceil(tokens / config.tokens_per_step)
+    scale = min(1.0, steps / config.training.max_steps)
+    warmup_steps = round(config.schedule.warmup_steps * scale)
+    return {"training": {"max_steps": steps}, "schedule": {"warmup_steps": warmup_steps}}
 
 
 def comparison_folder(root: Path, variants: Sequence[Variant], name: str) -> Path:
@@ -173,12 +167,11 @@ def comparison_folder(root: Path, variants: Sequence[Variant], name: str) -> Pat
 
 
 def train_in_subprocess(variant: Variant, parent: Path) -> Path:
-    """Train a variant in its own process and return its run folder.
+    """Train a variant of the comparison in the folder `parent` and return its run folder.
 
-    A device error or the kernel's out-of-memory killer then ends only this variant, and each one
-    starts with an empty device and has its own peak of memory. `parent` is the folder of the
-    comparison. Anything that stops this process stops the other one
-    first. Raises `ComparisonError` with the reason if the run does not finish.
+    It has its own process: a device error or the kernel's out-of-memory killer ends only this
+    variant, and each one starts with an empty device and has its own peak of memory. Anything that
+    stops this process stops the other one first. Raises `ComparisonError` if the run fails.
     """
     assert variant.config
     parent = parent.resolve()
@@ -197,7 +190,7 @@ def train_in_subprocess(variant: Variant, parent: Path) -> Path:
         stop_process(child, STOP_SECONDS)
         raise
     result = json.loads(result_file.read_bytes()) if result_file.exists() else {}
-    if code == 0 and "folder" in result:
+    if "folder" in result:
         return Path(result["folder"])
     end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     reason = result.get("failure") or f"its process ended with {end}"
@@ -213,19 +206,17 @@ def main() -> None:
     from flows.runtime.local_run import run_pretrain
     from tasks.display import log_info
 
-    code, result = 0, {}
     try:
         outcome = run_pretrain(path, overrides, parent=Path(parent))
         log_info(f"{outcome.name}: validation loss {outcome.report.loss:.4f}")
-        result["folder"] = str(outcome.folder)
+        result = {"folder": str(outcome.folder)}
     except GPTError as error:
         print(error, file=sys.stderr)
-        code, result["failure"] = 2, str(error)
+        result = {"failure": str(error)}
     except Exception as error:
         traceback.print_exc()
-        code, result["failure"] = 1, f"{type(error).__name__}: {error}"
+        result = {"failure": f"{type(error).__name__}: {error}"}
     write_text(Path(result_file), json.dumps(result))
-    sys.exit(code)
 
 
 if __name__ == "__main__":

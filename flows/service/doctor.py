@@ -25,21 +25,21 @@ from flows.service import deployments
 from flows.service.settings import POOL, PROJECT, ServiceSettings, redact_password
 from gpt.errors import first_line
 from gpt.hardware.calibration import read_calibration
-from gpt.hardware.gpus import find_gpu
+from gpt.hardware.gpus import GIB, find_gpu
 from gpt.hardware.target_gpu import installed_gpus
+from gpt.preflight.time import existing_ancestor
 from tasks.tracking.metadata import default_tracking_uri
 
 GOOD, NOTE, FAULT = "good", "note", "FAULT"
-FREE_DISK_BYTES = 10 * 2**30
+FREE_DISK_BYTES = 10 * GIB
 """Checkpoints of the largest shipped config: all that are kept, and one being written."""
-FREE_MEMORY_BYTES = 2 * 2**30
+FREE_MEMORY_BYTES = 2 * GIB
 """Memory of tokenizing or of one run beside the servers."""
 CLOCK_SECONDS = 5.0
 """Clock difference that makes schedules and curves misleading."""
-SCHEDULER_SECONDS = 120.0
+SCHEDULER_TIME = timedelta(minutes=2)
 """Prefect schedules the runs of a newly active schedule within a minute."""
 TIMEOUT_SECONDS = 5.0
-GIB = 2**30
 DEPLOY = "overnight up, or: prefect deploy --all"
 
 
@@ -140,7 +140,7 @@ def check_memory(available_bytes: int) -> Finding:
 
 
 def check_disk(root: Path) -> Finding:
-    free = psutil.disk_usage(str(_nearest_existing(root))).free
+    free = psutil.disk_usage(str(existing_ancestor(root))).free
     found = f"{free / GIB:.1f} GiB free below {root}, needs {FREE_DISK_BYTES / GIB:.0f}"
     remedy = "free some space, or set run.root to another disk"
     return require("disk", free >= FREE_DISK_BYTES, found, remedy)
@@ -148,16 +148,12 @@ def check_disk(root: Path) -> Finding:
 
 def check_writable(root: Path) -> Finding:
     try:
-        with tempfile.TemporaryFile(dir=_nearest_existing(root)):
+        with tempfile.TemporaryFile(dir=existing_ancestor(root)):
             return Finding("folder", GOOD, f"{root} is writable")
     except OSError as error:
         remedy = "give the folder to the user that runs overnight (chown), or set another run.root"
         found = f"{root} is not writable: {error.strerror}"
         return Finding("folder", FAULT, found, remedy)
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def check_file_times(root: Path) -> Finding:
@@ -281,7 +277,10 @@ def check_schedules(
     runs = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=own)
     times = (run.expected_start_time for run in runs if run.auto_scheduled)
     due = min((each for each in times if each), default=None)
-    is_new = (datetime.now(UTC) - deployment.updated).total_seconds() < SCHEDULER_SECONDS
+    is_new = datetime.now(UTC) - deployment.updated < SCHEDULER_TIME
+    when = "is active, but has no scheduled run"
+    if due:
+        when = f"next at {due.astimezone():%Y-%m-%d %H:%M %Z}"
     for schedule in deployment.schedules:
         cron = getattr(schedule.schedule, "cron", schedule.schedule)
         if not schedule.active:
@@ -290,9 +289,6 @@ def check_schedules(
             found, remedy = f"{cron}, but the deployment is paused", "resume it on its page"
             yield Finding(what, FAULT, found, remedy)
         else:
-            when = "is active, but has no scheduled run"
-            if due:
-                when = f"next at {due.astimezone():%Y-%m-%d %H:%M %Z}"
             remedy = "pip install 'sqlalchemy<2.1' (newer ones silently schedule nothing), then "
             remedy += "start `overnight up` again"
             yield require(what, bool(due) or is_new, f"{cron} {when}", remedy)

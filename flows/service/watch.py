@@ -33,24 +33,25 @@ class Watcher:
 
     def __init__(self, folder: Path, pattern: str, state_file: Path, existing: bool) -> None:
         self._state_file = state_file
-        self.known: dict[str, str] = {}
         self._warned: set[str] = set()
-        if has_state := state_file.exists():
+        self._scanner = NewFileScanner(folder, pattern)
+        self.known = self._scanner.known
+        if state_file.exists():
             state = json.loads(state_file.read_bytes())
+            self.known |= state["known"]
             # Earlier versions listed events to be sent; their files are found again as new ones.
-            unsent = {event["path"] for event in state.get("unsent", ())}
-            self.known |= {path: v for path, v in state["known"].items() if path not in unsent}
-        self._scanner = NewFileScanner(folder, pattern, self.known)
-        if not (has_state or existing):
+            for event in state.get("unsent", ()):
+                self.known.pop(event["path"], None)
+        elif not existing:
             self._scanner.mark_existing_as_seen()
         self._save_state()
 
     def step(self) -> None:
         """Scan once, and try once to send what has not been sent."""
+        folder = self._scanner.folder
         try:
             complete, broken = self._scanner.scan()
         except OSError as error:
-            folder = self._scanner.folder
             self._warn_once("folder", f"{folder} cannot be read ({error.strerror}): waiting for it")
             return
         self._warned.discard("folder")
