@@ -3,8 +3,6 @@
 They never hold a tensor, a module or an open file; they name the folder that has the data.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict

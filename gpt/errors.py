@@ -7,8 +7,6 @@ alone and exits with code 2; a Prefect run ends as Failed with it and is not ret
 Bugs in the program are not here: those are assertions.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Atomic writes: a file or folder is complete or does not exist."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -4,8 +4,6 @@
 It keeps the collection at exit, which joins the threads of torch's process groups.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import gc

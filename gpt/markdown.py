@@ -1,7 +1,5 @@
 """Markdown tables and quotations for pages and artifacts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from gpt.artifacts import Sample

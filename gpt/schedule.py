@@ -1,7 +1,5 @@
 """Learning rate and momentum schedules: pure functions of the config and the step. No torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """Stages of a retraining that choose its data: find-changes (the champion, and what the source has
 that is new) and continue-data (the new text with a share of the old)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -8,8 +8,6 @@ Pre-train Large Language Models", arXiv:2403.08763). `REPLAY_FRACTION` is our ch
 measured here.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress

@@ -6,8 +6,6 @@ epoch) alone (`gpt.data.shuffle`). The position, a number of sequences, therefor
 comes next, whatever the batch size and the number of restarts.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache

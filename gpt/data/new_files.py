@@ -4,8 +4,6 @@ A file is complete if it has not changed since the last scan and its footer can 
 is still being copied is found by a later scan.
 """
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ column chunk, with their checksums and the UTF-8 of the text. Errors name the fi
 or row.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Source files are parsed, never imported. The same installed packages give the same bytes.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import sysconfig

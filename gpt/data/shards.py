@@ -5,15 +5,13 @@ then that many uint16 token ids, all little-endian. A dataset is a folder of sha
 that is written last, so a folder that has a manifest is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +78,7 @@ class ShardWriter:
             self._finish()
         return tuple(self._finished)
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -13,8 +13,6 @@ positions before it. The number of sequences alone decides which method is used:
 10^13 tokens in sequences of 1,024 are 10^10 sequences: an 80 GB shuffle, or a few numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

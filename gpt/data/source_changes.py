@@ -1,7 +1,5 @@
 """What changed in a config's source since a dataset was built."""
 
-from __future__ import annotations
-
 from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.data.tokenize.plan import make_plan

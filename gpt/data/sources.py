@@ -5,8 +5,6 @@ not read again. A file at a URL (`s3://`, `hf://`, or any other that fsspec supp
 by the metadata of its store, without downloading anything.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

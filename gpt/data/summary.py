@@ -1,7 +1,5 @@
 """Describe a dataset: its totals, the lengths of its documents, and sample texts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

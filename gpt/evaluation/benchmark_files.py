@@ -1,7 +1,5 @@
 """Reading the examples of a benchmark from its Parquet file."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from typing import Any

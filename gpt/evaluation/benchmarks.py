@@ -2,8 +2,6 @@
 lm_eval/tasks/hellaswag and lm_eval/tasks/lambada/lambada_openai.yaml).
 """
 
-from __future__ import annotations
-
 import math
 import re
 

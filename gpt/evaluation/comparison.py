@@ -1,7 +1,5 @@
 """Results of several configs, and a summary in plain words of which one is best."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

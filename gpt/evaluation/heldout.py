@@ -1,7 +1,5 @@
 """Loss on held-out text: the validation slice, which is the same for every config, or your own."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Iterator

@@ -2,8 +2,6 @@
 starts again with half the batch size, which changes no result.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass

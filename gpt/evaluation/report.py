@@ -1,7 +1,5 @@
 """The evaluation report of one model: held-out loss, benchmarks, and sample texts."""
 
-from __future__ import annotations
-
 from gpt.artifacts import DatasetManifest, EvaluationReport, Sample
 from gpt.config.schema import RunConfig
 from gpt.errors import BenchmarkError, Problem

@@ -4,8 +4,6 @@ A report is reused only if its key matches, so that a changed `[evaluation]` is 
 Does not import torch.
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from pathlib import Path

@@ -4,8 +4,6 @@ The rules are those of lm-evaluation-harness (EleutherAI; lm_eval/api/model.py a
 lm_eval/models/huggingface.py, `loglikelihood`), so that results compare with published ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

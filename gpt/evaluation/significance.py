@@ -1,7 +1,5 @@
 """Whether two models differ: their losses on the same text, with confidence intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

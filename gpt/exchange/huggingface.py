@@ -5,8 +5,6 @@ transformers is not needed for it. `gpt2` is exported as `GPT2LMHeadModel`, `nan
 are exported as zeros, and its Conv1D matrices are the transposes of ours.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

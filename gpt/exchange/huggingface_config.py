@@ -1,7 +1,5 @@
 """transformers' `config.json` and `generation_config.json`, written and read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import replace

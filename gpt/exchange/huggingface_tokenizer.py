@@ -1,7 +1,5 @@
 """GPT-2's tokenizer in the files that transformers loads; its ids equal tiktoken's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

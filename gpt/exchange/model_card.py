@@ -1,7 +1,5 @@
 """The model card (README.md) of an exported model, from recorded values only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import PurePath
 

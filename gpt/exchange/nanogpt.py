@@ -6,8 +6,6 @@ Missing settings get nanoGPT's defaults (train.py of commit 3adf61e), so that th
 meaning.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

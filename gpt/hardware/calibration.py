@@ -1,7 +1,5 @@
 """What `overnight calibrate` measured, stored by the device's UUID and the driver's version."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError

@@ -1,7 +1,5 @@
 """Torch devices: which one to use, the dtype it multiplies in, its memory and energy."""
 
-from __future__ import annotations
-
 import re
 import resource
 import sys

@@ -1,7 +1,5 @@
 """The table of GPUs, `gpus.csv`, and the search for one by name."""
 
-from __future__ import annotations
-
 import csv
 import re
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ A100 and H100 PCIe), are not counted: a ring over all GPUs crosses PCI Express a
 since Ada communicate through the CPU's memory, which is slower than the peak.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The GPU that a preflight is for: one given by name, or the first one of this machine."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass
 from functools import cache

@@ -2,8 +2,6 @@
 and enter its class here.
 """
 
-from __future__ import annotations
-
 from gpt.config.schema import ModelSection
 from gpt.model.base import GPT
 from gpt.model.gpt2 import GPT2

@@ -4,8 +4,6 @@ The head is applied in `gpt.model.loss`, because the logits of a whole batch are
 in training and are never needed at once.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -1,7 +1,5 @@
 """torch.compile where a compiler is found, eager execution where it is not."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable

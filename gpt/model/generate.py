@@ -4,8 +4,6 @@ Temperature and top-k as in GPT-2's own samples; top-p is nucleus sampling (Holt
 "The Curious Case of Neural Text Degeneration", arXiv:1904.09751).
 """
 
-from __future__ import annotations
-
 import codecs
 import math
 from collections.abc import Iterator, Sequence

@@ -2,8 +2,6 @@
 there and in nanoGPT.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Loading a model from its folder (`gpt.model.section`) and saving it there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

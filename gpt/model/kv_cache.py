@@ -2,8 +2,6 @@
 one token.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ Large-Vocabulary Language Models" (Wijmans et al. 2024, arXiv:2411.09009) and of
 fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in plain torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

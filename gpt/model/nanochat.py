@@ -3,8 +3,6 @@
 Face's `NanoChatForCausalLM`, so that exporting a model only renames its tensors.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -2,8 +2,6 @@
 the network. A checkpoint is such a folder with more files beside them. Does not import torch.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What was measured on a GPU, beside its data sheet, estimates and published runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from gpt.config.schema import RunConfig

@@ -5,8 +5,6 @@ Each check yields a `Problem` for everything that fails. Checks that only warn a
 `gpt.preflight.warnings`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

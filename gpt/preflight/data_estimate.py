@@ -1,8 +1,6 @@
 """How many tokens the data has, without reading a row: from an existing dataset, otherwise from
 file sizes. (Reading Parquet metadata would import pyarrow, which takes a second.)"""
 
-from __future__ import annotations
-
 import glob
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The figures of a valid config: what its run needs of the GPU, of the disk, and in time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -47,8 +47,6 @@ With several devices, each holds this for its own micro-batches, and
 Memory that NCCL allocates is not counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """How many parameters a model has, by group, without building it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from gpt.config.schema import ModelSection

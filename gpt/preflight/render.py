@@ -3,8 +3,6 @@
 The rows of a report are made once, as (name, text), for the terminal and for Markdown.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

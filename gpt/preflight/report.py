@@ -4,8 +4,6 @@ It is computed from the config, the table of GPUs and the sizes of files; nothin
 or run on a GPU. `Report` holds plain values; `gpt.preflight.render` shows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

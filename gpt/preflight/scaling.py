@@ -20,8 +20,6 @@ with fsdp, what a micro-batch gathers (and in the last one the gradients too) ov
 micro-batch. The network is the bottleneck if a device waits even then.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any

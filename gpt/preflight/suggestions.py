@@ -4,8 +4,6 @@ A suggestion is a set of overrides. Applied to the config it was made for, it re
 property test checks that it does.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass

@@ -16,8 +16,6 @@ compiled loops like nanoGPT's: what ours gains by its fused loss was not measure
 model claims nothing for it.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How fast a GPU trains, how long a run takes, and what it writes to disk."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import statistics

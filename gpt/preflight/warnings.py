@@ -1,7 +1,5 @@
 """Warnings: settings that work but cost something, or that the user probably did not intend."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

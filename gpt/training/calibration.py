@@ -1,7 +1,5 @@
 """Measure a device: its products, attention, bandwidth and launches, and real training steps."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Length and learning rate schedule of a run that continues from a trained model."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

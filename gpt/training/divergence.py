@@ -8,8 +8,6 @@ spike is a loss more than `training.spike_sigma` standard deviations above the m
 (github.com/allenai/OLMo-core), which skips such a step instead of rolling back.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Iterable

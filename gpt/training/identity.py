@@ -5,8 +5,6 @@ between two starts of a run are not part of it: steps, intervals, the split of a
 micro-batches, memory savings, device, tracking.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from gpt.config.schema import RunConfig, fingerprint

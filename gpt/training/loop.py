@@ -5,8 +5,6 @@ same call resumes the run. When it is stopped or fails, it leaves a checkpoint o
 step.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

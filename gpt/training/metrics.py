@@ -1,7 +1,5 @@
 """The record of a step: loss, throughput, model FLOPs utilization, memory and energy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Parameter groups and their optimizers: every parameter belongs to exactly one group."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

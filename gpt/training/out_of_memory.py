@@ -1,7 +1,5 @@
 """Out of memory in training: undo the step and repeat it in smaller micro-batches."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress

@@ -4,8 +4,6 @@ A run is identified by its name and the fingerprint of what determines its weigh
 (`gpt.training.identity`).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lock the folder of a run against a second process."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -3,8 +3,6 @@
 Nothing waits for the device between the micro-batches of a step; `clip_gradients` waits once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

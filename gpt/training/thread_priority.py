@@ -1,7 +1,5 @@
 """The priority of threads that run beside training."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

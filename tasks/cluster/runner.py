@@ -10,8 +10,6 @@ the unit to be written next is fetched: this machine holds one at a time. Dask a
 repeat what a lost worker was doing or had done; what they give up is submitted again here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib.util

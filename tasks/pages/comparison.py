@@ -3,8 +3,6 @@
 The HTML file opens without a network: style and charts are inside.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ the MLflow run and how much it has received. A slow or unreachable server theref
 and nothing is sent twice.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

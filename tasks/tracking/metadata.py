@@ -1,7 +1,5 @@
 """What is known of a run at its start: parameters, tags, dataset and first files for MLflow."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

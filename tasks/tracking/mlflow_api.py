@@ -1,7 +1,5 @@
 """What this package uses of MLflow, imported after `mlflow_settings` has set the environment."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any

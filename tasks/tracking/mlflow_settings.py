@@ -1,7 +1,5 @@
 """Settings that MLflow reads from the environment, some of them when it is imported."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Models in MLflow's registry: by name, the champion, and earlier challengers."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Metrics of a run under their MLflow keys: from step records and reports into the journal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path

@@ -6,8 +6,6 @@ only if it is better beyond chance on the same validation slice (`gpt.evaluation
 gets the alias `champion`. One that is not better, or cannot be compared, gets `challenger`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -215,7 +213,7 @@ def _compare(
     version: ModelVersion,
     champion: str,
     model: PendingModel,
-) -> PromotionDecision:
+) -> "PromotionDecision":
     """Compare a version with the champion (empty: there is none)."""
     # The import loads scipy, which takes a second.
     from gpt.evaluation.significance import PromotionDecision, compare_with_champion

@@ -4,8 +4,6 @@ Nothing here blocks or fails training. Everything is written to the run folder f
 thread sends it to MLflow and retries while the server is unreachable.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ from code), with a copy of the package `gpt` in `code/`; nothing is pickled. A w
 answered with 400 and the messages of the command line.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

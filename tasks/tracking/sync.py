@@ -4,8 +4,6 @@ Sending twice is harmless: MLflow's store ignores a metric that is equal in key,
 value, and a run is found by its `overnight.uid` before a new one is created.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

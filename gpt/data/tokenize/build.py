@@ -4,8 +4,6 @@ The folder has a `.partial` name until the manifest is written. An interrupted a
 finished units in it for the next one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Rows to chunks of text, in order: read in one process, encoded in others."""
 
-from __future__ import annotations
-
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -13,8 +13,6 @@ Any difference raises `EncoderMismatchError`, and the caller falls back to tikto
 dataset. gigatoken's cache of words has no limit, so the encoder is rebuilt when it has grown.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

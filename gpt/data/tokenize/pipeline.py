@@ -18,8 +18,6 @@ A finished unit is never encoded again: an interrupted build finds it in its own
 dataset finds it in any other's. Memory depends on the number of workers and the longest document.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

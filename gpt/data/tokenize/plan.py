@@ -3,8 +3,6 @@
 The dataset's name is a hash of everything that decides its tokens, and so is the key of each unit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -5,8 +5,6 @@ units (`gpt.data.tokenize.requests`). Only a few requests per worker are pending
 memory follows the number of workers alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

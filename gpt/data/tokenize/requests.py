@@ -6,8 +6,6 @@ of text) in the same chunks that this machine would have made, so the writer mak
 of them. Nothing here depends on the kind of cluster.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Callable, Iterator

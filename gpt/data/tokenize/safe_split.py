@@ -15,8 +15,6 @@ Only characters whose kind no version of Unicode has changed are considered: whi
 the plain ideographs, kana and Hangul with their own punctuation.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -6,8 +6,6 @@ located but never imported. tiktoken's own reader is not used, because it keeps 
 shared between users and does not verify them when caching is off.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.util

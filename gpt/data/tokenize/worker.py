@@ -7,8 +7,6 @@ them, so the start is paid once and not per worker. When the parent dies, by any
 close and all of them exit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -3,8 +3,6 @@
 Whatever the journal lists is in the shards; after a kill, what it does not list is written again.
 """
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import ExitStack
 

@@ -1,7 +1,5 @@
 """The format of a checkpoint: copy the state of a run to memory, write it to files, load it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Mapping

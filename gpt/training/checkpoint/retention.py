@@ -6,8 +6,6 @@ A checkpoint is a folder `checkpoints/step-00000250` of safetensors and JSON fil
 checkpoint that fails its checksums is set aside, and the one before it is used.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """Write checkpoints on a thread: training waits only for the copy in memory."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Iterator

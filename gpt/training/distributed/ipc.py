@@ -5,8 +5,6 @@ nothing up when one of them is killed. A file beside the socket asks them to sto
 standard input, which they share, says that the process that started them is gone.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle
@@ -16,7 +14,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 IPC_FOLDER = "OVERNIGHT_IPC_FOLDER"
 """Environment variable: the folder of the socket, the stop file and the worker's settings."""
@@ -44,7 +42,7 @@ class IPCServer:
     def request_stop(self) -> None:
         (self.folder / STOP).touch()
 
-    def __enter__(self) -> IPCServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

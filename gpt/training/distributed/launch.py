@@ -7,8 +7,6 @@ is the main machine: it keeps the records and writes the checkpoints. All machin
 `run.root`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -2,8 +2,6 @@
 (`gpt.training.distributed.launch`). On one device, the group is a single process and its operations
 do nothing."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The rendezvous of the machines of a group: the main machine's address, and this machine's own."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import time

@@ -2,8 +2,6 @@
 (`DistributedDataParallel`, Li et al. 2020, arXiv:2006.15704) or sharded (`fully_shard`, FSDP2; Zhao
 et al. 2023, arXiv:2304.11277)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

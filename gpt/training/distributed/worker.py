@@ -1,8 +1,6 @@
 """One process of a training group, started by torch's elastic launcher
 (`gpt.training.distributed.launch`)."""
 
-from __future__ import annotations
-
 import logging
 import os
 
