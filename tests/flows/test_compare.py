@@ -144,6 +144,7 @@ def test_sigterm_stops_the_subprocess_with_a_checkpoint(
         assert process.wait(scaled(30)) == 143, rest
     finally:
         process.kill()
+        process.communicate()  # closes the pipe
     assert "re-run the same command" in rest
     assert "Traceback" not in rest
     [run] = root.glob("train/*")
