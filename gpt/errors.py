@@ -117,5 +117,8 @@ class ServiceError(GPTError, headline="the service cannot be started"):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a message, or the name of an error that has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of a message, or the name of an error that has none.
+
+    At most 300 characters: those of servers can fill a page.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

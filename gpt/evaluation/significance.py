@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from gpt.artifacts import EvaluationReport
 
@@ -69,6 +68,8 @@ def _compare(mean: float, a: np.ndarray, b: np.ndarray, unit: str, paired: bool)
     if spread == 0:  # e.g. a model and itself; the t statistic would divide by zero
         mean = float(np.mean(a - b) if paired else np.mean(a) - np.mean(b))
         return LossDifference(mean, mean, mean, basis)
+    from scipy import stats  # the import takes a second
+
     test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return LossDifference(mean, float(interval.low), float(interval.high), basis)

@@ -72,11 +72,7 @@ def read_metrics(
 ) -> tuple[list[MetricsLine], int]:
     """Read up to `limit` complete lines from byte `start`; also return the byte after the last."""
     lines: list[MetricsLine] = []
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return lines, start
-    with file:
+    with suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(start)
         for raw in file:
             if len(lines) == limit or not raw.endswith(b"\n"):
@@ -167,10 +163,13 @@ class PendingMetadata(Artifact):
     @property
     def model_to_register(self) -> PendingModel | None:
         """The last model with files, if a registered model is named."""
-        stored = [model for model in self.models if model.files]
-        if not (self.registered_model and stored):
-            return None
-        return max(stored, key=lambda model: model.step)
+        stored = [model for model in self.models if model.files and self.registered_model]
+        return max(stored, key=lambda model: model.step, default=None)
+
+    def find_registered(self, state: SyncState | None) -> RegisteredVersion | None:
+        """Return the version that `model_to_register` has become, or None."""
+        model = self.model_to_register
+        return find_registered_version(state, self.registered_model, model.step) if model else None
 
 
 class SyncState(Artifact):
@@ -210,9 +209,11 @@ def write_metadata(folder: Path, metadata: PendingMetadata) -> None:
     write_text(folder / METADATA_FILE, metadata.model_dump_json(indent=2))
 
 
-def read_sync_state(folder: Path) -> SyncState | None:
+def read_sync_state(folder: Path, uri: str = "") -> SyncState | None:
+    """Read the state; None if there is none, or if it is that of another server than `uri`."""
     with suppress(FileNotFoundError):
-        return SyncState.model_validate_json((folder / SYNC_STATE_FILE).read_bytes())
+        state = SyncState.model_validate_json((folder / SYNC_STATE_FILE).read_bytes())
+        return state if uri in ("", state.uri) else None
     return None
 
 

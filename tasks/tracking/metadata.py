@@ -100,19 +100,14 @@ def _to_text(value: Any) -> str:
 def git_commit() -> str:
     """Return the commit of the code, with "+changes" if the tree is dirty; "" outside of git."""
     code = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(code), *arguments]
-        return subprocess.check_output(
-            command, stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).strip()
-
+    dirty = f"--dirty={DIRTY_SUFFIX}"
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", dirty]
+    # An installed package may lie inside another project's repository.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(code.parent)}
     try:
-        # An installed package may lie inside another project's repository.
-        if Path(git("rev-parse", "--show-toplevel")) != code:
-            return ""
-        dirty = f"--dirty={DIRTY_SUFFIX}"
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", dirty)
+        return subprocess.check_output(
+            command, cwd=code, env=environment, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

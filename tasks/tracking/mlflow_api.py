@@ -55,8 +55,3 @@ def get_or_none(request: Callable[[], Any]) -> Any:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-
-
-def error_summary(error: Exception) -> str:
-    """Return the first line of an error message; MLflow's messages can fill a page."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

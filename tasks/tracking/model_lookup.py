@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 from gpt.artifacts import Artifact, DatasetManifest
 from gpt.data.continued import find_dataset_by_fingerprint
 from gpt.data.shards import MANIFEST, parse_manifest
-from gpt.errors import Problem, RegistryError
+from gpt.errors import Problem, RegistryError, first_line
 from gpt.evaluation.report_store import REPORT_FILE
 from gpt.files import atomic_folder
 from gpt.model.section import CONFIG_FILE, MODEL_FILE
@@ -25,7 +25,6 @@ from tasks.tracking.mlflow_api import (
     Tag,
     artifacts,
     entities,
-    error_summary,
     get_or_none,
 )
 
@@ -85,7 +84,7 @@ def registry_client(name: str, uri: str) -> Iterator[MlflowClient | None]:
     except RegistryError:
         raise
     except Exception as error:
-        rule = f"MLflow at {uri} cannot be reached: {error_summary(error)}"
+        rule = f"MLflow at {uri} cannot be reached: {first_line(error)}"
         remedy = "start the server, or set MLFLOW_TRACKING_URI to another one"
         raise registry_error(name, rule, remedy) from error
 
@@ -209,15 +208,20 @@ def find_earlier_trial(name: str, uri: str, trial: str) -> RegisteredVersion | N
         matching = [version for version in versions if version.tags.get(Tag.TRIAL) == trial]
         if not matching:
             return None
-        last = max(matching, key=lambda version: int(version.version))
-        return RegisteredVersion(
-            name=name,
-            version=str(last.version),
-            step=int(last.tags.get(Tag.STEP, 0)),
-            alias=last.tags.get(Tag.ALIAS, ""),
-            reason=last.tags[Tag.REASON],
-            trial=trial,
-        )
+        return to_registered_version(max(matching, key=lambda version: int(version.version)))
+
+
+def to_registered_version(version: ModelVersion, comparable: bool = True) -> RegisteredVersion:
+    """Return what the tags of a version say of it."""
+    return RegisteredVersion(
+        name=version.name,
+        version=str(version.version),
+        step=int(version.tags.get(Tag.STEP, 0)),
+        alias=version.tags.get(Tag.ALIAS, ""),
+        reason=version.tags[Tag.REASON],
+        comparable=comparable,
+        trial=version.tags.get(Tag.TRIAL, ""),
+    )
 
 
 def _fetch_manifest(client: MlflowClient, run: entities.Run, root: Path) -> DatasetManifest | None:

@@ -12,27 +12,17 @@ from dataclasses import fields
 from importlib.metadata import version as version_of
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import gpt
 from gpt.artifacts import EvaluationReport
 from gpt.evaluation.report_store import CHAMPION_REPORT_FILE, REPORT_FILE, read_report_file
+from gpt.evaluation.significance import PromotionDecision, compare_with_champion
 from gpt.model.generate import SamplingParams
-from tasks.tracking.journal import (
-    METRICS_FILE,
-    PendingModel,
-    RegisteredVersion,
-    SyncedModel,
-    find_registered_version,
-    read_metrics,
-)
+from tasks.tracking.journal import METRICS_FILE, PendingModel, SyncedModel, read_metrics
 from tasks.tracking.mlflow_api import Alias, MlflowClient, ModelVersion, Tag, entities
 from tasks.tracking.mlflow_settings import upload_timeout
-from tasks.tracking.model_lookup import fetch_files, find_registered
+from tasks.tracking.model_lookup import fetch_files, find_registered, to_registered_version
 from tasks.tracking.sync import RunSync
-
-if TYPE_CHECKING:
-    from gpt.evaluation.significance import PromotionDecision
 
 UPLOAD_SECONDS = 600
 """Longest wait for the upload of a model: its weights may go to a distant store."""
@@ -145,7 +135,7 @@ def send_registration(sync: RunSync) -> None:
     model, name = metadata.model_to_register, metadata.registered_model
     if model is None:
         return
-    done = find_registered_version(sync.state, name, model.step)
+    done = metadata.find_registered(sync.state)
     if done and done.comparable and done.trial == metadata.trial:
         return
     found = find_registered(client, name)
@@ -167,25 +157,16 @@ def send_registration(sync: RunSync) -> None:
         }
         for key, value in tags.items():
             client.set_model_version_tag(name, version.version, key, value)
-        version = client.get_model_version(name, version.version)
     if metadata.trial:
         client.set_model_version_tag(name, version.version, Tag.TRIAL, metadata.trial)
+    version = client.get_model_version(name, version.version)
     _assign_alias(client, version)
     # MLflow's page of the model reads this tag; a server sets it by itself, a bare store does not.
     links = json.dumps([{"name": name, "version": str(version.version)}])
     client.set_logged_model_tags(
         sync.state.models[model.name].model_id, {Tag.MODEL_VERSIONS: links}
     )
-    registered = RegisteredVersion(
-        name=name,
-        version=str(version.version),
-        step=model.step,
-        alias=version.tags[Tag.ALIAS],
-        reason=version.tags[Tag.REASON],
-        comparable=comparable,
-        trial=metadata.trial,
-    )
-    sync.save(registered=registered)
+    sync.save(registered=to_registered_version(version, comparable))
 
 
 def _find_or_create_version(
@@ -215,9 +196,6 @@ def _compare(
     model: PendingModel,
 ) -> "PromotionDecision":
     """Compare a version with the champion (empty: there is none)."""
-    # The import loads scipy, which takes a second.
-    from gpt.evaluation.significance import PromotionDecision, compare_with_champion
-
     report, problem = None, ""
     if champion:
         # The run folder's report covers the run's own slice; the stored one may cover another.

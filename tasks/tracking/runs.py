@@ -14,15 +14,15 @@ from filelock import FileLock
 
 from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.errors import Problem, TrackingError
+from gpt.errors import Problem, TrackingError, first_line
 from gpt.files import PARTIAL, sync
 from gpt.training.thread_priority import lower_thread_priority
 from tasks.display import log_warning
 from tasks.runtime.signals import stop_signals
 from tasks.tracking import journal
-from tasks.tracking.journal import PendingMetadata, RegisteredVersion, SyncState
+from tasks.tracking.journal import RegisteredVersion
 from tasks.tracking.metadata import build_run_metadata, mlflow_folder, resolve_tracking_uri
-from tasks.tracking.mlflow_api import MlflowClient, error_summary
+from tasks.tracking.mlflow_api import MlflowClient
 from tasks.tracking.recorder import Recorder
 from tasks.tracking.registry import UPLOAD_SECONDS, send_models, send_registration
 from tasks.tracking.sync import RunSync
@@ -140,7 +140,7 @@ def sync_in_background(
             except Exception as error:  # whatever MLflow raises, training continues
                 if warn and is_first_error:
                     log_warning(
-                        f"MLflow at {uri} cannot be reached ({error_summary(error)}). The run "
+                        f"MLflow at {uri} cannot be reached ({first_line(error)}). The run "
                         "continues; its metrics are saved in "
                         f"{folder / journal.METRICS_FILE} and sent when MLflow is reachable "
                         "again. To use another server, set tracking.uri or MLFLOW_TRACKING_URI"
@@ -198,18 +198,9 @@ def register_last_model(run: RunRef, name: str) -> RegisteredVersion | None:
     Returns None if MLflow does not answer in time; the next sync registers the model.
     """
     metadata = journal.update_metadata(run.folder, registered_model=name)
-    seconds = UPLOAD_SECONDS if journal.read_sync_state(run.folder) else FLUSH_SECONDS
+    seconds = UPLOAD_SECONDS if journal.read_sync_state(run.folder, run.uri) else FLUSH_SECONDS
     sync_and_wait(run.folder, run.uri, seconds, warn=run.run_id is not None)
-    return _registered_version(metadata, journal.read_sync_state(run.folder), run.uri)
-
-
-def _registered_version(
-    metadata: PendingMetadata, state: SyncState | None, uri: str
-) -> RegisteredVersion | None:
-    model = metadata.model_to_register
-    if model is None or state is None or state.uri != uri:
-        return None
-    return journal.find_registered_version(state, metadata.registered_model, model.step)
+    return metadata.find_registered(journal.read_sync_state(run.folder, run.uri))
 
 
 # --- finish --------------------------------------------------------------------------------------
@@ -234,9 +225,9 @@ def track_run_status(run: RunRef) -> Iterator[None]:
 def _finish(run: RunRef, status: str, error: str) -> None:
     metadata = journal.update_metadata(run.folder, status=status, error=error)
     sync_and_wait(run.folder, run.uri, FLUSH_SECONDS)
-    state = journal.read_sync_state(run.folder)
+    state = journal.read_sync_state(run.folder, run.uri)
     unsent = journal.count_unsent_lines(run.folder, state)
-    unregistered = metadata.model_to_register and not _registered_version(metadata, state, run.uri)
+    unregistered = metadata.model_to_register and not metadata.find_registered(state)
     if unsent or state is None or state.status != status or unregistered:
         model = ", and its model is not registered" if unregistered else ""
         log_warning(
@@ -256,17 +247,17 @@ def sync_run(folder: Path, uri: str) -> str:
     if metadata is None or not uri:
         rule = "the run has not been tracked yet" if metadata is None else "names no server"
         raise TrackingError(Problem(str(folder), "", rule, "start the run, or give --uri"))
-    known = before if before and before.uri == uri else None
+    known = journal.read_sync_state(folder, uri)
     lines = journal.count_unsent_lines(folder, known)
     try:
         sync_folder(folder, uri)
     except Exception as error:  # whatever MLflow raises
-        rule = f"cannot be reached: {error_summary(error)}"
+        rule = f"cannot be reached: {first_line(error)}"
         remedy = "start the server, or name another one with --uri; nothing is lost"
         raise TrackingError(Problem("--uri", uri, rule, remedy)) from error
     after = journal.read_sync_state(folder)
     assert after, "sync_folder writes it"
-    if after == before:
+    if after == known:
         return f"MLflow at {uri} is already up to date"
     files = len(after.files) - len(known.files if known else {})
     summary = f"sent {lines} steps and {files} files to MLflow at {uri}"

@@ -29,7 +29,7 @@ class RunSync:
         self.folder = folder
         self.client = MlflowClient(tracking_uri=uri)
         self.metadata = journal.update_metadata(folder)
-        self.state = self._open_mlflow_run(uri, journal.read_sync_state(folder))
+        self.state = self._open_mlflow_run(uri, journal.read_sync_state(folder, uri))
         self.save()
 
     def save(self, **changes: Any) -> None:
@@ -39,7 +39,7 @@ class RunSync:
     def _open_mlflow_run(self, uri: str, state: SyncState | None) -> SyncState:
         """Return the known run if it still exists, else find it by its uid, else create it."""
         client, metadata = self.client, self.metadata
-        if state and state.uri == uri:
+        if state:
             known = get_or_none(lambda: client.get_run(state.run_id))
             if known and known.info.lifecycle_stage == "active":
                 return state
@@ -67,9 +67,9 @@ class RunSync:
     def send_tags(self) -> None:
         """Send the description of the run and its parent, if they have changed."""
         folder = self.metadata.parent
-        parent = journal.read_sync_state(folder) if folder else None
+        parent = journal.read_sync_state(folder, self.state.uri) if folder else None
         tags = {Tag.NOTE: self.metadata.note} if self.metadata.note else {}
-        if parent and parent.uri == self.state.uri:
+        if parent:
             tags[Tag.PARENT_RUN] = parent.run_id
         if not tags.items() <= self.state.tags.items():
             changed = [entities.RunTag(*item) for item in tags.items()]
