@@ -132,6 +132,23 @@ class RegisteredVersion(Artifact):
         return f"{self.name} version {self.version}, {self.alias}: {self.reason}"
 
 
+class SyncState(Artifact):
+    """The MLflow run of a run folder, and what it has received."""
+
+    uri: str
+    run_id: str
+    experiment_id: str = ""
+    described: bool = False
+    """Whether parameters and dataset have been sent."""
+    sent_bytes: int = 0
+    """Length of the part of `metrics.jsonl` that has been sent."""
+    files: dict[str, Path] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
+    models: dict[str, SyncedModel] = Field(default_factory=dict)
+    registered: RegisteredVersion | None = None
+    status: str = "RUNNING"
+
+
 class PendingMetadata(Artifact):
     """What MLflow should know about a run besides its metrics."""
 
@@ -170,23 +187,6 @@ class PendingMetadata(Artifact):
         """Return the version that `model_to_register` has become, or None."""
         model = self.model_to_register
         return find_registered_version(state, self.registered_model, model.step) if model else None
-
-
-class SyncState(Artifact):
-    """The MLflow run of a run folder, and what it has received."""
-
-    uri: str
-    run_id: str
-    experiment_id: str = ""
-    described: bool = False
-    """Whether parameters and dataset have been sent."""
-    sent_bytes: int = 0
-    """Length of the part of `metrics.jsonl` that has been sent."""
-    files: dict[str, Path] = Field(default_factory=dict)
-    tags: dict[str, str] = Field(default_factory=dict)
-    models: dict[str, SyncedModel] = Field(default_factory=dict)
-    registered: RegisteredVersion | None = None
-    status: str = "RUNNING"
 
 
 def read_metadata(folder: Path) -> PendingMetadata | None:
