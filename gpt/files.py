@@ -15,12 +15,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk so that they survive a power failure.
-
-    Windows has no such call for folders and does not need one.
-    """
-    if os.name == "nt" and path.is_dir():
-        return
+    """Flush a file, or the entries of a folder, to disk so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

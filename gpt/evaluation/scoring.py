@@ -73,7 +73,11 @@ def score_continuations(
     context, and as `evaluate_in_batches` does.
     """
     block_size = model.config.block_size
-    _check_lengths(continuations, block_size)
+    needed = max(each.target_length for each in continuations)
+    if needed > block_size:
+        rule = f"must be at least {needed}, the length in tokens of the longest continuation"
+        remedy = "leave out this benchmark for a model with such a short context"
+        raise BenchmarkError(Problem("model.block_size", str(block_size), rule, remedy))
     # Longest first: if any batch is too large for the device, it is the first one.
     order = sorted(range(len(continuations)), key=lambda i: -len(continuations[i].ids))
 
@@ -88,19 +92,6 @@ def score_continuations(
         return [scores[i] for i in range(len(order))]
 
     return evaluate_in_batches(model, evaluate, batch_size * block_size)
-
-
-def _check_lengths(continuations: Sequence[Continuation], block_size: int) -> None:
-    longest = max(each.target_length for each in continuations)
-    if longest > block_size:
-        raise BenchmarkError(
-            Problem(
-                "model.block_size",
-                str(block_size),
-                f"must be at least {longest}, the length in tokens of the longest continuation",
-                "leave out this benchmark for a model with such a short context",
-            )
-        )
 
 
 def _inputs(each: Continuation, block_size: int) -> NDArray[np.int64]:

@@ -55,22 +55,12 @@ def _build_tokenizer(vocabulary: bytes, merges: str) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [{"id": END_OF_TEXT, "content": ENDOFTEXT, **flags, "special": True}],
-        "normalizer": None,
         "pre_tokenizer": BYTE_LEVEL | {"use_regex": True},
         "post_processor": BYTE_LEVEL | {"use_regex": True, "trim_offsets": False},
         "decoder": BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
             "vocab": json.loads(vocabulary),
             "merges": [line.split(" ") for line in merges.splitlines()[1:]],  # after the version
         },

@@ -126,9 +126,6 @@ def _compiled_chunk_loss(device: torch.device) -> Callable[..., tuple[Tensor, Te
     return compile_if_supported(_chunk_loss, device)
 
 
-_Gradients = tuple[Tensor | None, Tensor | None, None, None, None, None]
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes its gradients in forward, chunk by chunk; backward only scales them."""
 
@@ -145,17 +142,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, weight = _to_compute_dtype(hidden, head)
         wide = torch.promote_types(rows.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=rows.device)
-        row_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        head_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        row_grad, head_grad = torch.empty_like(rows), torch.zeros_like(weight, dtype=wide)
         chunk_loss = _compiled_chunk_loss(rows.device) if compile_chunks else _chunk_loss
         for start in range(0, rows.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
             part_loss, logit_grad = chunk_loss(rows[part], weight, targets[part], softcap)
             loss += part_loss
-            if row_grad is not None:
-                torch.mm(logit_grad, weight, out=row_grad[part])
-            if head_grad is not None:
-                _accumulate(head_grad, logit_grad, rows[part])
+            torch.mm(logit_grad, weight, out=row_grad[part])
+            if logit_grad.dtype == wide:
+                head_grad.addmm_(logit_grad.T, rows[part])
+            else:
+                head_grad += logit_grad.T @ rows[part]
             del logit_grad  # or two of them would be allocated at once
         ctx.save_for_backward(row_grad, head_grad)
         ctx.dtypes = hidden.dtype, head.dtype
@@ -163,19 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> _Gradients:
-        row_grad, head_grad = ctx.saved_tensors
-        hidden_dtype, head_dtype = ctx.dtypes
-        if row_grad is not None:
-            row_grad = (row_grad * grad).to(hidden_dtype)
-        if head_grad is not None:
-            head_grad = (head_grad * grad).to(head_dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        row_grad, head_grad = ((each * grad).to(dtype) for each, dtype in gradients)
         return row_grad, head_grad, None, None, None, None
-
-
-def _accumulate(head_grad: Tensor, logit_grad: Tensor, rows: Tensor) -> None:
-    """Add logit_grad^T rows to `head_grad`, in the dtype of `head_grad`."""
-    if logit_grad.dtype == head_grad.dtype:
-        head_grad.addmm_(logit_grad.T, rows)
-    else:
-        head_grad += logit_grad.T @ rows
