@@ -26,11 +26,7 @@ def tune_gc() -> None:
     atexit.register(gc.freeze)
 
 
-def main() -> None:
+if __name__ == "__main__":
     gc.set_threshold(*THRESHOLDS)
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main()

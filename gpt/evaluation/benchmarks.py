@@ -8,12 +8,7 @@ import re
 import numpy as np
 
 from gpt.artifacts import HellaSwagResult, LambadaResult
-from gpt.evaluation.benchmark_files import (
-    ENDINGS,
-    HellaSwagExample,
-    read_hellaswag,
-    read_lambada,
-)
+from gpt.evaluation.benchmark_files import ENDINGS, HellaSwagExample, read_hellaswag, read_lambada
 from gpt.evaluation.heldout import standard_error
 from gpt.evaluation.progress import ProgressGenerator
 from gpt.evaluation.scoring import (
@@ -24,8 +19,6 @@ from gpt.evaluation.scoring import (
 )
 from gpt.model.base import GPT
 
-# --- HellaSwag -----------------------------------------------------------------------------------
-
 
 def evaluate_hellaswag(
     model: GPT, path: str, batch_size: int, dtype: str, limit: int | None = None
@@ -35,13 +28,7 @@ def evaluate_hellaswag(
     Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?", arXiv:1905.07830.
     The model's answer is the ending with the highest log-likelihood after "activity: context " or,
     normalized, with the highest log-likelihood per byte of the ending (without the space before
-    it). Raises `BenchmarkError` for a file that cannot be used, and what `score_continuations`
-    raises.
-
-    Args:
-        path: Parquet file, see `read_hellaswag`.
-        batch_size, dtype: As in `score_continuations`.
-        limit: Use the first so many examples.
+    it). Arguments and errors as in `read_hellaswag` and `score_continuations`.
     """
     examples = read_hellaswag(path, limit)
     requests = [request for example in examples for request in build_hellaswag_requests(example)]
@@ -77,9 +64,6 @@ def preprocess(text: str) -> str:
     """
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-# --- LAMBADA -------------------------------------------------------------------------------------
 
 
 def evaluate_lambada(

@@ -16,7 +16,6 @@ from gpt.data.loader import Batch, SequenceDataset, iterate_validation_batches
 from gpt.data.tokenize.tokenizer import (
     END_OF_TEXT,
     RANKS_SHA256,
-    VOCAB_SIZE,
     encode,
     load_tokenizer,
 )
@@ -143,8 +142,5 @@ def standard_error(values: NDArray[Any]) -> float | None:
 @cache
 def _bytes_per_token() -> np.ndarray:
     tokenizer = load_tokenizer()
-    lengths = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for token in range(tokenizer.n_vocab):
-        if token != tokenizer.eot_token:
-            lengths[token] = len(tokenizer.decode_single_token_bytes(token))
-    return lengths
+    lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in range(END_OF_TEXT)]
+    return np.array([*lengths, 0])  # end-of-text, the last id, stands for no text

@@ -36,9 +36,6 @@ GPT2_SUPPORTED: dict[str, tuple[Any, ...]] = {
 UNSUPPORTED_REMEDY = "choose another GPT-2: a model trained with this value computes differently"
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
 def write_configs(folder: Path, section: ModelSection) -> None:
     """Write `config.json` and `generation_config.json` for a model."""
     tokens = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
@@ -83,9 +80,6 @@ def _nanochat_config(section: ModelSection) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "pad_token_id": None,  # the default is 1, an ordinary token here
     }
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def read_gpt2_config(directory: Path) -> ModelSection:

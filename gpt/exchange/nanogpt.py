@@ -105,9 +105,6 @@ def convert_nanogpt(path: Path, data_source: str) -> ConvertedConfig:
     )
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
 def _parse_python(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_bytes())
@@ -167,25 +164,27 @@ def _evaluate_literal(node: ast.expr) -> bool | int | float | str:
     return value
 
 
-# --- converting ----------------------------------------------------------------------------------
-
-
 def _convert_settings(
     settings: Mapping[str, Any], stem: str, data_source: str, unsupported: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    name = settings.get("wandb_run_name", stem)
-    flat: dict[str, Any] = {"run.name": _clean_run_name(name) or _clean_run_name(stem) or "nanogpt"}
+    names = map(_clean_run_name, (settings.get("wandb_run_name", ""), stem, "nanogpt"))
+    flat: dict[str, Any] = {"run.name": next(filter(None, names))}
     for key, (our_key, _) in SETTINGS.items():
         if our_key and key in settings:
             flat[our_key] = settings[key]
-    flat["model.architecture"] = "gpt2"
-    flat["data.source"] = data_source
-    flat["schedule.name"] = "cosine"
-    flat["schedule.min_learning_rate_ratio"] = _min_learning_rate_ratio(settings)
-    flat["training.checkpoint_interval"] = settings["eval_interval"]
-    flat["evaluation.batch_size"] = settings["batch_size"]
-    flat["evaluation.tokens"] = _product(settings, "eval_iters", "batch_size", "block_size")
-    flat["hardware.device"] = _convert_device(settings["device"], unsupported)
+    flat |= {
+        "model.architecture": "gpt2",
+        "data.source": data_source,
+        "schedule.name": "cosine",
+        "schedule.min_learning_rate_ratio": _min_learning_rate_ratio(settings),
+        "training.checkpoint_interval": settings["eval_interval"],
+        "evaluation.batch_size": settings["batch_size"],
+        "evaluation.tokens": _product(settings, "eval_iters", "batch_size", "block_size"),
+        "hardware.device": "auto" if settings["device"] == "cuda" else settings["device"],
+    }
+    if str(settings["device"]).startswith("mps"):
+        unsupported["device"] = "only CUDA GPUs and the CPU are supported"
+        flat["hardware.device"] = "cpu"
     sections: dict[str, dict[str, Any]] = {section: {} for section in RunConfig.model_fields}
     for key, value in flat.items():
         section, _, entry = key.partition(".")
@@ -213,15 +212,6 @@ def _product(settings: Mapping[str, Any], *keys: str) -> Any:
     """Multiply integers. Returns a value that is not one as it is, for the config to refuse it."""
     values = [settings[key] for key in keys]
     return next((v for v in values if type(v) is not int), None) or math.prod(values)
-
-
-def _convert_device(value: Any, unsupported: dict[str, str]) -> Any:
-    if value == "cuda":
-        return "auto"
-    if isinstance(value, str) and value.startswith("mps"):
-        unsupported["device"] = "only CUDA GPUs and the CPU are supported"
-        return "cpu"
-    return value
 
 
 def _format_toml(value: Any) -> str:

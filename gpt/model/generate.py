@@ -49,10 +49,7 @@ class SamplingParams:
 _COUNT = "must be an integer of at least 0"
 _RULES = {
     "max_tokens": (_COUNT, "set the most tokens to generate, e.g. 64"),
-    "temperature": (
-        "must be a number of at least 0",
-        "use 0 for the likeliest text, or e.g. 0.8",
-    ),
+    "temperature": ("must be a number of at least 0", "use 0 for the likeliest text, or e.g. 0.8"),
     "top_k": (_COUNT, "use 0 to sample from all tokens, or e.g. 50"),
     "top_p": ("must be above 0 and at most 1", "use 1 to sample from all tokens, or e.g. 0.95"),
     "seed": ("must be an integer from 0 to 2^63 - 1", "use another seed, e.g. 1337"),

@@ -112,9 +112,6 @@ def render_html(
     )
 
 
-# --- charts --------------------------------------------------------------------------------------
-
-
 def draw_charts(results: Sequence[ConfigResult]) -> dict[str, str]:
     """Draw the charts as SVG, by file name; none if no config has a result."""
     finished = [result for result in results if result.runs]

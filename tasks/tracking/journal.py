@@ -25,8 +25,6 @@ METRICS_FILE = "metrics.jsonl"
 METADATA_FILE = "tracking_outbox.json"
 SYNC_STATE_FILE = "tracking_run.json"
 
-# --- metrics -------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class MetricsLine:
@@ -80,9 +78,6 @@ def read_metrics(
             lines.append(MetricsLine(**json.loads(raw)))
             start += len(raw)
     return lines, start
-
-
-# --- metadata and sync state ---------------------------------------------------------------------
 
 
 class DatasetInfo(Artifact):

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -90,11 +89,10 @@ def run_parameters(config: RunConfig, dataset: DatasetManifest) -> dict[str, str
         "versions.python": platform.python_version(),
         **{f"versions.{package}": version(package) for package in packages},
     }
-    return {key: _to_text(value) for key, value in (config.flatten() | derived).items()}
-
-
-def _to_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in (config.flatten() | derived).items()
+    }
 
 
 def git_commit() -> str:

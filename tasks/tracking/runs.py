@@ -64,13 +64,9 @@ def open_run(
     """Create the MLflow run of a run folder, or return the existing one.
 
     Waits up to `OPEN_SECONDS`; without an answer it logs a warning and the run continues without
-    MLflow.
-
-    Args:
-        config: Config of the run; of a comparison, one of the compared configs.
-        parent: Folder of the parent run.
-        trial: Key of a retraining.
-        compared: Parameters of a comparison, the parent of the compared runs.
+    MLflow. `parent` is the folder of the parent run; `trial` the key of a retraining. For a
+    comparison, the parent of the compared runs, `compared` are its parameters and `config` is one
+    of the compared configs.
     """
     metadata = journal.read_metadata(folder)
     metadata = metadata or build_run_metadata(config, dataset, folder, compared)
