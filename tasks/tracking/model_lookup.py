@@ -37,9 +37,6 @@ SQLITE = "sqlite:///"
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
 
-# --- by name -------------------------------------------------------------------------------------
-
-
 def fetch_model(name: str, uri: str, root: Path) -> Path:
     """Return the folder of a registered model such as models:/gpt@champion or models:/gpt/3.
 
@@ -121,9 +118,6 @@ def _resolve_version(client: MlflowClient, name: str, match: re.Match[str]) -> s
     return versions[name]
 
 
-# --- files of a stored model ---------------------------------------------------------------------
-
-
 def fetch_files(
     client: MlflowClient, location: str, names: Sequence[str], folder: Path
 ) -> list[Path]:
@@ -145,9 +139,6 @@ def local_path(location: str) -> Path | None:
     if parts.scheme == "file" and not parts.netloc:
         return Path(url2pathname(parts.path))
     return None if parts.scheme else Path(location)
-
-
-# --- the champion and earlier challengers --------------------------------------------------------
 
 
 class Champion(Artifact):

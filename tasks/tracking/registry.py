@@ -34,9 +34,6 @@ SERVED_PACKAGES = (
 """Requirements of the served model; our own code is stored with it."""
 
 
-# --- checkpoints as logged models ----------------------------------------------------------------
-
-
 def send_models(sync: RunSync) -> None:
     """Send the models that are new or have a new report."""
     client, synced = sync.client, sync.state.models
@@ -123,9 +120,6 @@ def write_pyfunc_model(folder: Path, run_id: str, logged: entities.LoggedModel) 
         # Without the local build, such as +cpu, which package indexes do not have.
         pip_requirements=[f"{name}=={version_of(name).split('+')[0]}" for name in SERVED_PACKAGES],
     )
-
-
-# --- the last one as a registered version --------------------------------------------------------
 
 
 def send_registration(sync: RunSync) -> None:

@@ -50,9 +50,6 @@ class RunRef(Artifact):
     """None until MLflow has answered."""
 
 
-# --- open ----------------------------------------------------------------------------------------
-
-
 def open_run(
     config: RunConfig,
     dataset: DatasetManifest,
@@ -98,9 +95,6 @@ def create_sqlite_store(database: Path) -> None:
             MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
             sync(partial)
             partial.rename(database)
-
-
-# --- send ----------------------------------------------------------------------------------------
 
 
 def sync_folder(folder: Path, uri: str) -> None:
@@ -162,9 +156,6 @@ def sync_and_wait(folder: Path, uri: str, seconds: float, warn: bool = False) ->
         pass
 
 
-# --- record --------------------------------------------------------------------------------------
-
-
 @contextmanager
 def open_recorder(run: RunRef) -> Iterator[Recorder]:
     """Record metrics and sync them in the background; at the end wait up to `FLUSH_SECONDS`."""
@@ -197,9 +188,6 @@ def register_last_model(run: RunRef, name: str) -> RegisteredVersion | None:
     seconds = UPLOAD_SECONDS if journal.read_sync_state(run.folder, run.uri) else FLUSH_SECONDS
     sync_and_wait(run.folder, run.uri, seconds, warn=run.run_id is not None)
     return metadata.find_registered(journal.read_sync_state(run.folder, run.uri))
-
-
-# --- finish --------------------------------------------------------------------------------------
 
 
 @contextmanager
