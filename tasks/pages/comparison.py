@@ -4,8 +4,7 @@ The HTML file opens without a network: style and charts are inside.
 """
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,7 +15,6 @@ import matplotlib as mpl
 import numpy as np
 from markdown_it import MarkdownIt
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpt.evaluation.comparison import ConfigResult, RunResult, sort_by_loss
@@ -26,7 +24,6 @@ from gpt.markdown import render_table
 NOT_AVAILABLE = "n/a"
 JOULES_PER_KWH = 3.6e6
 TEMPLATE = Path(__file__).with_suffix(".html")
-LOSS = "validation loss, nats per token"
 
 
 @dataclass(frozen=True)
@@ -117,41 +114,39 @@ def draw_charts(results: Sequence[ConfigResult]) -> dict[str, str]:
     finished = [result for result in results if result.runs]
     if not finished:
         return {}
-    charts: dict[str, str] = {}
+    names = ("loss-by-tokens", "loss-by-hours", "loss-by-parameters", "throughput")
+    figures = [Figure(figsize=(6, 4), layout="constrained") for _ in names]
+    by_tokens, by_hours, by_size, throughput = (figure.subplots() for figure in figures)
+    for number, result in enumerate(finished):
+        for run in result.runs:
+            tokens, hours, losses = np.array(run.curve).reshape(-1, 3).T
+            label = result.name if run is result.runs[0] else None
+            by_tokens.plot(tokens / 1e6, losses, f"C{number}.-", label=label)
+            by_hours.plot(hours, losses, f"C{number}.-", label=label)
+        errors = [run.report.standard_error or 0.0 for run in result.runs]
+        counts = [run.parameters / 1e6 for run in result.runs]
+        style: dict[str, Any] = {"fmt": f"C{number}o", "capsize": 3, "label": result.name}
+        by_size.errorbar(counts, result.losses, yerr=errors, **style)
+    by_tokens.set_xlabel("tokens, millions")
+    by_hours.set_xlabel("training time, hours")
+    by_size.set_xlabel("parameters, millions")
+    for axes in (by_tokens, by_hours, by_size):
+        axes.set_ylabel("validation loss, nats per token")
+        axes.legend()
+    rates = [fmean(run.tokens_per_second for run in result.runs) for result in finished]
+    colors = [f"C{number}" for number in range(len(finished))]
+    bars = throughput.barh([result.name for result in finished], rates, color=colors)
+    throughput.bar_label(bars, fmt="{:,.0f}", padding=3)
+    throughput.set(xlabel="tokens/s", xmargin=0.15)
+    throughput.invert_yaxis()
+    return {name: _to_svg(figure) for name, figure in zip(names, figures, strict=True)}
 
-    @contextmanager
-    def chart(name: str, **labels: str) -> Iterator[Axes]:
-        figure, file = Figure(figsize=(6, 4), layout="constrained"), io.StringIO()
-        axes = figure.subplots()
+
+def _to_svg(figure: Figure) -> str:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-        yield axes
-        axes.set(**labels)
-        # Text stays text, so that it can be searched; the same results give the same bytes.
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overnight"}):
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        charts[name] = file.getvalue()[file.getvalue().index("<svg") :]
-
-    by_tokens = chart("loss-by-tokens", xlabel="tokens, millions", ylabel=LOSS)
-    by_hours = chart("loss-by-hours", xlabel="training time, hours", ylabel=LOSS)
-    by_size = chart("loss-by-parameters", xlabel="parameters, millions", ylabel=LOSS)
-    with by_size as size_axes, by_hours as hours_axes, by_tokens as tokens_axes:
-        for number, result in enumerate(finished):
-            for run in result.runs:
-                tokens, hours, losses = np.array(run.curve).reshape(-1, 3).T
-                label = result.name if run is result.runs[0] else None
-                tokens_axes.plot(tokens / 1e6, losses, f"C{number}.-", label=label)
-                hours_axes.plot(hours, losses, f"C{number}.-", label=label)
-            errors = [run.report.standard_error or 0.0 for run in result.runs]
-            counts = [run.parameters / 1e6 for run in result.runs]
-            style: dict[str, Any] = {"fmt": f"C{number}o", "capsize": 3, "label": result.name}
-            size_axes.errorbar(counts, result.losses, yerr=errors, **style)
-        for axes in (tokens_axes, hours_axes, size_axes):
-            axes.legend()
-    with chart("throughput", xlabel="tokens/s") as axes:
-        throughputs = [fmean(run.tokens_per_second for run in result.runs) for result in finished]
-        colors = [f"C{number}" for number in range(len(finished))]
-        bars = axes.barh([result.name for result in finished], throughputs, color=colors)
-        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axes.margins(x=0.15)
-        axes.invert_yaxis()
-    return charts
+    file = io.StringIO()
+    # Text stays text, so that it can be searched; the same results give the same bytes.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overnight"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()[file.getvalue().index("<svg") :]
