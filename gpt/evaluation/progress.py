@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from gpt.errors import OutOfMemoryError, Problem
-from gpt.hardware.device import is_out_of_memory
+from gpt.hardware.device import is_out_of_memory, release_memory
 from gpt.model.base import GPT
 
 Result = TypeVar("Result")
@@ -60,7 +60,7 @@ def evaluate_in_batches(
                 remedy = "close other programs that use the device, or train a smaller model"
                 raise OutOfMemoryError(Problem("evaluation.batch_size", "1", rule, remedy))
             logger.warning("out of memory in evaluation: starting again with half the batch size")
-            torch.cuda.empty_cache()  # does nothing without CUDA
+            release_memory(model.head.device)
             batch_size //= 2
     finally:
         model.train(was_training)

@@ -65,6 +65,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
+def release_memory(device: torch.device) -> None:
+    """After out of memory: free what torch's allocator holds unused, and forget the peak of the
+    attempt that failed."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak so far: of torch's allocations on a GPU, of the resident set on a CPU."""
     if device.type == "cuda":

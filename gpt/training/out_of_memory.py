@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import torch
-
 from gpt.errors import OutOfMemoryError, Problem
-from gpt.hardware.device import is_out_of_memory
+from gpt.hardware.device import is_out_of_memory, release_memory
 from gpt.training.checkpoint.format import get_random_states, set_random_states
 from gpt.training.step import TrainState
 
@@ -100,8 +98,7 @@ def halve_batch_size(state: TrainState, where: str) -> None:
     Raises `OutOfMemoryError` if the micro-batch is one sequence, and `BatchSizeHalved` in a process
     group, where no process can repeat a step alone.
     """
-    if state.on_gpu:
-        torch.cuda.empty_cache()
+    release_memory(state.device)
     before, per_step = state.batch_size, state.config.sequences_per_step
     if before == 1:
         raise OutOfMemoryError(

@@ -185,7 +185,7 @@ def recorder_of(mode, config, dataset, run_folder):
 
     run_folder.mkdir(parents=True)
     with open_recorder(open_run(config, dataset, run_folder)) as recorder:
-        yield recorder.step
+        yield recorder.log_step
 
 
 if __name__ == "__main__":

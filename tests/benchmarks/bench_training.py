@@ -5,8 +5,9 @@
 On a host that only trains, pass --dataset FOLDER instead of --source.
 
 Every run is its own process. Prints tokens/s, peak memory and validation losses at equal tokens and
-at equal seconds, and draws the curves into --picture. Training seconds exclude all validations.
-`--memory-gb 12` makes a large GPU behave like a 12 GB card.
+at equal seconds, and draws the curves into --picture. Training seconds exclude all validations and
+the compiling before the first step. `--memory-gb 12` makes a large GPU behave like a 12 GB card, in
+which a smaller micro-batch than the configured one may be used; it is printed.
 """
 
 import argparse
@@ -231,7 +232,8 @@ def plain_points(config, dataset):
 
     rate, warmup = config.optimizer.learning_rate, config.schedule.warmup_steps
     for step, seconds, loss, validation in train_plain(config, dataset, rate, warmup):
-        yield {"step": step, "seconds": seconds, "loss": loss, "validation": validation}
+        point = {"step": step, "seconds": seconds, "loss": loss, "validation": validation}
+        yield point | {"batch_size": config.training.batch_size}
 
 
 def our_points(config, dataset):
@@ -253,6 +255,7 @@ def our_points(config, dataset):
                 "loss": record.loss,
                 "validation": None,
                 "mfu": record.mfu,
+                "batch_size": record.batch_size,
             }
         yield point
 
@@ -280,6 +283,7 @@ def print_result(result):
     print(
         f"{result['recipe']:>9} {result['steps']:>5} steps seed {result['seed']}  "
         f"{tokens_per_second(result):>9,.0f} tokens/s  "
+        f"batch {result['points'][-1]['batch_size']:>3}  "
         f"{result['peak_memory_bytes'] / 1e6:>7,.0f} MB  "
         f"{result['points'][-1]['seconds']:>6,.0f} s  "
         f"validation {final_validation(result):.4f}  mfu {f'{mfu:.1%}' if mfu else 'n/a'}",
@@ -295,9 +299,9 @@ def table(results):
             groups.setdefault((result["recipe"], result["steps"]), []).append(result)
     plain = max((key for key in groups if key[0] == PLAIN), key=lambda key: key[1], default=None)
     rows = [
-        "| recipe | steps | tokens/s | peak memory, MB | seconds | validation loss "
+        "| recipe | steps | micro-batch | tokens/s | peak memory, MB | seconds | validation loss "
         "| seconds to the plain loop's last loss |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     base = means(groups[plain]) if plain else None
     for (recipe, steps), runs in groups.items():
@@ -310,7 +314,8 @@ def table(results):
             return f" ({mine[key] / base[key]:.2f}x)" if base else ""
 
         rows.append(
-            f"| {recipe} | {steps} | {mine['speed']:,.0f}{against('speed')} "
+            f"| {recipe} | {steps} | {min(run['points'][-1]['batch_size'] for run in runs)} "
+            f"| {mine['speed']:,.0f}{against('speed')} "
             f"| {mine['memory'] / 1e6:,.0f}{against('memory')} "
             f"| {mine['seconds']:,.0f}{against('seconds')} | {mine['validation']:.4f} | {when} |"
         )

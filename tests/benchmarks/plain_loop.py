@@ -72,7 +72,10 @@ def learning_rate(step, peak, warmup, steps):
 
 
 def train_plain(config, dataset, peak_learning_rate, warmup):
-    """Yield (step, training seconds so far, training loss, validation loss or None)."""
+    """Yield (step, training seconds so far, training loss, validation loss or None).
+
+    The network is compiled before the first step, as ours is in the trial of its micro-batch.
+    """
     training, model_config = config.training, config.model
     device = torch.device(config.hardware.device)
     on_gpu = device.type == "cuda"
@@ -106,6 +109,13 @@ def train_plain(config, dataset, peak_learning_rate, warmup):
             total += loss.item() * targets.numel()
             tokens += targets.numel()
         return total / tokens
+
+    if on_gpu:
+        ids = torch.zeros(training.batch_size, model_config.block_size, dtype=torch.int64)
+        with autocast:
+            network(ids.to(device), ids.to(device)).backward()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
 
     seconds = 0.0
     for step in range(training.max_steps):
