@@ -32,8 +32,6 @@ COMPUTE = {
     # Waiting threads sleep instead of spinning: on two shared cores, spinning made the loss take
     # 1.7 times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Growing segments fragment less, which leaves more of a small GPU's memory usable.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     # On a CPU, huge pages for blocks of 2 MB and more: steps are over 10 % faster, and freed memory
     # returns to the system instead of leaving holes in the heap (tests/benchmarks).
     "THP_MEM_ALLOC_ENABLE": "1",

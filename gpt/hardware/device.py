@@ -1,8 +1,11 @@
 """Torch devices: which one to use, the dtype it multiplies in, its memory and energy."""
 
+import os
+import platform
 import re
 import resource
 import sys
+from ctypes import byref
 from functools import cache
 from typing import Any
 
@@ -24,20 +27,57 @@ OUT_OF_MEMORY = re.compile(
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that `hardware.device` names, and make a GPU torch's current one: random
-    states, caches and supported dtypes are asked of that. Raises `ConfigError` if it does not
-    exist."""
-    count = torch.cuda.device_count()
-    device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
-    if device.type == "cpu":
-        return device
-    device = torch.device("cuda", device.index or 0)
-    if device.index >= count:
+    """Return the device that `hardware.device` names. A GPU becomes torch's current one, of which
+    random states and supported dtypes are asked, and its allocator is set up.
+
+    Raises `ConfigError` if it does not exist."""
+    if not names_gpu(name):
+        return torch.device("cpu")
+    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
         rule = f"does not exist: torch {torch.__version__} finds {count} CUDA devices"
         remedy = 'use "auto" or "cpu", or install the CUDA build of torch and the driver'
         raise ConfigError(Problem("hardware.device", name, rule, remedy))
+    device = torch.device("cuda", index)
+    _configure_allocator(device)
     torch.cuda.set_device(device)
     return device
+
+
+def names_gpu(name: str) -> bool:
+    """Whether `hardware.device` names a GPU: "auto" does if there is one."""
+    return name.startswith("cuda") or (name == "auto" and torch.cuda.device_count() > 0)
+
+
+@cache
+def _configure_allocator(device: torch.device) -> None:
+    """Set up torch's caching allocator before the first use of CUDA, which reads the variable.
+
+    Expandable segments fragment less, which leaves more of a small GPU's memory usable. Under WSL2
+    their first allocation can fail (github.com/pytorch/pytorch/issues/192330). There, the driver
+    puts what does not fit into system memory, which is many times slower, instead of refusing it:
+    so torch refuses what exceeds the memory that is free now. Settings of the user win.
+    """
+    on_wsl = "microsoft" in platform.release().lower()
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    if settings is None and not on_wsl and _have_fabric_state():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if on_wsl and "per_process_memory_fraction" not in (settings or ""):
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(free / total, device)
+
+
+def _have_fabric_state() -> bool:
+    """Whether NVML tells the fabric state of each GPU, which torch asserts for expandable
+    segments."""
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            pynvml.nvmlDeviceGetGpuFabricInfoV(handle, byref(pynvml.c_nvmlGpuFabricInfo_v2_t()))
+    except pynvml.NVMLError:
+        return False
+    return True
 
 
 def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:

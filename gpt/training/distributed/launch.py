@@ -24,6 +24,7 @@ from gpt.artifacts import DatasetManifest
 from gpt.config.schema import RunConfig
 from gpt.data.tokenize.pool import available_cpus
 from gpt.errors import ConfigError, DistributedError, GPTError, Problem
+from gpt.hardware.device import names_gpu
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.distributed.ipc import IPC_FOLDER, IPCServer
 from gpt.training.distributed.process_group import IS_MAIN_MACHINE
@@ -206,9 +207,7 @@ def _environment(spec: WorkerSpec, folder: Path) -> dict[str, str]:
 
 def _check_devices(config: RunConfig) -> None:
     found, devices = torch.cuda.device_count(), config.hardware.devices
-    device = config.hardware.device
-    uses_gpus = device.startswith("cuda") or (device == "auto" and found)
-    if uses_gpus and found < devices:
+    if names_gpu(config.hardware.device) and found < devices:
         rule = f"torch {torch.__version__} finds {found} CUDA devices on this machine"
         remedy = f"set hardware.devices to at most {found}"
         raise ConfigError(Problem("hardware.devices", str(devices), rule, remedy))

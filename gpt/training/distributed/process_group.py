@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt.errors import GPTError
-from gpt.hardware.device import pick_device
+from gpt.hardware.device import names_gpu, pick_device
 
 T = TypeVar("T")
 
@@ -82,11 +82,8 @@ def join_process_group(device_type: str, timeout_seconds: float) -> ProcessGroup
 
 def local_device(name: str) -> torch.device:
     """Return the device that `hardware.device` names; each process of a group has its own GPU."""
-    device = pick_device(name)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
+    rank = os.environ.get("LOCAL_RANK")
+    return pick_device(f"cuda:{rank}" if rank and names_gpu(name) else name)
 
 
 def leave_process_group() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,22 +82,85 @@ def test_other_errors_are_not_out_of_memory() -> None:
         assert not is_out_of_memory(error), error
 
 
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two GPUs, the calls that set them up, and NVML, which answers the query of the fabric."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "restored after the test")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetGpuFabricInfoV=lambda handle, info: None,
+        c_nvmlGpuFabricInfo_v2_t=ctypes.c_int,
+    )
+    calls = SimpleNamespace(current=[], fractions=[], nvml=nvml)
+    monkeypatch.setattr(device_module, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.current.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: calls.fractions.append(given)
+    )
+    device_module._configure_allocator.cache_clear()
+    yield calls
+    device_module._configure_allocator.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
 )
-def test_chosen_gpu_becomes_the_current_one(
-    monkeypatch: pytest.MonkeyPatch, name: str, index: int
-) -> None:
+def test_chosen_gpu_becomes_the_current_one(cuda: Any, name: str, index: int) -> None:
     """Random states of a checkpoint are the current GPU's, and dropout draws on the model's."""
-    current = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert [pick_device(name)] == current == [torch.device("cuda", index)]
+    assert [pick_device(name)] == cuda.current == [torch.device("cuda", index)]
 
 
-def test_cpu_leaves_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delattr(torch.cuda, "set_device")
+def test_cpu_leaves_gpus_alone(cuda: Any) -> None:
     assert pick_device("cpu") == torch.device("cpu")
+    assert not cuda.current
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_missing_gpu_is_a_config_error(cuda: Any) -> None:
     with pytest.raises(ConfigError, match=r"torch .* finds 2 CUDA devices"):
         pick_device("cuda:2")
+
+
+def test_segments_are_expandable_and_memory_is_not_limited(cuda: Any) -> None:
+    pick_device("cuda")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert not cuda.fractions
+
+
+def test_segments_are_not_expandable_if_nvml_does_not_tell_the_fabric_state(cuda: Any) -> None:
+    def missing(handle: int, info: Any) -> None:
+        raise NVMLError
+
+    cuda.nvml.nvmlDeviceGetGpuFabricInfoV = missing
+    pick_device("cuda")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("settings", ["max_split_size_mb:128", ""])
+def test_allocator_settings_of_the_user_win(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, variable: str, settings: str
+) -> None:
+    monkeypatch.setenv(variable, settings)
+    pick_device("cuda")
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    assert {n: os.environ[n] for n in names if n in os.environ} == {variable: settings}
+
+
+def test_wsl_uses_free_memory_only(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver would spill the rest to system memory instead of refusing it."""
+    release = "5.15.167.4-microsoft-standard-WSL2"
+    monkeypatch.setattr(device_module.platform, "release", lambda: release)
+    for _ in range(2):  # the second time, free memory is without what this process holds
+        pick_device("cuda:1")
+    assert cuda.fractions == [(0.75, torch.device("cuda:1"))]
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "per_process_memory_fraction:0.5")
+    pick_device("cuda:0")
+    assert len(cuda.fractions) == 1
