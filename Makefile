@@ -1,6 +1,7 @@
 # make run       pretrain the tiny GPT end to end; installs what a run needs first
 # make test      checks, unit and property tests, one pipeline, one service, one kill: minutes
 # make test-all  the same, and the long fault, service and cluster tests
+# make test-cuda the tests of the CUDA path, on a stub of the driver: no card is needed
 # make check     formatting, lint and types only
 # make docs      build the documentation into site/, offline
 # make install   what `make run` installs
@@ -12,6 +13,7 @@ WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_CUDA := .venv-cuda
 SAMPLE := data/sample.parquet
 UV := $(shell command -v uv 2>/dev/null)
 # pip compiles on one core. `make COMPILE=` leaves each module to its first import.
@@ -34,7 +36,7 @@ make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet 'p
 install = $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable
 endif
 
-.PHONY: run test test-all check docs install clean
+.PHONY: run test test-all test-cuda check docs install clean
 
 run: $(VENV)/installed $(SAMPLE)
 	@$(BIN)/overnight run $(CONFIG)
@@ -44,6 +46,9 @@ test: check
 
 test-all: check
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+test-cuda: $(VENV_CUDA)/installed
+	@$(VENV_CUDA)/bin/python tests/cuda/run_on_cards.py --jobs 2
 
 install: $(VENV)/installed
 
@@ -56,7 +61,7 @@ docs: $(VENV)/installed-docs
 	@NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis site
+	rm -rf $(VENV) $(VENV_CUDA) .cuda-driver *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each marker file is written last, so that an interrupted installation is repeated.
@@ -75,6 +80,18 @@ $(VENV)/installed-%: pyproject.toml constraints.txt $(VENV)/installed
 	@echo "installing what \`make $*\` needs"
 	@$(install) '.[$*]'
 	@$(COMPILE)
+	@touch $@
+
+# torch's CUDA build, before the packages of the tests. `===` refuses a build like 2.13.0+cpu, which
+# a configured find-links may offer.
+$(VENV_CUDA)/installed: constraints.txt $(VENV)/installed-test
+	@echo "installing torch's CUDA build into $(VENV_CUDA): 5 GB, some minutes the first time"
+	@$(PYTHON) -m venv $(VENV_CUDA)
+	@PIP_FIND_LINKS= $(VENV_CUDA)/bin/python -m pip install --quiet --progress-bar off \
+		--no-compile "torch===$$(sed -n 's/^torch==//p' constraints.txt)"
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+		sysconfig.get_path("purelib"))' > $$($(VENV_CUDA)/bin/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_tests.pth
 	@touch $@
 
 $(SAMPLE): | $(VENV)/installed

@@ -10,7 +10,7 @@ from gpt.hardware.device import autocast
 from gpt.model.architectures import build_model
 from gpt.model.loss import linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.cards("rtx4070", "t4")
 
 BATCH, TIME, WIDTH, VOCABULARY = 8, 128, 32, 512
 RESIDUAL = {"embedding", "native_dropout", "native_layer_norm", "add"}
