@@ -22,6 +22,7 @@ from unittest.mock import patch
 import pytest
 from browser import browser
 from filelock import FileLock
+from pipeline_config import TINY_CONFIG
 from servers import server
 from waiting import scaled
 
@@ -61,37 +62,6 @@ SLOW_FIRST = (
     *("test_checkpoint", "test_huggingface", "test_loop", "test_divergence"),
 )
 """The groups that take longest, so that none of them is begun last."""
-
-TINY_CONFIG = """
-[run]
-name = "tiny"
-root = "{root}"
-
-[model]
-n_layer = 1
-n_head = 2
-n_embd = 16
-block_size = 32
-
-[data]
-source = "{source}"
-validation_fraction = 0.2
-
-[training]
-batch_size = 2
-grad_acc = 2
-max_steps = 12
-dtype = "float32"
-compile = false
-checkpoint_interval = 5
-log_interval = 4
-
-[evaluation]
-interval = 6
-tokens = 256
-prompts = ["The"]
-sample_tokens = 4
-"""
 
 
 def group_of(nodeid: str) -> str:

@@ -19,6 +19,7 @@ class CardModel:
     shared_kib_per_block: int = 99
     """What a kernel can opt in to: CUDA C++ programming guide, "compute capabilities"."""
     threads_per_multiprocessor: int = 1536
+    devices: int = 1
 
 
 CARDS = {
@@ -27,15 +28,17 @@ CARDS = {
     "t4": CardModel("Tesla T4", "7.5", 15360, 40, 64, 1024),
     "h100": CardModel("NVIDIA H100 80GB HBM3", "9.0", 81559, 132, 227, 2048),
     "rtx5070": CardModel("NVIDIA GeForce RTX 5070", "12.0", 12227, 48),
+    "two_rtx4070": CardModel("NVIDIA GeForce RTX 4070", "8.9", 12282, 46, devices=2),
 }
 
 
-def card_environment(key: str, driver: Path, devices: int = 1) -> dict[str, str]:
-    """Return the environment in which torch's CUDA build finds `devices` cards of a model.
+def card_environment(key: str, driver: Path) -> dict[str, str]:
+    """Return the environment in which torch's CUDA build finds cards of a model.
 
     It must be set before a process starts: the driver in the folder `driver` is loaded first.
     """
     card = CARDS[key]
+    kernels = driver / f"kernels-{card.capability}"
     return {
         **os.environ,
         CARD: key,
@@ -45,8 +48,11 @@ def card_environment(key: str, driver: Path, devices: int = 1) -> dict[str, str]
         "CARD_MULTIPROCESSORS": str(card.multiprocessors),
         "CARD_SHARED_BYTES_PER_BLOCK": str(card.shared_kib_per_block * 1024),
         "CARD_THREADS_PER_MULTIPROCESSOR": str(card.threads_per_multiprocessor),
-        "CARD_DEVICES": str(devices),
+        "CARD_DEVICES": str(card.devices),
         "LD_LIBRARY_PATH": str(driver),
         "LD_PRELOAD": str(driver / "libcuda.so.1"),
         "TRITON_LIBCUDA_PATH": str(driver),
+        "TORCHINDUCTOR_CACHE_DIR": str(kernels),
+        "TRITON_CACHE_DIR": str(kernels / "triton"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more would be processes that load torch, too
     }

@@ -10,9 +10,9 @@ from typing import Any
 
 import polars
 import pytest
-from conftest import TINY_CONFIG
 from corpus_data import decode_documents
 from overnight_command import overnight
+from pipeline_config import TINY_CONFIG
 
 from flows.pretrain import pretrain
 from flows.retrain import RetrainResult, retrain

@@ -5,7 +5,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Copies and fills up to this size are real; larger ones would take the host's memory. */
-#define COPIED_BYTES (4u << 20)
+#define COPIED_BYTES (16u << 20)
 
 enum memory_kind { UNKNOWN, DEVICE, HOST };
 

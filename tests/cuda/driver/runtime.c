@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#define RESULT_BYTES 16
+
 /* --- devices -------------------------------------------------------------------------------- */
 
 EXPORT cudaError_t cudaGetDeviceCount(int *count) {
@@ -110,8 +112,10 @@ EXPORT cudaError_t cudaGetLastError(void) {
 EXPORT cudaError_t cudaPeekAtLastError(void) { return card_last_error; }
 
 EXPORT const char *cudaGetErrorString(cudaError_t error) {
+    static __thread char text[32];
     if (error == cudaErrorMemoryAllocation) return "out of memory";
-    return error ? "an error that the test asked for" : "no error";
+    snprintf(text, sizeof text, "error %d", error);
+    return text;
 }
 
 EXPORT const char *cudaGetErrorName(cudaError_t error) {
@@ -182,10 +186,15 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *answer
     return 0;
 }
 
+/* What the host reads in a few bytes is the result of a kernel, which computed nothing: numbers are
+ * then 0, and a bool is true, e.g. of `isfinite`. The memory itself may hold anything. */
 static void copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     if (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToDevice)
         card_count_copy(kind == cudaMemcpyDeviceToHost);
-    card_copy(to, from, bytes);
+    if (kind == cudaMemcpyDeviceToHost && bytes <= RESULT_BYTES)
+        memset(to, bytes == 1, bytes);
+    else
+        card_copy(to, from, bytes);
 }
 
 EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
@@ -280,12 +289,20 @@ EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, 
 
 /* --- kernels -------------------------------------------------------------------------------- */
 
+/* CUB chooses its tuning by the architecture that a kernel was compiled for, and accepts only those
+ * that are in the library: of torch's, the newest that the card runs. */
+static int compiled_architecture(void) {
+    static const int compiled[] = {120, 100, 90, 86, 80, 75};
+    int capability = 10 * card_capability(0) + card_capability(1), i = 0;
+    while (i < 5 && compiled[i] > capability) i++;
+    return compiled[i];
+}
+
 EXPORT cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *f) {
     memset(attributes, 0, sizeof *attributes);
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 32;
-    attributes->binaryVersion = 10 * card_capability(0) + card_capability(1);
-    attributes->ptxVersion = attributes->binaryVersion;
+    attributes->binaryVersion = attributes->ptxVersion = compiled_architecture();
     attributes->maxDynamicSharedSizeBytes = 48 << 10;
     return 0;
 }
