@@ -22,20 +22,15 @@ from gpt.files import compute_sha256, write_text
 from gpt.hardware.device import pick_device
 from gpt.markdown import quote_samples
 from gpt.model.io import load_model
-from gpt.model.section import CONFIG_FILE, MODEL_FILE, load_model_section
-from gpt.training.checkpoint.retention import (
-    PROGRESS_FILE,
-    complete_checkpoints,
-    read_progress,
-)
+from gpt.model.section import load_model_section
+from gpt.training.checkpoint.retention import complete_checkpoints, read_progress
 from tasks.display import log_info, show_evaluation
 from tasks.tracking.journal import PendingModel
-from tasks.tracking.model_lookup import Champion
+from tasks.tracking.model_lookup import MODEL_FILES, Champion
 from tasks.tracking.recorder import report_metrics
 from tasks.tracking.runs import RunRef, attach_artifacts, open_recorder
 
 SAMPLES_FILE = "samples.md"
-MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
 
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)

@@ -142,9 +142,7 @@ def _start(settings: ServiceSettings, *processes: ManagedProcess) -> None:
             from tasks.tracking.metadata import mlflow_folder
             from tasks.tracking.runs import create_sqlite_store
 
-            folder = mlflow_folder(settings.root)
-            folder.mkdir(parents=True, exist_ok=True)
-            create_sqlite_store(folder / "mlflow.db")
+            create_sqlite_store(mlflow_folder(settings.root) / "mlflow.db")
         server.start()
     if not SAMPLE.exists():  # while the servers start
         SAMPLE.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import fmean
 
 from gpt.artifacts import EvaluationReport
@@ -35,7 +34,7 @@ class ConfigResult:
     failures: tuple[str, ...] = ()
     """Why seeds have no result, one message each."""
 
-    @cached_property
+    @property
     def losses(self) -> list[float]:
         return [run.report.loss for run in self.runs]
 

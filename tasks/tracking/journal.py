@@ -185,9 +185,8 @@ class PendingMetadata(Artifact):
 
 
 def read_metadata(folder: Path) -> PendingMetadata | None:
-    with suppress(FileNotFoundError):
-        return PendingMetadata.model_validate_json((folder / METADATA_FILE).read_bytes())
-    return None
+    path = folder / METADATA_FILE
+    return PendingMetadata.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 def update_metadata(folder: Path, **changes: Any) -> PendingMetadata:
@@ -206,10 +205,9 @@ def write_metadata(folder: Path, metadata: PendingMetadata) -> None:
 
 def read_sync_state(folder: Path, uri: str = "") -> SyncState | None:
     """Read the state; None if there is none, or if it is that of another server than `uri`."""
-    with suppress(FileNotFoundError):
-        state = SyncState.model_validate_json((folder / SYNC_STATE_FILE).read_bytes())
-        return state if uri in ("", state.uri) else None
-    return None
+    path = folder / SYNC_STATE_FILE
+    state = SyncState.model_validate_json(path.read_bytes()) if path.exists() else None
+    return state if state and uri in ("", state.uri) else None
 
 
 def save_state(folder: Path, state: SyncState, **changes: Any) -> SyncState:

@@ -28,8 +28,8 @@ from tasks.tracking.mlflow_api import (
     get_or_none,
 )
 
-SAVED_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE, REPORT_FILE)
-"""What is stored of a model besides the files that MLflow needs to load it."""
+MODEL_FILES = (MODEL_FILE, CONFIG_FILE, PROGRESS_FILE)
+"""What is stored of a model besides its report and the files that MLflow needs to load it."""
 FINGERPRINT, FRACTION = "dataset.fingerprint", "data.validation_fraction"
 """Parameters of a run."""
 SQLITE = "sqlite:///"
@@ -59,7 +59,7 @@ def fetch_model(name: str, uri: str, root: Path) -> Path:
         folder = root / "models" / f"{match['name']}-{version}-{store}"
         if not folder.exists():
             with atomic_folder(folder) as partial:
-                fetch_files(client, location, SAVED_FILES, partial)
+                fetch_files(client, location, (*MODEL_FILES, REPORT_FILE), partial)
                 _check_model(partial, name, location)
         return folder
 

@@ -57,8 +57,13 @@ def send_models(sync: RunSync) -> None:
             if line.step == model.step and key.startswith(("val/", "final/"))
         ]
         client.log_batch(sync.state.run_id, metrics)
-        if model.files:
-            _upload_files(sync, model, logged)
+        if model.files:  # the weights, then the files by which MLflow loads them
+            with upload_timeout(UPLOAD_SECONDS):
+                for path in model.files:
+                    client.log_model_artifact(logged.model_id, str(path))
+            with TemporaryDirectory() as parent:
+                write_pyfunc_model(Path(parent) / "model", sync.state.run_id, logged)
+                client.log_model_artifacts(logged.model_id, str(Path(parent) / "model"))
         client.finalize_logged_model(logged.model_id, entities.LoggedModelStatus.READY)
         done = SyncedModel(entry=model, model_id=logged.model_id)
         sync.save(models=sync.state.models | {model.name: done})
@@ -82,17 +87,6 @@ def _find_or_create_model(sync: RunSync, model: PendingModel) -> entities.Logged
     if logged.model_id not in {output.model_id for output in outputs}:
         client.log_outputs(run_id, [entities.LoggedModelOutput(logged.model_id, model.step)])
     return logged
-
-
-def _upload_files(sync: RunSync, model: PendingModel, logged: entities.LoggedModel) -> None:
-    """Upload the weights, then the files by which MLflow loads them."""
-    with upload_timeout(UPLOAD_SECONDS):
-        for path in model.files:
-            sync.client.log_model_artifact(logged.model_id, str(path))
-    with TemporaryDirectory() as parent:
-        folder = Path(parent) / "model"
-        write_pyfunc_model(folder, sync.state.run_id, logged)
-        sync.client.log_model_artifacts(logged.model_id, str(folder))
 
 
 def write_pyfunc_model(folder: Path, run_id: str, logged: entities.LoggedModel) -> None:

@@ -85,6 +85,7 @@ def open_run(
 def create_sqlite_store(database: Path) -> None:
     """Create MLflow's SQLite store atomically: MLflow cannot use a database whose creation was
     interrupted."""
+    database.parent.mkdir(parents=True, exist_ok=True)
     if database.exists():
         return
     with FileLock(database.with_name(f".{database.name}.lock")):
