@@ -22,7 +22,6 @@ from unittest.mock import patch
 import pytest
 from browser import browser
 from filelock import FileLock
-from pipeline_config import TINY_CONFIG
 from servers import server
 from waiting import scaled
 
@@ -167,7 +166,8 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -
 def tiny_config(tmp_path: Path, parquet: Path, tiny_root: Path) -> Path:
     """A config that trains in a second, as TOML."""
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY_CONFIG.format(root=tiny_root.as_posix(), source=parquet.as_posix()))
+    template = (Path(__file__).parent / "helpers" / "pipeline.toml").read_text()
+    path.write_text(template.format(root=tiny_root.as_posix(), source=parquet.as_posix()))
     return path
 
 

@@ -12,7 +12,6 @@ import polars
 import pytest
 from corpus_data import decode_documents
 from overnight_command import overnight
-from pipeline_config import TINY_CONFIG
 
 from flows.pretrain import pretrain
 from flows.retrain import RetrainResult, retrain
@@ -39,8 +38,9 @@ TEXTS = [
 ]
 FIRST, SECOND = TEXTS[:60], TEXTS[60:90]
 
+PIPELINE = (Path(__file__).parents[1] / "helpers" / "pipeline.toml").read_text()
 CONFIG = f"""
-{TINY_CONFIG.partition("[evaluation]")[0]}
+{PIPELINE.partition("[evaluation]")[0]}
 [evaluation]
 interval = 100
 tokens = 1_000_000
