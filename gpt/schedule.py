@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from gpt.config.schema import OptimizerSection, RunConfig, ScheduleSection
 
@@ -12,6 +13,8 @@ MUON_LEARNING_RATE = 0.025
 EMBEDDING_LEARNING_RATE = 0.7
 HEAD_LEARNING_RATE = 0.004
 INITIAL_MOMENTUM = 0.85
+MIN_WARMUP_FRACTION = 0.01
+"""Of a run that continues from a trained model; a choice of this project."""
 MIN_BATCH_RATIO = 1 / 8
 """Below 2^16 tokens per step the rates stay the same: at 2^11 tokens, the rates for 2^16 and for
 2^19 trained equally well, and the square root rule's were far worse (docs/benchmarks.md)."""
@@ -74,3 +77,22 @@ def muon_momentum(optimizer: OptimizerSection, step: int, max_steps: int) -> flo
     first = min(INITIAL_MOMENTUM, optimizer.momentum)
     progress = min(1.0, step / warmup) if warmup else 1.0
     return first + (optimizer.momentum - first) * progress
+
+
+def build_continuation_overrides(
+    config: RunConfig, tokens: int, max_steps_limit: int | None = None
+) -> dict[str, Any]:
+    """Return the overrides of `config` for a run over `tokens` training tokens, each seen once:
+    complete steps, at least one, at most `max_steps_limit`.
+
+    The learning rate rises to the config's peak again and decays as in a run of that length:
+    "re-warming and re-decaying" (Ibrahim et al. 2024, arXiv:2403.08763). The warm-up is the same
+    fraction of the run as in the config, at least `MIN_WARMUP_FRACTION`. Optimizer states start
+    from zero.
+    """
+    steps = max(1, tokens // config.tokens_per_step)
+    if max_steps_limit is not None:
+        steps = min(steps, max_steps_limit)
+    fraction = max(MIN_WARMUP_FRACTION, config.schedule.warmup_steps / config.training.max_steps)
+    warmup = min(steps - 1, math.ceil(fraction * steps))
+    return {"training": {"max_steps": steps}, "schedule": {"warmup_steps": warmup}}

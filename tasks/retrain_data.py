@@ -19,8 +19,8 @@ from gpt.data.source_changes import SourceChanges, find_source_changes
 from gpt.data.sources import find_sources
 from gpt.errors import ConfigError, CorpusError, Problem
 from gpt.preflight.checks import check_init_from
-from gpt.training.continued_pretraining import build_continuation_overrides
-from gpt.training.identity import identity_values
+from gpt.schedule import build_continuation_overrides
+from gpt.training.run_dir import identity_values
 from tasks.display import log_info, log_warning
 from tasks.tracking.journal import RegisteredVersion
 from tasks.tracking.metadata import resolve_tracking_uri

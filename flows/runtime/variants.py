@@ -22,7 +22,7 @@ from gpt.config.schema import DataSection, RunConfig, fingerprint
 from gpt.errors import ComparisonError, ConfigError, GPTError, Problem
 from gpt.files import write_text
 from gpt.gc_tuning import tune_gc
-from gpt.training.identity import run_identity
+from gpt.training.run_dir import run_identity
 
 EXECUTION_KEYS = ("engine", "workers", "runner", "cluster", "store")
 """Keys of [data] that say how and where text is tokenized; the tokens do not depend on them."""

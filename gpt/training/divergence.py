@@ -9,8 +9,7 @@ spike is a loss more than `training.spike_sigma` standard deviations above the m
 """
 
 import logging
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -63,29 +62,16 @@ def write_recoveries(folder: Path, recoveries: tuple[Recovery, ...]) -> None:
     write_text(folder / RECOVERIES_FILE, _RECOVERIES.dump_json(recoveries, indent=2).decode())
 
 
-class SpikeDetector:
-    """Compares each loss with the last `SPIKE_WINDOW` ones; `losses` are those of an earlier start.
-    A `sigma` of 0 detects nothing."""
-
-    def __init__(self, sigma: float, losses: Iterable[float] = ()) -> None:
-        self._sigma = sigma
-        self._losses = deque(losses, maxlen=SPIKE_WINDOW)
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        return tuple(self._losses)
-
-    def find_spike(self, loss: float) -> str | None:
-        """Return why `loss` is a spike; None, and remember it, if it is not."""
-        if self._sigma and len(self._losses) == SPIKE_WINDOW:
-            mean, deviation = fmean(self._losses), stdev(self._losses)
-            if loss > mean + self._sigma * deviation:
-                return (
-                    f"loss {loss:.4f} is a spike: the last {SPIKE_WINDOW} have a mean of "
-                    f"{mean:.4f} and a standard deviation of {deviation:.4f}"
-                )
-        self._losses.append(loss)
-        return None
+def find_spike(loss: float, last_losses: Sequence[float], sigma: float) -> str | None:
+    """Return why `loss` is a spike; None if it is not, or if `sigma` is 0."""
+    if sigma and len(last_losses) == SPIKE_WINDOW:
+        mean, deviation = fmean(last_losses), stdev(last_losses)
+        if loss > mean + sigma * deviation:
+            return (
+                f"loss {loss:.4f} is a spike: the last {SPIKE_WINDOW} have a mean of {mean:.4f} "
+                f"and a standard deviation of {deviation:.4f}"
+            )
+    return None
 
 
 class DivergenceGuard:
@@ -98,10 +84,8 @@ class DivergenceGuard:
         self._watch_from_here()
 
     def _watch_from_here(self) -> None:
-        state = self._state
-        self._spikes = SpikeDetector(state.config.training.spike_sigma, state.recent_losses)
         self._consecutive_skips = 0
-        self._first_skip = self._last_step = state.loader.position
+        self._first_skip = self._last_step = self._state.loader.position
 
     def exclude_batches(self) -> None:
         """Never train again on the sequences that rollbacks have excluded."""
@@ -118,10 +102,11 @@ class DivergenceGuard:
         step_before, self._last_step = self._last_step, position
         if is_finite:
             self._consecutive_skips = 0
-            spike = self._spikes.find_spike(loss)
-            self._state.recent_losses = self._spikes.losses
-            if spike:
+            state, sigma = self._state, self._state.config.training.spike_sigma
+            if spike := find_spike(loss, state.recent_losses, sigma):
                 self.rollback(spike, position, is_spike=True)
+            else:
+                state.recent_losses = (*state.recent_losses, loss)[-SPIKE_WINDOW:]
             return
         reason = f"loss {loss} and gradient norm {grad_norm} are not both finite"
         logger.warning("step %d is skipped: %s", self._state.step, reason)
@@ -149,7 +134,6 @@ class DivergenceGuard:
             logger.warning(
                 "step %d: %s. Rolling back did not help; training continues", step, reason
             )
-            self._spikes = SpikeDetector(state.config.training.spike_sigma)
             state.recent_losses = ()
             return
         if attempts >= max_attempts:

@@ -1,23 +1,27 @@
 """Find or create the folder of a run: the same config resumes a run, a changed one starts another.
 
-A run is identified by its name and the fingerprint of what determines its weights
-(`gpt.training.identity`).
+A run is identified by its name and the fingerprint of what determines its weights at every step:
+model, data, optimizer, schedule, seed, dtype and the tokens per step. What may change between two
+starts is not part of it: steps, intervals, the split of a step into micro-batches, memory savings,
+device, tracking.
 """
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from gpt.artifacts import DatasetManifest
-from gpt.config.schema import RunConfig
+from gpt.config.schema import RunConfig, fingerprint
 from gpt.errors import ConfigError, Problem
 from gpt.files import write_text
 from gpt.training.checkpoint.retention import latest_checkpoint, unused_path
-from gpt.training.identity import run_identity
 
 RUN_FILE = "run.json"
+IDENTITY = ("model.", "optimizer.", "schedule.", "training.dtype", "training.seed")
+"""What the keys of the settings begin with that belong to a run's identity."""
 
 
 class RunRecord(BaseModel):
@@ -28,6 +32,22 @@ class RunRecord(BaseModel):
     identity: str
     max_steps: int
     dataset_fingerprint: str
+
+
+def identity_values(config: RunConfig, dataset_fingerprint: str) -> dict[str, Any]:
+    """Return the settings of a run's identity by dotted key."""
+    values = {key: value for key, value in config.flatten().items() if key.startswith(IDENTITY)}
+    if init_from := config.training.init_from:  # runs older than this key keep their identity
+        values["training.init_from"] = init_from
+    return values | {
+        "sequences_per_step": config.sequences_per_step,  # batch_size * grad_acc
+        "dataset": dataset_fingerprint,
+    }
+
+
+def run_identity(config: RunConfig, dataset_fingerprint: str) -> str:
+    """Return the fingerprint of `identity_values`."""
+    return fingerprint(identity_values(config, dataset_fingerprint))
 
 
 def open_run_dir(config: RunConfig, dataset: DatasetManifest, fresh: bool = False) -> Path:

@@ -31,7 +31,7 @@ from gpt.training.checkpoint.retention import (
     remove_partial_checkpoints,
 )
 from gpt.training.distributed.sharding import full_tensor, load_full_weights, shard_like
-from gpt.training.identity import identity_values
+from gpt.training.run_dir import identity_values
 
 SMALL_FILES_BYTES = 1_000_000
 """Upper bound for random states, progress, config and checksums."""

@@ -22,9 +22,8 @@ from gpt.hardware.device import pick_device
 from gpt.model.io import load_model
 from gpt.preflight.checks import check_init_from
 from gpt.training.checkpoint.retention import latest_checkpoint
-from gpt.training.identity import run_identity
 from gpt.training.loop import train
-from gpt.training.run_dir import open_run_dir
+from gpt.training.run_dir import open_run_dir, run_identity
 
 
 @pytest.fixture(scope="module")
