@@ -7,7 +7,6 @@ import resource
 import sys
 from ctypes import byref
 from functools import cache
-from typing import Any
 
 import pynvml
 import torch
@@ -133,13 +132,14 @@ def read_power_limit_watts(device: torch.device) -> float | None:
 
 
 def _read_thousandths(device: torch.device, function: str) -> float | None:
-    """Return what a function of NVML reports in thousandths, e.g. millijoules."""
+    """Return what a function of NVML reports in thousandths, e.g. millijoules. The GPU is found by
+    its UUID, because CUDA_VISIBLE_DEVICES changes its index."""
     if device.type != "cuda":
         return None
-    handle = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
-    if handle is None:
-        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
     try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         return float(getattr(pynvml, function)(handle)) / 1000
     except pynvml.NVMLError:
         return None
@@ -152,13 +152,3 @@ def describe_device(device: torch.device) -> InstalledGPU:
     found = torch.cuda.get_device_properties(device)
     without_nvml = InstalledGPU(found.name, found.total_memory, 0, str(found.uuid), "unknown")
     return next((gpu for gpu in installed_gpus() if gpu.uuid == str(found.uuid)), without_nvml)
-
-
-@cache
-def _nvml_handle(uuid: str) -> Any:
-    """Look a GPU up by UUID, because CUDA_VISIBLE_DEVICES changes its index."""
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except pynvml.NVMLError:
-        return None

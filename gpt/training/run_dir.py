@@ -58,7 +58,7 @@ def open_run_dir(config: RunConfig, dataset: DatasetManifest, fresh: bool = Fals
     """
     parent = config.run.root / "train"
     identity = run_identity(config, dataset.fingerprint)
-    folder = None if fresh else _find_resumable(parent, config, identity)
+    folder = None if fresh else find_run_dir(config, dataset)
     folder = folder or unused_path(parent / f"{config.run.name}-{identity[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
@@ -74,7 +74,12 @@ def open_run_dir(config: RunConfig, dataset: DatasetManifest, fresh: bool = Fals
 def find_run_dir(config: RunConfig, dataset: DatasetManifest) -> Path | None:
     """Return the folder that `open_run_dir` would resume, if any, without writing anything."""
     identity = run_identity(config, dataset.fingerprint)
-    return _find_resumable(config.run.root / "train", config, identity)
+    max_steps, candidates = config.training.max_steps, []
+    for path in (config.run.root / "train").glob(f"{config.run.name}-*/{RUN_FILE}"):
+        record = RunRecord.model_validate_json(path.read_text())
+        if record.identity == identity and _may_resume(path.parent, record, max_steps):
+            candidates.append((record.max_steps == max_steps, path.stat().st_ctime_ns, path.parent))
+    return max(candidates)[-1] if candidates else None
 
 
 def find_run_dir_by_name(name: str, root: Path) -> Path:
@@ -92,17 +97,6 @@ def find_run_dir_by_name(name: str, root: Path) -> Path:
 
 def _newest_first(folders: Iterable[Path]) -> list[Path]:
     return sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
-def _find_resumable(parent: Path, config: RunConfig, identity: str) -> Path | None:
-    """Return the newest folder of this identity that `config` may resume."""
-    max_steps = config.training.max_steps
-    candidates = []
-    for path in parent.glob(f"{config.run.name}-*/{RUN_FILE}"):
-        record = RunRecord.model_validate_json(path.read_text())
-        if record.identity == identity and _may_resume(path.parent, record, max_steps):
-            candidates.append((record.max_steps == max_steps, path.stat().st_ctime_ns, path.parent))
-    return max(candidates)[-1] if candidates else None
 
 
 def _may_resume(folder: Path, record: RunRecord, max_steps: int) -> bool:

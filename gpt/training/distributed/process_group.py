@@ -4,7 +4,6 @@ do nothing."""
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -84,8 +83,3 @@ def local_device(name: str) -> torch.device:
     """Return the device that `hardware.device` names; each process of a group has its own GPU."""
     rank = os.environ.get("LOCAL_RANK")
     return pick_device(f"cuda:{rank}" if rank and names_gpu(name) else name)
-
-
-def leave_process_group() -> None:
-    with suppress(RuntimeError):  # the others may have left already
-        dist.destroy_process_group()

@@ -3,6 +3,9 @@
 
 import logging
 import os
+from contextlib import suppress
+
+import torch.distributed as dist
 
 from gpt.errors import GPTError, first_line
 from gpt.training.checkpoint.retention import write_batch_size
@@ -11,7 +14,6 @@ from gpt.training.distributed.launch import SPEC_FILE, WorkerSpec
 from gpt.training.distributed.process_group import (
     ProcessGroup,
     join_process_group,
-    leave_process_group,
     local_device,
 )
 from gpt.training.loop import fit, setup
@@ -32,7 +34,8 @@ def main() -> None:
     except Exception as error:
         client.send((_restart_count(), f"{type(error).__name__}: {first_line(error)}"))
         raise
-    leave_process_group()
+    with suppress(RuntimeError):  # the others may have left already
+        dist.destroy_process_group()
     # Threads of gloo that still run abort the interpreter's normal exit, and the launcher would
     # restart the group.
     logging.shutdown()

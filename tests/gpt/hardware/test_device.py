@@ -31,9 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(device_module, "pynvml", library)
     properties = SimpleNamespace(uuid="u")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    device_module._nvml_handle.cache_clear()
-    yield library
-    device_module._nvml_handle.cache_clear()
+    return library
 
 
 def test_energy_is_in_joules(gpu: Any) -> None:
@@ -49,7 +47,6 @@ def test_energy_is_none_if_not_reported(gpu: Any) -> None:
     gpu.nvmlDeviceGetTotalEnergyConsumption = unsupported  # like a GPU older than Volta
     assert read_energy_joules(torch.device("cuda")) is None
     gpu.nvmlDeviceGetHandleByUUID = unsupported
-    device_module._nvml_handle.cache_clear()
     assert read_energy_joules(torch.device("cuda")) is None
 
 
