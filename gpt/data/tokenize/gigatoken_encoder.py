@@ -40,7 +40,7 @@ REBUILD_TEXT_BYTES = 512_000_000
 REBUILD_GROWTH_BYTES = 48_000_000
 """The encoder is rebuilt (0.2 s) after this much text or this much growth of the process."""
 
-_WORD_BYTES, _WORDS = 8, 2
+_WORD_BYTES = 8
 _SPACE, _NEWLINE, _NON_ASCII = 0x20, 0x0A, 0x80
 
 Spans = NDArray[np.int64]
@@ -110,14 +110,12 @@ class _TokenBytes:
     """The bytes of every token by tiktoken's ranks, the first 16 as two words of eight."""
 
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
-        size = _WORDS * _WORD_BYTES
+        size = 2 * _WORD_BYTES
         tokens = sorted(ranks, key=ranks.__getitem__)
         self._lengths = np.array([len(token) for token in tokens], dtype=np.uint8)
         self._long = {i: token for i, token in enumerate(tokens) if len(token) > size}
         padded = b"".join(token[:size].ljust(size, b"\0") for token in tokens)
-        self._words = np.frombuffer(padded, "<u8").reshape(-1, _WORDS).T.copy()
-        masks = [(1 << 8 * length) - 1 for length in range(_WORD_BYTES + 1)]
-        self._masks = np.array(masks, dtype=np.uint64)
+        self._words = np.frombuffer(padded, "<u8").reshape(-1, 2).T.copy()
 
     def find_starts(self, ids: NDArray[Any], text: bytes) -> NDArray[np.int64] | None:
         """Where each token begins in `text`, and the end of the text; None if the ids do not spell
@@ -130,47 +128,29 @@ class _TokenBytes:
         np.cumsum(lengths, dtype=np.int64, out=starts[1:])
         if starts[-1] != len(text):
             return None
-        places = starts[:-1]
-        if not self._first_words_match(tokens, places, text):
-            return None
-        # The eight bytes that begin at each byte of the text.
-        words: NDArray[np.uint64] = np.ndarray(
-            len(text), "<u8", text + bytes(_WORD_BYTES), strides=(1,)
-        )
-        for row, expected in enumerate(self._words[1:], 1):
-            longer = np.flatnonzero(lengths > row * _WORD_BYTES)
-            tokens, lengths, places = tokens[longer], lengths[longer], places[longer]
-            different = words[places + row * _WORD_BYTES] ^ expected.take(tokens)
-            different &= self._masks.take(np.minimum(lengths - row * _WORD_BYTES, _WORD_BYTES))
-            if different.any():
-                return None
-        longest = np.flatnonzero(lengths > _WORDS * _WORD_BYTES)
-        for token, place in zip(tokens[longest].tolist(), places[longest].tolist(), strict=True):
-            if not text.startswith(self._long[token], place):
-                return None
-        return starts
-
-    def _first_words_match(
-        self, tokens: NDArray[np.intp], places: NDArray[np.int64], text: bytes
-    ) -> bool:
-        """Whether the text has the first eight bytes of every token (all bytes of a shorter one).
-
-        They are written over a copy of it. Where a word is longer than its token, the next tokens
-        overwrite the rest, because numpy assigns in order and the last value stays.
-        """
+        # The words are written over a copy of the text, the second words first. Where one is longer
+        # than the rest of its token, the first words of the next tokens overwrite what is too much:
+        # numpy assigns in order, and the last value stays.
         spelled = bytearray(text) + bytes(_WORD_BYTES)
         words: NDArray[np.uint64] = np.ndarray(len(text), "<u8", spelled, strides=(1,))
-        words[places] = self._words[0].take(tokens)
-        return spelled.startswith(text)
+        longer = np.flatnonzero(lengths > _WORD_BYTES)
+        words[starts[longer] + _WORD_BYTES] = self._words[1].take(tokens[longer])
+        words[starts[:-1]] = self._words[0].take(tokens)
+        longest = np.flatnonzero(lengths > 2 * _WORD_BYTES)
+        places = zip(tokens[longest].tolist(), starts[longest].tolist(), strict=True)
+        is_spelled = spelled.startswith(text) and all(
+            text.startswith(self._long[token], place) for token, place in places
+        )
+        return starts if is_spelled else None
 
 
 def spans_to_verify(text: bytes, edges: NDArray[Any]) -> Spans:
     """Choose the parts of a chunk to compare. `edges` are the bounds of its texts, from 0 to its
     end.
 
-    A span begins and ends at an edge, or where a space or a newline follows visible ASCII, which is
-    a safe place to split. A run of one kind of character contains no such place, so a long run
-    shows as a long distance between two of them.
+    A span lies between neighboring bounds: an edge, or where a space or a newline follows visible
+    ASCII, which is a safe place to split. A run of one kind of character contains no such place, so
+    a long run shows as a long span.
     """
     data = np.frombuffer(text, dtype=np.uint8)
     before = data[:-1]
@@ -178,47 +158,17 @@ def spans_to_verify(text: bytes, edges: NDArray[Any]) -> Spans:
     is_safe &= (before > _SPACE) & (before < _NON_ASCII)
     places = np.flatnonzero(is_safe) + 1
     bounds = np.insert(places, np.searchsorted(places, edges), edges)
-    long_runs = np.flatnonzero(np.diff(bounds) >= LONG_RUN_BYTES)
+    lengths = np.diff(bounds)
+    chosen = lengths >= LONG_RUN_BYTES
     non_ascii = np.flatnonzero(data >= _NON_ASCII)
+    chosen[np.searchsorted(bounds, non_ascii, side="right") - 1] = True
     sample = zlib.crc32(text[-SAMPLE_BYTES:]) % max(1, len(text) - SAMPLE_BYTES)
-    wanted = [
-        np.stack([bounds[long_runs], bounds[long_runs + 1]], axis=1),
-        np.stack([non_ascii, non_ascii + 1], axis=1),
-        np.array([[sample, min(sample + SAMPLE_BYTES, len(text))]]),
-        _find_special_texts(text, edges),
-    ]
-    return _split_at_edges(_widen_to_bounds(np.concatenate(wanted), bounds), edges)
-
-
-def _find_special_texts(text: bytes, edges: NDArray[Any]) -> Spans:
-    """Find each text that contains something like a special token."""
-    found = []
-    match = SPECIAL.search(text)
-    while match:
-        index = int(np.searchsorted(edges, match.start(), side="right"))
-        found.append((edges[index - 1], edges[index]))
-        match = SPECIAL.search(text, int(edges[index]))
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
-
-
-def _widen_to_bounds(wanted: NDArray[np.int64], bounds: NDArray[Any]) -> Spans:
-    """Extend each row (start, end) to the nearest bounds and join those that touch or overlap."""
-    first = np.searchsorted(bounds, wanted[:, 0], side="right") - 1
-    last = np.searchsorted(bounds, wanted[:, 1], side="left")
-    order = np.argsort(first, kind="stable")
-    starts, ends = bounds[first[order]], np.maximum.accumulate(bounds[last[order]])
-    is_apart = starts[1:] > ends[:-1]
-    begins, lasts = np.append(True, is_apart), np.append(is_apart, True)
-    return np.stack([starts[begins], ends[lasts]], axis=1)
-
-
-def _split_at_edges(spans: Spans, edges: NDArray[Any]) -> Spans:
-    """Split the spans where one text ends and the next begins."""
-    points = np.sort(np.concatenate([edges, spans.ravel()]), kind="stable")
-    points = points[np.diff(points, prepend=-1) > 0]
-    indices = np.searchsorted(spans[:, 0], points[:-1], side="right") - 1
-    is_inside = (indices >= 0) & (points[:-1] < spans[indices, 1])
-    return np.stack([points[:-1][is_inside], points[1:][is_inside]], axis=1)
+    special = [each for each in pairwise(edges.tolist()) if SPECIAL.search(text, *each)]
+    for start, end in [(sample, min(sample + SAMPLE_BYTES, len(text))), *special]:
+        first = np.searchsorted(bounds, start, side="right") - 1
+        chosen[first : np.searchsorted(bounds, end)] = True
+    chosen &= lengths > 0
+    return np.stack([bounds[:-1][chosen], bounds[1:][chosen]], axis=1)
 
 
 def _last_spans_of_groups(data: NDArray[np.uint8], spans: Spans) -> NDArray[np.int64]:
