@@ -8,10 +8,10 @@ Pre-train Large Language Models", arXiv:2403.08763). `REPLAY_FRACTION` is our ch
 measured here.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from gpt.data.shards import (
     verify_if_changed,
     write_manifest,
 )
-from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt.data.tokenize.units import UNIT_JOURNAL, SplitCounts, StoredUnit, read_stored_units
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, load_token_lengths
+from gpt.data.tokenize.units import UNIT_JOURNAL, StoredUnit, read_stored_units
 from gpt.errors import DatasetError, Problem
 from gpt.files import PARTIAL, atomic_folder
 
@@ -69,35 +69,25 @@ def build_continued_dataset(
     the journal of `dataset` is incomplete.
     """
     new, old = _separate_units(dataset, known)
-    added, old_tokens = _sum_counts(new, "train"), _sum_counts(old, "train").tokens
-    if not added.tokens:
+    new_tokens, old_tokens = _count_tokens(new, "train"), _count_tokens(old, "train")
+    if not new_tokens:
         rule = "the new files have no training documents"
         raise DatasetError(Problem(str(dataset.folder), "", rule, "wait for more text"))
     if not old:
         return dataset
-    wanted = max(added.tokens * REPLAY_FRACTION / (1 - REPLAY_FRACTION), min_tokens - added.tokens)
+    wanted = max(new_tokens * REPLAY_FRACTION / (1 - REPLAY_FRACTION), min_tokens - new_tokens)
     fraction = min(1.0, wanted / old_tokens) if old_tokens else 0.0
 
     def write(name: str, folder: Path) -> DatasetManifest:
-        total = replace(added)
         offset = np.random.default_rng(int(name[:16], 16)).random()
-
-        def ids() -> Ids:
-            for unit in new:
-                yield from unit.ids("train")
-            for sampled in _sample_documents(old, fraction, offset):
-                text = sampled[sampled != END_OF_TEXT]
-                total.documents += sampled.size - text.size
-                total.tokens += sampled.size
-                total.text_bytes += len(load_tokenizer().decode_bytes(text.tolist()))
-                yield sampled
-
-        train = _write_split(dataset, folder, "train", ids(), total)
+        ids = (ids for unit in new for ids in unit.ids("train"))
+        sampled = _sample_documents(old, fraction, offset)
+        train = _write_split(dataset, folder, "train", itertools.chain(ids, sampled))
         for shard in dataset.validation.shards:
             shutil.copyfile(dataset.folder / shard.name, folder / shard.name)
         note = (
-            f"for continued pretraining: {added.tokens:,} new training tokens and "
-            f"{total.tokens - added.tokens:,} of {old_tokens:,} old ones from dataset "
+            f"for continued pretraining: {new_tokens:,} new training tokens and "
+            f"{train.tokens - new_tokens:,} of {old_tokens:,} old ones from dataset "
             f"{dataset.fingerprint[:16]}, with its validation split"
         )
         return dataset.model_copy(update={"train": train, "notes": (*dataset.notes, note)})
@@ -116,13 +106,12 @@ def build_new_validation_set(
     incomplete.
     """
     new, old = _separate_units(dataset, known)
-    counts = _sum_counts(new, "validation")
-    if not (counts.tokens and old):
+    if not (_count_tokens(new, "validation") and old):
         return None
 
     def write(_: str, folder: Path) -> DatasetManifest:
         ids = (ids for unit in new for ids in unit.ids("validation"))
-        split = _write_split(dataset, folder, "validation", ids, counts)
+        split = _write_split(dataset, folder, "validation", ids)
         note = f"the new validation text of dataset {dataset.fingerprint[:16]}"
         empty = Split(shards=(), documents=0, tokens=0, text_bytes=0)
         return dataset.model_copy(
@@ -139,7 +128,7 @@ def group_units_by_file(dataset: DatasetManifest) -> list[tuple[SourceFile, list
     Raises `DatasetError` if the journal does not account for every training token.
     """
     stored = read_stored_units(dataset.folder)
-    if _sum_counts(stored, "train").tokens != dataset.train.tokens:
+    if _count_tokens(stored, "train") != dataset.train.tokens:
         rule = "does not account for the tokens of the manifest"
         raise DatasetError(Problem(str(dataset.folder / UNIT_JOURNAL), "", rule, REBUILD))
     units = iter(stored)
@@ -163,11 +152,8 @@ def _separate_units(
     return new, [unit for file, units in by_file if file.sha256 in known for unit in units]
 
 
-def _sum_counts(units: Iterable[StoredUnit], split: str) -> SplitCounts:
-    total = SplitCounts()
-    for unit in units:
-        total.add(unit.entry.counts.splits[split])
-    return total
+def _count_tokens(units: Iterable[StoredUnit], split: str) -> int:
+    return sum(unit.entry.counts.splits[split].tokens for unit in units)
 
 
 def _build_once(
@@ -201,17 +187,17 @@ def _build_once(
     return found
 
 
-def _write_split(
-    dataset: DatasetManifest, folder: Path, name: str, blocks: Ids, counts: SplitCounts
-) -> Split:
-    """Write ids to shards; `counts` are the split's once all ids are read."""
+def _write_split(dataset: DatasetManifest, folder: Path, name: str, blocks: Ids) -> Split:
     per_shard = int(dataset.settings.get("tokens_per_shard") or TOKENS_PER_SHARD)
+    documents = tokens = text_bytes = 0
     with ShardWriter(folder, name, per_shard) as writer:
         for ids in blocks:
             writer.write(ids)
+            documents += int(np.count_nonzero(ids == END_OF_TEXT))
+            tokens += ids.size
+            text_bytes += int(load_token_lengths()[ids].sum())
         shards = writer.close()
-    values = {key: value for key, value in asdict(counts).items() if key in Split.model_fields}
-    return Split(shards=shards, **values)
+    return Split(shards=shards, documents=documents, tokens=tokens, text_bytes=text_bytes)
 
 
 def _sample_documents(units: Sequence[StoredUnit], fraction: float, offset: float) -> Ids:

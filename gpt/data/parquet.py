@@ -68,9 +68,6 @@ class RowBatch:
     skipped: Counter[str]
 
 
-# --- checking ------------------------------------------------------------------------------------
-
-
 def inspect_parquet(file: CorpusFile, row_filter: RowFilter) -> ParquetSource:
     """Read and check the footer, without data.
 
@@ -169,9 +166,6 @@ def check_has_text(source: ParquetSource, skipped: Counter[str]) -> None:
     rule = f"no row has text: {skipped['null']} null, {skipped['empty']} empty"
     remedy = "remove it from data.source, or set another data.text_column"
     raise CorpusError(Problem(source.file.name, f"{source.rows} rows", rule, remedy))
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def read_rows(

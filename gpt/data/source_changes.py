@@ -2,9 +2,7 @@
 
 from gpt.artifacts import Artifact, DatasetManifest
 from gpt.config.schema import RunConfig
-from gpt.data.tokenize.plan import make_plan
-
-FILTER_SETTINGS = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
+from gpt.data.tokenize.plan import FILTER_SETTINGS, make_plan
 
 
 class SourceChanges(Artifact):

@@ -87,9 +87,6 @@ def describe_unreadable(file: CorpusFile, error: OSError) -> Problem:
     return Problem(file.name, "", rule, "make it readable, or remove it from data.source")
 
 
-# --- finding files -------------------------------------------------------------------------------
-
-
 def find_sources(patterns: Sequence[str]) -> tuple[CorpusFile, ...]:
     """List the files of `data.source`: paths, globs (`**` at any depth), directories (all
     `*.parquet` below), and URLs of these.
@@ -180,9 +177,6 @@ def _describe_no_match(pattern: str) -> Problem:
     else:
         rule, remedy = "no such file", f"fix the path; it is relative to {Path.cwd()}"
     return Problem("data.source", pattern, rule, remedy)
-
-
-# --- identifying files ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,7 @@ from numpy.typing import NDArray
 from gpt.artifacts import DatasetManifest, HeldoutLoss
 from gpt.config.schema import RunConfig
 from gpt.data.loader import Batch, SequenceDataset, iterate_validation_batches
-from gpt.data.tokenize.tokenizer import (
-    END_OF_TEXT,
-    RANKS_SHA256,
-    encode,
-    load_tokenizer,
-)
+from gpt.data.tokenize.tokenizer import END_OF_TEXT, RANKS_SHA256, encode, load_token_lengths
 from gpt.evaluation.progress import (
     EvaluationProgress,
     ProgressGenerator,
@@ -110,7 +104,7 @@ def _evaluate(
         sums.append(losses.sum(dim=1, dtype=torch.float64))
         lengths += [targets.shape[1]] * len(targets)
         by_position[: targets.shape[1]] += losses.sum(dim=0, dtype=torch.float64)
-        text_bytes += int(_bytes_per_token()[targets.numpy()].sum())
+        text_bytes += int(load_token_lengths()[targets.numpy()].sum())
         digest.update(targets.numpy().astype("<u2").tobytes())
         completed += targets.numel()
         yield EvaluationProgress("validation loss", completed, tokens)
@@ -137,10 +131,3 @@ def standard_error(values: NDArray[Any]) -> float | None:
     """Return the sample standard deviation divided by the square root of the count; None for one
     value."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-@cache
-def _bytes_per_token() -> np.ndarray:
-    tokenizer = load_tokenizer()
-    lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in range(END_OF_TEXT)]
-    return np.array([*lengths, 0])  # end-of-text, the last id, stands for no text

@@ -60,9 +60,6 @@ def tokenize_unit(request: EncodeRequest) -> EncodeResult:
     return encode_unit(request)
 
 
-# --- open ----------------------------------------------------------------------------------------
-
-
 def resolve_cluster(data: DataSection) -> OpenCluster | None:
     """The cluster that [data] names, not yet opened; None for the processes of this machine.
 
@@ -102,9 +99,6 @@ def _address_error(data: DataSection, rule: str) -> ConfigError:
     remedy += "ray://host:10001 or host:6379 for Ray; leave it empty to start a cluster on this "
     remedy += "machine"
     return ConfigError(Problem("data.cluster", data.cluster, rule, remedy))
-
-
-# --- the pool ------------------------------------------------------------------------------------
 
 
 class _Pool:

@@ -20,7 +20,7 @@ from gpt.data.parquet import ParquetSource, read_rows
 from gpt.data.shards import record_verified, write_manifest
 from gpt.data.tokenize import tokenizer
 from gpt.data.tokenize.encoders import EngineName, resolve_engine
-from gpt.data.tokenize.plan import DatasetPlan, PlannedUnit, plan_units
+from gpt.data.tokenize.plan import FILTER_SETTINGS, DatasetPlan, PlannedUnit, plan_units
 from gpt.data.tokenize.tokenizer import EncoderMismatchError
 from gpt.data.tokenize.units import StoredUnit, UnitCounts, read_stored_units
 from gpt.errors import DatasetError, Problem
@@ -144,13 +144,6 @@ class DatasetBuild:
 
     def publish(self, total: UnitCounts, shards: dict[str, tuple[Shard, ...]]) -> DatasetManifest:
         """Write the manifest and give the folder its final name."""
-        manifest = self._build_manifest(total, shards)
-        (self.folder / FALLBACK_NOTE).unlink(missing_ok=True)
-        return publish_dataset(self.folder, self.plan.folder, manifest)
-
-    def _build_manifest(
-        self, total: UnitCounts, shards: dict[str, tuple[Shard, ...]]
-    ) -> DatasetManifest:
         plan, data = self.plan, self.plan.data
         splits = {
             name: Split(
@@ -164,7 +157,7 @@ class DatasetBuild:
         skipped = {"null": 0, "empty": 0} | dict(total.skipped)
         if data.max_tokens is not None:
             skipped["max_tokens"] = self.total_rows - total.documents - sum(skipped.values())
-        return DatasetManifest(
+        manifest = DatasetManifest(
             fingerprint=plan.fingerprint,
             folder=self.folder,
             tokenizer=tokenizer.TOKENIZER_NAME,
@@ -186,23 +179,15 @@ class DatasetBuild:
             skipped_files=tuple(
                 SkippedFile(path=problem.key, reason=problem.rule) for problem in self.skipped_files
             ),
-            settings={
-                name: getattr(data, name)
-                for name in (
-                    "tokens_per_shard",
-                    "where",
-                    "min_length",
-                    "max_length",
-                    "drop_duplicates",
-                    "max_tokens",
-                )
-            },
+            settings={name: getattr(data, name) for name in ("tokens_per_shard", *FILTER_SETTINGS)},
             engine=self.engine,
             notes=self.notes,
             document_lengths=tuple(
                 total.lengths[bits] for bits in range(max(total.lengths, default=-1) + 1)
             ),
         )
+        (self.folder / FALLBACK_NOTE).unlink(missing_ok=True)
+        return publish_dataset(self.folder, plan.folder, manifest)
 
     def remove_if_useless(self) -> None:
         """Delete the folder if the next attempt has nothing to reuse in it."""

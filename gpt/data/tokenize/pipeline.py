@@ -209,9 +209,6 @@ def _check_counts(build: DatasetBuild, total: UnitCounts) -> None:
     raise CorpusError(Problem("data.validation_fraction", value, rule, remedy))
 
 
-# --- encoding, by processes of this machine or by a cluster --------------------------------------
-
-
 @contextlib.contextmanager
 def _encoded_units(build: DatasetBuild, open_cluster: OpenCluster | None) -> Iterator[EncodedUnits]:
     """Start the pool or the cluster, and yield all units that are not finished."""
@@ -222,20 +219,13 @@ def _encoded_units(build: DatasetBuild, open_cluster: OpenCluster | None) -> Ite
             for unit, _ in build.finished:
                 build.add_to_seen(unit, seen)
         if open_cluster:
-            cluster = stack.enter_context(open_cluster())
-            yield encode_on_cluster(cluster, build, seen)
-        else:
-            pool = stack.enter_context(_open_local_pool(build))
-            yield _encode_here(pool, build, seen)
-
-
-def _open_local_pool(
-    build: DatasetBuild,
-) -> contextlib.AbstractContextManager[Pool[Chunk, EncodedChunk]]:
-    tokenizer.read_verified_files(tokenizer.ranks_folder())
-    text_bytes = sum(source.text_bytes for source in build.sources)
-    workers = build.plan.data.workers or available_cpus()
-    return open_pool(build.engine, min(workers, 1 + text_bytes // TEXT_BYTES_PER_WORKER))
+            yield encode_on_cluster(stack.enter_context(open_cluster()), build, seen)
+            return
+        tokenizer.read_verified_files(tokenizer.ranks_folder())
+        text_bytes = sum(source.text_bytes for source in build.sources)
+        workers = build.plan.data.workers or available_cpus()
+        workers = min(workers, 1 + text_bytes // TEXT_BYTES_PER_WORKER)
+        yield _encode_here(stack.enter_context(open_pool(build.engine, workers)), build, seen)
 
 
 def _encode_here(

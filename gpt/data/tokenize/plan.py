@@ -23,6 +23,8 @@ from gpt.errors import DatasetError
 FORMAT_VERSION = 2
 """Raised when the same sources and settings would give different shards."""
 
+FILTER_SETTINGS = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,8 +93,7 @@ def plan_for_files(
 def non_default_settings(data: DataSection) -> dict[str, str | int | bool]:
     """The settings that were added later and decide tokens, where they are not the default: so
     datasets made before a setting existed keep their name."""
-    names = ("where", "min_length", "max_length", "drop_duplicates", "max_tokens")
-    return {name: getattr(data, name) for name in names if getattr(data, name)}
+    return {name: getattr(data, name) for name in FILTER_SETTINGS if getattr(data, name)}
 
 
 @dataclass(frozen=True)

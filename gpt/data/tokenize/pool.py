@@ -74,9 +74,6 @@ def _is_done(future: Future[Result] | None) -> bool:
     return future is None or future.done()
 
 
-# --- the pool of this machine --------------------------------------------------------------------
-
-
 def available_cpus() -> int:
     """Count the CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):

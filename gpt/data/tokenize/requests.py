@@ -54,9 +54,6 @@ OpenCluster = Callable[[], contextlib.AbstractContextManager[Pool[EncodeRequest,
 """Opens the workers of a cluster for as long as they are needed."""
 
 
-# --- on a worker ---------------------------------------------------------------------------------
-
-
 def encode_unit(request: EncodeRequest) -> EncodeResult:
     """Read and encode the rows of a request; runs on a worker.
 
@@ -102,9 +99,6 @@ def _check_worker(request: EncodeRequest) -> None:
             rule = f"has {file.size_bytes():,} bytes instead of {request.size_bytes:,}"
             remedy = "every worker must see the same files: use a shared folder or an address"
             raise CorpusError(Problem(file.name, "", rule, remedy))
-
-
-# --- on the machine that writes the shards -------------------------------------------------------
 
 
 def encode_on_cluster(

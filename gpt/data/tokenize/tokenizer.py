@@ -67,6 +67,15 @@ def load_ranks() -> dict[bytes, int]:
     return read_ranks(ranks_folder())
 
 
+@functools.cache
+def load_token_lengths() -> NDArray[np.int64]:
+    """The number of UTF-8 bytes of each id's text, (VOCAB_SIZE,); none for end-of-text."""
+    lengths = np.zeros(VOCAB_SIZE, dtype=np.int64)
+    for token, rank in load_ranks().items():
+        lengths[rank] = len(token)
+    return lengths
+
+
 def encode(text: str) -> NDArray[np.uint32]:
     """Encode `text` as ordinary text: a literal `<|endoftext|>` in it gives seven plain tokens.
 

@@ -61,9 +61,6 @@ def split_into_units(groups: Sequence[tuple[int, int]]) -> Iterator[Unit]:
         yield Unit(range(first_row, row), range(first_group, len(groups)))
 
 
-# --- counts --------------------------------------------------------------------------------------
-
-
 @dataclass
 class SplitCounts:
     """What went to one split. `digest` is the SHA-256 of the ids as they stand in the shards."""
@@ -106,9 +103,6 @@ class UnitCounts:
         self.lengths.update(other.lengths)
         for name, split in self.splits.items():
             split.add(other.splits[name])
-
-
-# --- the journal ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
