@@ -99,10 +99,8 @@ def plan_retraining(config: RunConfig, path: str | None, start: StartFrom) -> Re
         config = add_source_file(config, path)
     uri, root = resolve_tracking_uri(config), config.run.root
     champion = find_champion(name, uri, root)
-    fraction, before = (
-        config.data.validation_fraction,
-        champion.validation_fraction if champion else None,
-    )
+    fraction = config.data.validation_fraction
+    before = champion.validation_fraction if champion else None
     if before is not None and fraction < before:
         rule = f"less than the {before} of {champion}, so held-out documents would be trained on"
         remedy = f"use {before} or more, or start over with another tracking.registered_model"

@@ -51,5 +51,5 @@ def sample_corpus(
     from gpt.data.sample_corpus import write_sample_corpus
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = write_sample_corpus(path)
-    print(f"{path}: {written.documents:,} documents, {written.text_bytes:,} bytes of text")
+    documents, text_bytes = write_sample_corpus(path)
+    print(f"{path}: {documents:,} documents, {text_bytes:,} bytes of text")

@@ -146,7 +146,7 @@ def _start(settings: ServiceSettings, *processes: ManagedProcess) -> None:
         server.start()
     if not SAMPLE.exists():  # while the servers start
         SAMPLE.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{SAMPLE}: written, {write_sample_corpus(SAMPLE).documents:,} documents", flush=True)
+        print(f"{SAMPLE}: written, {write_sample_corpus(SAMPLE)[0]:,} documents", flush=True)
     for name, url in (("Prefect", settings.api_url), ("MLflow", settings.mlflow_uri)):
         if url.startswith("http"):  # else a database, used without a server
             own = next((server for server in servers if server.name.startswith(name)), None)

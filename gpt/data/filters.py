@@ -212,12 +212,8 @@ class SeenTexts:
         self._database.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
-    def is_new(self, text: memoryview) -> bool:
-        """Add `text`; return whether it was not in the set."""
-        return self.is_new_hash(hash_text(text))
-
-    def is_new_hash(self, digest: bytes) -> bool:
-        """Like `is_new`, for the `hash_text` of a text."""
+    def is_new(self, digest: bytes) -> bool:
+        """Add the `hash_text` of a text; return whether it was not in the set."""
         done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return done.rowcount == 1
 

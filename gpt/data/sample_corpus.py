@@ -8,7 +8,6 @@ import hashlib
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,11 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 SKIPPED_FOLDERS = {"_vendor", "dist-packages", "site-packages", "test", "tests"}
 
 
-@dataclass(frozen=True)
-class SampleCorpus:
-    """Size of the written corpus; `tokens` excludes end-of-text."""
-
-    documents: int
-    text_bytes: int
-    tokens: int
-
-
 def write_sample_corpus(
     path: Path, *, target_bytes: int = TARGET_BYTES, libraries: Sequence[Path] | None = None
-) -> SampleCorpus:
-    """Write a Parquet file with FineWeb's columns, one document per module, atomically.
+) -> tuple[int, int]:
+    """Write a Parquet file with FineWeb's columns, one document per module, atomically. Returns the
+    number of documents and their bytes of text.
 
     Reads `libraries` (default: the standard library, then site-packages) until `target_bytes` of
     UTF-8 are collected. Rows are sorted by id, a hash, so that topics mix. Raises `CorpusError` if
@@ -77,7 +68,7 @@ def write_sample_corpus(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         pq.write_table(table, partial, row_group_size=ROW_GROUP_ROWS, compression="zstd")
-    return SampleCorpus(len(rows), text_bytes, sum(row["token_count"] for row in rows))
+    return len(rows), text_bytes
 
 
 def find_libraries() -> list[Path]:

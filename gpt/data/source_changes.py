@@ -32,7 +32,6 @@ def find_source_changes(config: RunConfig, before: DatasetManifest | None) -> So
     source.
     """
     plan = make_plan(config)
-    plan.identities.save()
     current = {identity.sha256: file.name for file, identity in plan.identities.by_file.items()}
     earlier = {source.sha256: source.path for source in before.sources} if before else {}
     settings = _find_changed_settings(config, before) if before else ()

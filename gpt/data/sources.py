@@ -5,6 +5,7 @@ not read again. A file at a URL (`s3://`, `hf://`, or any other that fsspec supp
 by the metadata of its store, without downloading anything.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -190,43 +191,42 @@ class FileIdentity:
 class FileIdentities:
     """The identity of every readable file, and the problems of the others.
 
-    Hashes are taken from the `cache` file if the stamp is unchanged.
+    Hashes are taken from the `cache` file if the stamp is unchanged; new ones are added to it.
     """
 
     def __init__(self, files: Iterable[CorpusFile], cache: Path) -> None:
         self.by_file: dict[CorpusFile, FileIdentity] = {}
         self.problems: list[Problem] = []
-        self._cache, self._known = cache, _read_hashes(cache)
-        self._added: dict[str, dict[str, str]] = {}
+        known = _read_hashes(cache)
+        hashes = known.copy()
         for file in files:
             try:
-                self.by_file[file] = self._identify(file)
+                self.by_file[file] = _identify(file, hashes)
             except CorpusError as error:
                 self.problems += error.problems
+        if hashes != known:
+            with contextlib.suppress(OSError):  # the folder is read-only
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_text(cache, json.dumps(hashes, indent=1, sort_keys=True))
 
-    def _identify(self, file: CorpusFile) -> FileIdentity:
-        began, stamp = time.time(), file.stamp()
-        if file.filesystem:
-            digest = hashlib.sha256(f"{file.key} {stamp}".encode()).hexdigest()
-            return FileIdentity(stamp, digest)
-        entry = self._known.get(file.key, {})
-        if entry.get("stamp") != stamp:
-            path = Path(file.name)
-            try:
-                entry = {"stamp": stamp, "sha256": compute_sha256(path)}
-                status = path.stat()
-            except OSError as error:
-                raise CorpusError(describe_unreadable(file, error)) from error
-            if began - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-                self._added[file.key] = entry
-        return FileIdentity(stamp, entry["sha256"])
 
-    def save(self) -> None:
-        """Add new hashes to the cache."""
-        if self._added:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            hashes = self._known | self._added
-            write_text(self._cache, json.dumps(hashes, indent=1, sort_keys=True))
+def _identify(file: CorpusFile, hashes: dict[str, Any]) -> FileIdentity:
+    """Look the file up in `hashes`, or hash it and add it there."""
+    began, stamp = time.time(), file.stamp()
+    if file.filesystem:
+        digest = hashlib.sha256(f"{file.key} {stamp}".encode()).hexdigest()
+        return FileIdentity(stamp, digest)
+    entry = hashes.get(file.key, {})
+    if entry.get("stamp") != stamp:
+        path = Path(file.name)
+        try:
+            entry = {"stamp": stamp, "sha256": compute_sha256(path)}
+            status = path.stat()
+        except OSError as error:
+            raise CorpusError(describe_unreadable(file, error)) from error
+        if began - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
+            hashes[file.key] = entry
+    return FileIdentity(stamp, entry["sha256"])
 
 
 def _read_hashes(cache: Path) -> dict[str, Any]:

@@ -78,8 +78,7 @@ def download_dataset(config: RunConfig) -> Transfer[DatasetManifest | None]:
         if found := plan.find_existing():
             return found
         try:
-            manifest = _read_manifest(store, plan)
-            return (yield from _download(store, plan, manifest)) if manifest else None
+            return (yield from _download(store, plan))
         except DatasetError:
             raise
         except Exception as error:  # each filesystem raises its own errors
@@ -91,11 +90,9 @@ def download_dataset(config: RunConfig) -> Transfer[DatasetManifest | None]:
 
 
 def _read_manifest(store: AbstractFileSystem, plan: DatasetPlan) -> DatasetManifest | None:
-    name = plan.folder.name
-    if MANIFEST not in _list_sizes(store, name):
-        return None
     try:
-        manifest = parse_manifest(store.cat_file(f"{name}/{MANIFEST}"), plan.folder)
+        text = store.cat_file(f"{plan.folder.name}/{MANIFEST}")
+        manifest = parse_manifest(text, plan.folder)
     except ValidationError as error:
         rule = describe_invalid_manifest(error)
         raise DatasetError(_damaged_copy(plan, MANIFEST, rule)) from error
@@ -105,14 +102,14 @@ def _read_manifest(store: AbstractFileSystem, plan: DatasetPlan) -> DatasetManif
     return None if manifest.skipped_files and plan.data.on_bad_file == "fail" else manifest
 
 
-def _download(
-    store: AbstractFileSystem, plan: DatasetPlan, manifest: DatasetManifest
-) -> Transfer[DatasetManifest]:
+def _download(store: AbstractFileSystem, plan: DatasetPlan) -> Transfer[DatasetManifest | None]:
     name = plan.folder.name
+    sizes = _list_sizes(store, name)
+    if sizes.pop(MANIFEST, None) is None or not (manifest := _read_manifest(store, plan)):
+        return None
     folder = plan.folder.with_name(name + DOWNLOADING)
     folder.mkdir(exist_ok=True)
     checksums = {shard.name: shard.sha256 for shard in manifest.shards}
-    sizes = {file: size for file, size in _list_sizes(store, name).items() if file != MANIFEST}
     if missing := sorted(checksums.keys() - sizes.keys()):
         raise DatasetError(*(_damaged_copy(plan, file, "is missing") for file in missing))
     done, total = 0, sum(sizes.values())
@@ -128,9 +125,7 @@ def _download(
                 raise DatasetError(_damaged_copy(plan, file, rule))
         done += size
         yield done, total
-    published = publish_dataset(folder, plan.folder, manifest)
-    plan.identities.save()
-    return published
+    return publish_dataset(folder, plan.folder, manifest)
 
 
 def _stored_at(plan: DatasetPlan) -> str:

@@ -12,6 +12,7 @@ repeat what a lost worker was doing or had done; what they give up is submitted 
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 from prefect import task
@@ -79,7 +80,7 @@ def resolve_cluster(data: DataSection) -> OpenCluster | None:
         except OSError as error:
             rule = f"nothing answers there: {error.strerror or error}"
             raise _address_error(data, rule) from error
-    return lambda: (_DaskPool if data.runner == "dask" else _RayPool)(data)
+    return functools.partial(_open_pool, data)
 
 
 def _host_and_port(data: DataSection) -> tuple[str, int]:
@@ -102,53 +103,20 @@ def _address_error(data: DataSection, rule: str) -> ConfigError:
 
 
 class _Pool:
-    """The `Pool` of `gpt.data.tokenize.pool` for units, and the context manager that opens it. A
-    job is what the cluster returns for a submitted unit."""
+    """The `Pool` of `gpt.data.tokenize.pool` for units. A job is what the cluster returns for a
+    submitted unit."""
 
     runner: Any
+    workers = 0
 
     def __init__(self, data: DataSection) -> None:
         self.data = data
         self.as_task = FlowRunContext.get() is not None
-        self._workers = 0
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
-        runner, address = self.data.runner, self.data.cluster
-        with contextlib.ExitStack() as stack:
-            try:
-                self.runner = stack.enter_context(self.make_task_runner())
-                self._workers = self.count_workers()
-            except GPTError:
-                raise
-            except TimeoutError as error:  # of the handshake
-                rule = "something listens there, but it does not answer as a cluster"
-                raise _address_error(self.data, rule) from error
-            except Exception as error:  # Dask and Ray raise many kinds
-                rule = f"cannot open the {runner} cluster: {error}"
-                remedy = "check that it is running, and that its versions of Python and of the "
-                remedy += "packages are the same as here"
-                raise ConfigError(
-                    Problem("data.cluster", self.data.cluster, rule, remedy)
-                ) from error
-            closed = threading.Event()
-            # In a thread: if the cluster is gone, Ray never returns.
-            counter = threading.Thread(target=self._keep_counting, args=(closed,), daemon=True)
-            counter.start()
-            stack.callback(counter.join, WAIT_SECONDS)
-            stack.callback(closed.set)
-            self._stack = stack.pop_all()
-        if not self._workers:
-            logger.warning("the cluster at %s has no workers yet: waiting for some", address)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _keep_counting(self, closed: threading.Event) -> None:
+    def keep_counting(self, closed: threading.Event) -> None:
         while not closed.wait(COUNT_SECONDS):
             with contextlib.suppress(Exception):  # reported when a unit fails
-                self._workers = self.count_workers()
+                self.workers = self.count_workers()
 
     def make_task_runner(self) -> Any:
         """Return Prefect's task runner, not yet open. Raises `TimeoutError` if something else than
@@ -173,10 +141,38 @@ class _Pool:
 
     @property
     def max_pending(self) -> int:
-        return UNITS_PER_WORKER * max(1, self._workers)
+        return UNITS_PER_WORKER * max(1, self.workers)
 
     def submit(self, request: EncodeRequest) -> Future[EncodeResult]:
         return _PendingUnit(self, request)
+
+
+@contextlib.contextmanager
+def _open_pool(data: DataSection) -> Iterator[_Pool]:
+    pool = (_DaskPool if data.runner == "dask" else _RayPool)(data)
+    with contextlib.ExitStack() as stack:
+        try:
+            pool.runner = stack.enter_context(pool.make_task_runner())
+            pool.workers = pool.count_workers()
+        except GPTError:
+            raise
+        except TimeoutError as error:  # of the handshake
+            rule = "something listens there, but it does not answer as a cluster"
+            raise _address_error(data, rule) from error
+        except Exception as error:  # Dask and Ray raise many kinds
+            rule = f"cannot open the {data.runner} cluster: {error}"
+            remedy = "check that it is running, and that its versions of Python and of the "
+            remedy += "packages are the same as here"
+            raise ConfigError(Problem("data.cluster", data.cluster, rule, remedy)) from error
+        if not pool.workers:
+            logger.warning("the cluster at %s has no workers yet: waiting for some", data.cluster)
+        closed = threading.Event()
+        # In a thread: if the cluster is gone, Ray never returns.
+        counter = threading.Thread(target=pool.keep_counting, args=(closed,), daemon=True)
+        counter.start()
+        stack.callback(counter.join, WAIT_SECONDS)
+        stack.callback(closed.set)
+        yield pool
 
 
 class _DaskPool(_Pool):

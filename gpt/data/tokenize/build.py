@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gpt.artifacts import DatasetManifest, Shard, SkippedFile, SourceFile, Split
-from gpt.data.filters import SeenTexts
+from gpt.data.filters import SeenTexts, hash_text
 from gpt.data.parquet import ParquetSource, read_rows
 from gpt.data.shards import record_verified, write_manifest
 from gpt.data.tokenize import tokenizer
@@ -123,7 +123,7 @@ class DatasetBuild:
         if seen:
             for rows in read_rows(unit.source, [unit.unit], self.plan.row_filter):
                 for text in rows.texts:
-                    seen.is_new(text)
+                    seen.is_new(hash_text(text))
 
     def _find_in_other_datasets(self) -> dict[str, StoredUnit]:
         """The units of all other datasets by key, without checking that they are intact."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from gpt.data.filters import RowFilter
+from gpt.data.filters import RowFilter, hash_text
 from gpt.data.parquet import ParquetSource, read_rows
 from gpt.data.tokenize.encoders import PART, Chunk
 from gpt.data.tokenize.safe_split import split_safely
@@ -29,28 +29,29 @@ def read_chunks(
     units: Sequence[Unit],
     row_filter: RowFilter,
     validation_fraction: float,
-    is_new: Callable[[memoryview], bool] | None = None,
-) -> Iterator[Chunk]:
-    """Read some units of a file in one pass. The last chunk of each unit has `ends_unit` set, and
-    is without text if nothing was left to send.
+    is_new: Callable[[bytes], bool] | None = None,
+) -> Iterator[tuple[int, Chunk]]:
+    """Read some units of a file in one pass: yields the index of a unit and a chunk of it. The last
+    chunk of each unit has `ends_unit` set, and is without text if nothing was left to send.
 
-    `is_new` is asked about every document in order; one that is not new is skipped as "duplicate".
-    Raises `CorpusError` as `read_rows` does.
+    `is_new` is asked about the hash of every document in order; one that is not new is skipped as
+    "duplicate". Raises `CorpusError` as `read_rows` does.
     """
     builder = _ChunkBuilder()
     unit = 0
     for batch in read_rows(source, units, row_filter):
         if batch.unit != unit:
-            yield builder.flush(ends_unit=True)
+            yield unit, builder.flush(ends_unit=True)
             unit = batch.unit
         for text in batch.texts:
-            if is_new and not is_new(text):
+            if is_new and not is_new(hash_text(text)):
                 builder.skipped["duplicate"] += 1
                 continue
-            yield from builder.add(text, is_validation(text, validation_fraction))
+            for chunk in builder.add(text, is_validation(text, validation_fraction)):
+                yield unit, chunk
         builder.rows += batch.count
         builder.skipped.update(batch.skipped)
-    yield builder.flush(ends_unit=True)
+    yield unit, builder.flush(ends_unit=True)
 
 
 class _ChunkBuilder:

@@ -96,7 +96,6 @@ def tokenize_corpus(config: RunConfig, open_cluster: OpenCluster | None = None) 
     if found := plan.find_existing():
         return found
     sources, skipped_files = yield from _inspect_sources(plan)
-    plan.identities.save()
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(plan.folder.parent), dataset_lock(plan.folder):
         if found := plan.find_existing():
@@ -251,15 +250,11 @@ def _read_units(
                 yield (unit, stored), None
             continue
         units = [unit for unit, _ in group]
-        current = iter(units)
-        unit = next(current)
-        for chunk in read_chunks(
-            unit.source,
-            [each.unit for each in units],
+        for index, chunk in read_chunks(
+            units[0].source,
+            [unit.unit for unit in units],
             build.plan.row_filter,
             build.plan.data.validation_fraction,
             seen.is_new if seen else None,
         ):
-            yield (unit, None), chunk
-            if chunk.ends_unit:
-                unit = next(current, unit)
+            yield (units[index], None), chunk

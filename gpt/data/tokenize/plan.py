@@ -48,10 +48,7 @@ class DatasetPlan:
         except DatasetError as error:
             logger.warning("%s\nIt is rebuilt; its intact units are reused.", error)
             return None
-        if found.skipped_files and self.data.on_bad_file == "fail":
-            return None
-        self.identities.save()
-        return found
+        return None if found.skipped_files and self.data.on_bad_file == "fail" else found
 
 
 def make_plan(config: RunConfig) -> DatasetPlan:

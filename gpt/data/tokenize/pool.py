@@ -6,7 +6,6 @@ memory follows the number of workers alone.
 """
 
 import contextlib
-import functools
 import io
 import os
 import pickle
@@ -18,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from gpt.data.tokenize.encoders import Chunk, EncodedChunk, EngineName, encode_chunk
@@ -81,16 +81,12 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
 class _LocalPool:
     """Threads that encode a chunk each, or wait for a worker process that does."""
 
-    def __init__(
-        self, threads: ThreadPoolExecutor, encode: Callable[[Chunk], EncodedChunk], max_pending: int
-    ) -> None:
-        self.threads, self.encode, self.max_pending = threads, encode, max_pending
-
-    def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
-        return self.threads.submit(self.encode, chunk)
+    submit: Callable[[Chunk], Future[EncodedChunk]]
+    max_pending: int
 
 
 @contextlib.contextmanager
@@ -100,10 +96,12 @@ def open_pool(engine: EngineName, workers: int) -> Iterator[Pool[Chunk, EncodedC
     threads = ThreadPoolExecutor(workers, "tokenize")
     try:
         if workers == 1:
-            yield _LocalPool(threads, functools.partial(encode_chunk, engine), 1)
+            yield _LocalPool(lambda chunk: threads.submit(encode_chunk, engine, chunk), 1)
             return
         with _worker_processes(engine, workers, threads) as encode:
-            yield _LocalPool(threads, encode, CHUNKS_PER_WORKER * workers)
+            yield _LocalPool(
+                lambda chunk: threads.submit(encode, chunk), CHUNKS_PER_WORKER * workers
+            )
     finally:
         threads.shutdown(cancel_futures=True)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.data.filters import HASH_BYTES, RowFilter, SeenTexts, hash_text
+from gpt.data.filters import HASH_BYTES, RowFilter, SeenTexts
 from gpt.data.parquet import ParquetSource
 from gpt.data.tokenize.build import DatasetBuild
 from gpt.data.tokenize.chunks import read_chunks
@@ -65,8 +65,8 @@ def encode_unit(request: EncodeRequest) -> EncodeResult:
         _check_worker(request)
         hashes = bytearray()
 
-        def collect_hash(text: memoryview) -> bool:
-            hashes.extend(hash_text(text))
+        def collect_hash(digest: bytes) -> bool:
+            hashes.extend(digest)
             return True
 
         chunks = read_chunks(
@@ -76,7 +76,7 @@ def encode_unit(request: EncodeRequest) -> EncodeResult:
             request.validation_fraction,
             collect_hash if request.with_hashes else None,
         )
-        encoded = [encode_chunk(request.engine, chunk) for chunk in chunks]
+        encoded = [encode_chunk(request.engine, chunk) for _, chunk in chunks]
         return EncodeResult(encoded, bytes(hashes))
     except CorpusError as error:
         host = f" (on {socket.gethostname()})"
@@ -141,7 +141,7 @@ def _drop_duplicates(result: EncodeResult, seen: SeenTexts) -> Iterator[EncodedC
     """Remove the documents that `seen` knows already, counting them as "duplicate"."""
     starts = range(0, len(result.hashes), HASH_BYTES)
     hashes = (result.hashes[start : start + HASH_BYTES] for start in starts)
-    is_new = np.array([seen.is_new_hash(each) for each in hashes], dtype=bool)
+    is_new = np.array([seen.is_new(each) for each in hashes], dtype=bool)
     documents = 0
     for chunk in result.chunks:
         parts = chunk.parts

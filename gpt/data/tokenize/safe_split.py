@@ -31,51 +31,21 @@ SAFE_SPLIT = re.compile(
     f"|[{_EAST_ASIAN}](?=[{_NOT_LETTER}{_EAST_ASIAN_PUNCTUATION}])"
 )
 """Matches a character after which a split is safe."""
-_FIRST_WINDOW = 256
+_UP_TO_LAST = re.compile(f"(?s:.*)(?:{SAFE_SPLIT.pattern})")
 
 
 def split_safely(text: memoryview, max_bytes: int) -> Iterator[memoryview]:
     """Split UTF-8 at safe places into parts of at most `max_bytes`. A part without a safe place
     inside it may be longer."""
-    while len(text) > max_bytes:
-        place = _last_safe_place(text, max_bytes) or _next_safe_place(text, max_bytes)
-        yield text[:place]
-        text = text[place:]
+    size = max_bytes
+    while len(text) > size:
+        decoded = str(text[:size], "utf-8", "ignore")  # without the beginning of a character
+        find = _UP_TO_LAST.match if size == max_bytes else SAFE_SPLIT.search
+        if found := find(decoded):
+            place = len(decoded[: found.end()].encode())
+            yield text[:place]
+            text, size = text[place:], max_bytes
+        else:
+            size *= 2
     if text:
         yield text
-
-
-def _last_safe_place(text: memoryview, end: int) -> int:
-    """The last safe place up to `end`, or 0. Searches backwards in growing windows."""
-    size = _FIRST_WINDOW
-    while True:
-        decoded, start = _decode_window(text, max(0, end - size), end)
-        places = [match.end() for match in SAFE_SPLIT.finditer(decoded)]
-        if places:
-            return start + len(decoded[: places[-1]].encode())
-        if size >= end:
-            return 0
-        size *= 16
-
-
-def _next_safe_place(text: memoryview, start: int) -> int:
-    """The first safe place after `start`, or the end."""
-    size = _FIRST_WINDOW
-    start = max(0, start - 4)  # the split may be after the character before
-    while True:
-        end = min(len(text), start + size)
-        decoded, first = _decode_window(text, start, end)
-        if match := SAFE_SPLIT.search(decoded):
-            return first + len(decoded[: match.end()].encode())
-        if end == len(text):
-            return end
-        size *= 16
-
-
-def _decode_window(text: memoryview, start: int, end: int) -> tuple[str, int]:
-    """Decode the complete characters between two places. Returns them and where they begin."""
-    while start < end and text[start] & 0xC0 == 0x80:
-        start += 1
-    while start < end < len(text) and text[end] & 0xC0 == 0x80:
-        end -= 1
-    return str(text[start:end], "utf-8"), start
