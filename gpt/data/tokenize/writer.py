@@ -101,9 +101,18 @@ class DatasetWriter(ExitStack):
         if sums.size:
             self._open_document_tokens = int(sums[-1] - (ends[-1] if ends.size else 0))
 
-    def end_unit(self, key: str) -> UnitCounts:
+    def end_unit(self, key: str, engine: str = "") -> UnitCounts:
         """Flush the unit's ids, then add it to the journal. Returns what it contained."""
-        return self._add_to_journal(key, self._engine, not self.is_full)
+        for split in SPLITS:
+            self._shards[split].flush()
+            self._unit.splits[split].digest = self._digests[split].hexdigest()
+        counts = self._unit
+        entry = JournalEntry(key, engine or self._engine, counts, complete=not self.is_full)
+        self._journal.write(entry.to_line())
+        self._journal.flush()
+        self.total.add(counts)
+        self._begin_unit()
+        return counts
 
     def copy_unit(self, stored: StoredUnit) -> UnitCounts:
         """Copy a unit from another dataset. It must be intact. Returns what it contained."""
@@ -111,18 +120,7 @@ class DatasetWriter(ExitStack):
             for ids in stored.ids(split):
                 self._write_ids(split, ids)
         self._unit.add(stored.entry.counts)
-        return self._add_to_journal(stored.entry.key, stored.entry.engine, True)
-
-    def _add_to_journal(self, key: str, engine: str, complete: bool) -> UnitCounts:
-        for split in SPLITS:
-            self._shards[split].flush()
-            self._unit.splits[split].digest = self._digests[split].hexdigest()
-        counts = self._unit
-        self._journal.write(JournalEntry(key, engine, counts, complete).to_line())
-        self._journal.flush()
-        self.total.add(counts)
-        self._begin_unit()
-        return counts
+        return self.end_unit(stored.entry.key, stored.entry.engine)
 
     def finish(self) -> dict[str, tuple[Shard, ...]]:
         """Finish the last shards. Returns all of them by split."""
