@@ -69,7 +69,7 @@ class _ChunkBuilder:
 
     def add(self, text: memoryview, held_out: bool) -> Iterator[Chunk]:
         remaining = len(text)
-        for part in [text] if len(text) <= CHUNK_BYTES else split_safely(text, CHUNK_BYTES):
+        for part in split_safely(text, CHUNK_BYTES):
             if self._texts and self._bytes + len(part) > CHUNK_BYTES:
                 yield self.flush()
             starts = remaining == len(text)

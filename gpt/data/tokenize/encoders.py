@@ -69,7 +69,10 @@ def resolve_engine(engine: str) -> EngineName:
     installed."""
     installed = importlib.util.find_spec(GIGATOKEN_PACKAGE) is not None
     if engine == "gigatoken" and not installed:
-        remedy = "pip install 'overnight[turbo]', or set data.engine to auto or tiktoken"
+        remedy = (
+            "pip install 'overnight[turbo]' (on a cluster: on every worker), or set data.engine "
+        )
+        remedy += "to auto or tiktoken"
         raise CorpusError(Problem("data.engine", engine, "gigatoken is not installed", remedy))
     return "gigatoken" if engine != "tiktoken" and installed else "tiktoken"
 

@@ -89,10 +89,7 @@ def _check_worker(request: EncodeRequest) -> None:
         rule = f"this worker writes shard format {FORMAT_VERSION}, not {request.format}"
         remedy = "install the same version of overnight on every worker"
         raise CorpusError(Problem("data.cluster", "", rule, remedy))
-    if request.engine == "gigatoken" and resolve_engine("auto") != "gigatoken":
-        rule = "gigatoken is not installed"
-        remedy = "pip install 'overnight[turbo]' on every worker, or set data.engine to tiktoken"
-        raise CorpusError(Problem("data.engine", request.engine, rule, remedy))
+    resolve_engine(request.engine)
     file = request.source.file
     with contextlib.suppress(OSError):  # reported when the file is read
         if file.size_bytes() != request.size_bytes:

@@ -45,7 +45,7 @@ def _run_worker(engine: EngineName, own: int, *others: int) -> None:
         os.close(descriptor)
     try:
         stream = socket.socket(fileno=own).makefile("rwb")
-        with contextlib.suppress(EOFError, ConnectionError):
+        with contextlib.suppress(EOFError, ConnectionError, pickle.UnpicklingError):
             while True:
                 chunk = pickle.load(stream)
                 answer: EncodedChunk | Exception

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from corpus_data import TEXTS, build_dataset, make_config, tokenize_with_progress, write_parquet
 
-from gpt.data.tokenize import chunks, requests, units
+from gpt.data.tokenize import chunks, encoders, requests, units
 from gpt.data.tokenize.pipeline import tokenize_corpus
 from gpt.data.tokenize.requests import encode_unit
 from gpt.data.tokenize.tokenizer import EncoderMismatchError
@@ -148,7 +148,7 @@ def test_worker_reports_a_different_file(encode_request):
 def test_worker_reports_a_different_installation(encode_request, monkeypatch):
     with pytest.raises(CorpusError, match="same version"):
         encode_unit(replace(encode_request, format=0))
-    monkeypatch.setattr(requests, "resolve_engine", lambda _: "tiktoken")
+    monkeypatch.setattr(encoders, "GIGATOKEN_PACKAGE", "no_such_package_here")
     with pytest.raises(CorpusError, match="gigatoken is not installed"):
         encode_unit(replace(encode_request, engine="gigatoken"))
 
