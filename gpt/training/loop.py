@@ -95,8 +95,8 @@ def fit(
             # One optimizer step.
             start, position = time.perf_counter(), state.loader.position
             learning_rate = apply_schedule(state.optimizers, config, state.step)
-            loss_sum = torch.zeros((), device=state.device)
             with attempt_step(state) as attempt:
+                loss_sum = torch.zeros((), device=state.device)
                 for batch, is_last in state.micro_batches():
                     if stop_within_step():
                         attempt.undo()

@@ -112,7 +112,7 @@ int card_called(struct call **site, const char *name) {
     atomic_fetch_add(&call->count, 1);
     if (atomic_load(&call->calls_to_failure) == 0) return 0;
     if (atomic_fetch_sub(&call->calls_to_failure, 1) > 1) return 0;
-    if (!strncmp(name, "cuda", strlen("cuda"))) card_last_error = call->error;
+    if (!strncmp(name + strspn(name, "_"), "cuda", strlen("cuda"))) card_last_error = call->error;
     return call->error;
 }
 

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define RESULT_BYTES 16
+#define RESULT_BYTES 8
 
 /* --- devices -------------------------------------------------------------------------------- */
 
