@@ -91,13 +91,11 @@ def _train_variant(variant: Variant, parent: Path) -> VariantResult:
     """Train a variant unless it is finished; a failure becomes part of the result."""
     folder, failure = None, variant.failure
     run_name = variant.config.run.name if variant.config else variant.name
-    if variant.config is None:
-        pass
-    elif finished := find_finished_outcome(variant.path, variant.overrides):
+    if variant.config and (finished := find_finished_outcome(variant.path, variant.overrides)):
         log_info(f"{run_name}: already finished, validation loss {finished.report.loss:.4f}")
         folder = finished.folder
         set_parent_run(folder, parent)
-    else:
+    elif not failure:
         try:
             folder = call_task(pretrain_variant)(variant, run_name, parent)
         except ComparisonError as error:

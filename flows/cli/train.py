@@ -184,12 +184,10 @@ def compare(
 
     values = merge_overrides({}, overrides or [])
     variants = expand_variants(configs, values, tokens, seeds)
-    invalid = 0
     for variant in variants:
-        if problems := run_preflight(variant.path, variant.overrides, starting=True).problems:
-            print(f"{variant.name}: {ConfigError(*problems)}", file=sys.stderr, flush=True)
-            invalid += 1
-    if invalid == len(variants):
+        if variant.failure:
+            print(f"{variant.name}: {variant.failure}", file=sys.stderr, flush=True)
+    if all(variant.failure for variant in variants):
         raise typer.Exit(USER_ERROR)
     prepare(next(variant.config.run.root for variant in variants if variant.config))
     from flows.compare import ComparisonResult

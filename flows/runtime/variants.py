@@ -17,11 +17,12 @@ from typing import Any
 
 from flows.runtime import environment
 from flows.runtime.process_exit import die_with_parent, stop_process
-from gpt.config.loading import load_config, merge_overrides
+from gpt.config.loading import merge_overrides
 from gpt.config.schema import DataSection, RunConfig, fingerprint
 from gpt.errors import ComparisonError, ConfigError, GPTError, Problem
 from gpt.files import write_text
 from gpt.gc_tuning import tune_gc
+from gpt.preflight.report import run_preflight
 from gpt.training.run_dir import run_identity
 
 EXECUTION_KEYS = ("engine", "workers", "runner", "cluster", "store")
@@ -48,7 +49,8 @@ class Variant:
     """All overrides of the file, including the run's name, seed and length."""
     config: RunConfig | None
     """None if the config is invalid."""
-    failure: str = ""
+    failure: str
+    """Why it cannot be trained here; empty if it can."""
 
 
 def expand_variants(
@@ -57,8 +59,8 @@ def expand_variants(
     """Combine every config with every seed.
 
     The first seeds of all configs come first, so that an interrupted comparison has seen each
-    config. An invalid config is a variant with a failure. Raises `ConfigError` if all configs are
-    invalid, or if they differ in their data or evaluation.
+    config. A config that the preflight refuses is a variant with a failure. Raises `ConfigError` if
+    all configs are invalid, or if they differ in their data or evaluation.
     """
     if len(paths) < 2:
         rule = "a comparison needs a second config"
@@ -66,23 +68,16 @@ def expand_variants(
     for option, value in (("--seeds", seeds), ("--tokens", tokens)):
         if value is not None and value < 1:
             raise ConfigError(Problem(option, str(value), "must be at least 1", "raise it"))
-    valid: dict[str, RunConfig] = {}
-    errors: dict[str, ConfigError] = {}
-    for path in dict.fromkeys(paths):
-        try:
-            valid[path] = load_config(path, overrides)
-        except ConfigError as error:
-            errors[path] = error
+    reports = {path: run_preflight(path, overrides) for path in paths}
+    valid = {path: report.figures.config for path, report in reports.items() if report.figures}
     if not valid:  # a wrong override is a problem of every config, but reported once
-        raise ConfigError(*dict.fromkeys(p for error in errors.values() for p in error.problems))
+        raise ConfigError(*dict.fromkeys(p for r in reports.values() for p in r.problems))
     _check_comparable(valid)
     names = _choose_names(paths, valid)
     return [
-        _build_variant(names[path], path, overrides, valid[path], tokens, number)
-        if path in valid
-        else Variant(names[path], path, dict(overrides), None, str(errors[path]))
+        _build_variant(names[path], path, overrides, valid.get(path), tokens, number)
         for number in range(seeds)
-        for path in dict.fromkeys(paths)
+        for path in reports
         if number == 0 or path in valid
     ]
 
@@ -125,19 +120,20 @@ def _build_variant(
     name: str,
     path: str,
     overrides: Mapping[str, Any],
-    config: RunConfig,
+    config: RunConfig | None,
     tokens: int | None,
     number: int,
 ) -> Variant:
-    own: dict[str, Any] = {"run": {"name": name}}
-    if number:  # the first seed has the config's own seed and name, as a run outside a comparison
-        seed = config.training.seed + number
-        own = {"run": {"name": f"{name}-seed{seed}"}, "training": {"seed": seed}}
-    merged = merge_overrides(merge_overrides(overrides, own), _length_overrides(config, tokens))
-    try:
-        return Variant(name, path, merged, load_config(path, merged))
-    except ConfigError as error:  # e.g. a schedule that does not fit into the given length
-        return Variant(name, path, merged, None, str(error))
+    merged = dict(overrides)
+    if config:
+        own: dict[str, Any] = {"run": {"name": name}}
+        if number:  # the first seed has its config's seed and name, as a run outside a comparison
+            seed = config.training.seed + number
+            own = {"run": {"name": f"{name}-seed{seed}"}, "training": {"seed": seed}}
+        merged = merge_overrides(merge_overrides(overrides, own), _length_overrides(config, tokens))
+    report = run_preflight(path, merged, starting=True)
+    failure = str(ConfigError(*report.problems)) if report.problems else ""
+    return Variant(name, path, merged, report.figures.config if report.figures else None, failure)
 
 
 def _length_overrides(config: RunConfig, tokens: int | None) -> dict[str, Any]:
