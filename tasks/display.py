@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,14 +17,7 @@ from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
 from prefect.logging.handlers import APILogHandler
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gpt.config.schema import RunConfig
 from gpt.data.store import Transfer
@@ -38,9 +30,8 @@ Result = TypeVar("Result")
 
 SECONDS_PER_LINE = 5.0
 """Time between lines of a long stage where there is no terminal for a bar."""
-RECENT_STEPS = 20
-"""Steps that the remaining time is estimated from, with the evaluations and checkpoints among
-them."""
+RECENT_SECONDS = 1800.0
+"""The remaining time is estimated from the progress in this time."""
 
 
 class _RunConsole(Console):
@@ -85,17 +76,13 @@ class _LibraryWarnings(logging.Handler):
 logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
 
 
-def format_duration(seconds: float) -> str:
-    """Format seconds as 0:01:23."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 # --- progress ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _bar(name: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
-    """Show a bar below the lines on a terminal; nothing elsewhere."""
+def _bar(name: str) -> Iterator[Callable[[int, int, str], str]]:
+    """Show a bar below the lines on a terminal; nothing elsewhere. Yield a function that updates
+    it (done, total, text) and returns how much time is left, e.g. "  0:01:23 left"."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -103,9 +90,23 @@ def _bar(name: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID
         TimeElapsedColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    disable = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
-        yield bar, bar.add_task(name, total=total, text="")
+
+    def update(done: int, total: int, text: str) -> str:
+        bar.update(task, completed=done, total=total)
+        seconds = bar.tasks[0].time_remaining
+        left = "" if seconds is None else f"  {timedelta(seconds=round(seconds))} left"
+        bar.update(task, text=f"{text}{left}")
+        return left
+
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=RECENT_SECONDS,
+    ) as bar:
+        task = bar.add_task(name, total=None, text="")
+        yield update
 
 
 def _run_with_progress(
@@ -116,38 +117,31 @@ def _run_with_progress(
     """Run a generator to its result. Show what `describe` says of each item (done, total, text) as
     a bar, or as a line every `SECONDS_PER_LINE` where there is no terminal."""
     last_line = time.monotonic()
-    with _bar(name) as (bar, task):
+    with _bar(name) as update:
         while True:
             try:
                 done, total, text = describe(next(steps))
             except StopIteration as stop:
                 return stop.value
-            bar.update(task, completed=done, total=total, text=text)
-            now = time.monotonic()
+            left, now = update(done, total, text), time.monotonic()
             if now - last_line >= SECONDS_PER_LINE and not console.is_terminal:
-                log_info(f"{name} {done / max(1, total):4.0%}  {text}")
+                log_info(f"{name} {done / max(1, total):4.0%}  {text}{left}")
                 last_line = now
 
 
 def show_tokenizing(steps: Generator[TokenizeProgress, None, Result]) -> Result:
     def describe(progress: TokenizeProgress) -> tuple[int, int, str]:
-        done, total = progress.rows_done, progress.rows_total
-        left = progress.seconds * (total - done) / max(1, done - progress.rows_reused)
         rate = (progress.tokens - progress.tokens_reused) / max(1e-9, progress.seconds)
-        text = f"{progress.tokens:,} tokens  {rate:,.0f} tokens/s  {format_duration(left)} left"
-        return done, total, text
+        text = f"{progress.tokens:,} tokens  {rate:,.0f} tokens/s"
+        return progress.rows_done, progress.rows_total, text
 
     return _run_with_progress("tokenizing", steps, describe)
 
 
 def show_transfer(name: str, steps: Transfer[Result]) -> Result:
-    start = time.monotonic()
-
     def describe(progress: tuple[int, int]) -> tuple[int, int, str]:
         done, total = progress
-        left = (time.monotonic() - start) * (total - done) / max(1, done)
-        text = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {format_duration(left)} left"
-        return done, total, text
+        return done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
 
     return _run_with_progress(name, steps, describe)
 
@@ -161,24 +155,20 @@ def train_display(config: RunConfig) -> Iterator[Callable[[StepRecord], None]]:
     """Yield a function that updates the bar, and logs a line every `log_interval` steps, for the
     first and the last."""
     last_step, interval = config.training.max_steps, config.training.log_interval
-    step_ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
     seconds_per_token: list[float] = []
 
     def show(record: StepRecord) -> None:
         counter = f"step {record.step:>{len(str(last_step))}}/{last_step}"
         if record.loss is not None:
-            step_ends.append(time.monotonic())
             if record.tokens_per_second:
                 seconds_per_token.append(1 / record.tokens_per_second)
             rate = 1 / fmean(seconds_per_token) if seconds_per_token else 0.0
-            step_seconds = (step_ends[-1] - step_ends[0]) / (len(step_ends) - 1)
-            left = format_duration(step_seconds * (last_step - record.step))
-            text = f"loss {record.loss:.4f}  {rate:,.0f} tokens/s  {left} left"
-            bar.update(task, completed=record.step, text=text)
+            text = f"loss {record.loss:.4f}  {rate:,.0f} tokens/s"
+            left = update(record.step, last_step, text)
             if record.step in (1, last_step) or record.step % interval == 0:
                 log_info(
                     f"{counter}  loss {record.loss:.4f}  lr {record.learning_rate:.1e}"
-                    f"  {rate:,.0f} tokens/s{_format_device_use(record)}  {left} left"
+                    f"  {rate:,.0f} tokens/s{_format_device_use(record)}{left}"
                 )
                 seconds_per_token.clear()
         if heldout := record.validation:
@@ -187,7 +177,7 @@ def train_display(config: RunConfig) -> Iterator[Callable[[StepRecord], None]]:
                 f"perplexity {heldout.perplexity:,.1f}  bits per byte {heldout.bits_per_byte:.4f}"
             )
 
-    with _bar("training", last_step) as (bar, task):
+    with _bar("training") as update:
         yield show
 
 

@@ -139,12 +139,13 @@ def evaluate_slices(
     ) -> EvaluationReport:
         folder, identity, model_step, description = models[file]
         path = run.folder / (file if name == "current" else f"{name}_{file}")
-        key = {"model": identity, "dataset": text.fingerprint}
-        report = read_report_file(path, **key, evaluation=evaluation_values(settings))
+        values = evaluation_values(settings)
+        key = {"model": identity, "dataset": text.fingerprint, "evaluation": values}
+        report = read_report_file(path, **key)
         if report is None:
             log_info(f"evaluating {description} on the {name} text")
             report = evaluate_saved_model(folder, settings, text, model_step)
-            write_report_file(path, report, **key, evaluation=evaluation_values(settings))
+            write_report_file(path, report, **key)
         return report
 
     def evaluate_pair(name: str, text: DatasetManifest | None) -> ReportPair | None:

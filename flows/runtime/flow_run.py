@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -166,11 +167,10 @@ def _describe_results(parameters: Mapping[str, Any], state: State) -> Iterator[s
             config = load_config(path, parameters.get("overrides") or {})
             dataset = find_dataset(config)
             if folder := dataset and find_run_dir(config, dataset):
-                last: dict[str, tuple[int, float]] = {}
-                for line in read_metrics(folder / METRICS_FILE)[0]:
-                    last |= {key: (line.step, value) for key, value in line.metrics.items()}
-                for key in [key for key in LOSSES if key in last][:1]:
-                    yield f"{key} {last[key][1]:.4f} at step {last[key][0]:,}"
+                lines = read_metrics(folder / METRICS_FILE)[0][::-1]
+                last = ((key, line) for key in LOSSES for line in lines if key in line.metrics)
+                for key, line in islice(last, 1):
+                    yield f"{key} {line.metrics[key]:.4f} at step {line.step:,}"
                 if checkpoint := latest_checkpoint(folder):
                     yield f"a checkpoint of step {checkpoint.step:,}"
 

@@ -118,9 +118,7 @@ def _check_ports(settings: ServiceSettings) -> None:
         if external:
             continue
         try:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((settings.host, port))
+            socket.create_server((settings.host, port)).close()
         except OSError as error:
             rule = f"cannot be opened on {settings.host}: {error.strerror}"
             remedy = f"pass another {option}, or stop the program that uses the port; to use a "
