@@ -7,9 +7,10 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal, read_run_section
+from flows.runtime.flow_run import STATE_HOOKS, call_task, cancelled_on_signal
 from flows.runtime.outcome import Outcome, locate_links, render_outcome
 from gpt.artifacts import CheckpointRef, DatasetManifest
+from gpt.config.loading import read_run_section
 from gpt.config.schema import RunConfig
 from gpt.training.checkpoint.retention import latest_checkpoint
 from gpt.training.run_dir import open_run_dir
@@ -27,8 +28,8 @@ from tasks.validate_config import validate_config
 def run_name_from_config() -> str:
     """Return the config's `run.name`, or the file's name if it cannot be read."""
     parameters = flow_run.get_parameters()
-    path = parameters["config"]
-    return str(read_run_section(path, parameters).get("name") or Path(path).stem)
+    path, overrides = parameters["config"], parameters.get("overrides") or {}
+    return str(read_run_section(path, overrides).get("name") or Path(path).stem)
 
 
 @flow(name="pretrain", flow_run_name=run_name_from_config, **STATE_HOOKS)

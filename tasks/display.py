@@ -13,8 +13,7 @@ from datetime import timedelta
 from statistics import fmean
 from typing import TypeVar
 
-from prefect.context import get_run_context
-from prefect.exceptions import MissingContextError
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -52,14 +51,15 @@ _prefect_log.propagate = False
 _prefect_log.addHandler(APILogHandler())
 
 
+def is_in_prefect_run() -> bool:
+    return bool(TaskRunContext.get() or FlowRunContext.get())
+
+
 def log_info(line: str, *, level: int = logging.INFO) -> None:
     """Print a line, and log it to the current Prefect run if there is one."""
     console.print(line, markup=False, style="yellow" if level >= logging.WARNING else None)
-    try:
-        get_run_context()
-    except MissingContextError:
-        return
-    _prefect_log.log(level, line)
+    if is_in_prefect_run():
+        _prefect_log.log(level, line)
 
 
 def log_warning(line: str) -> None:

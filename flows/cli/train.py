@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from flows.cli.options import (
     resumable,
 )
 from flows.runtime.environment import prepare
-from gpt.config.loading import load_config, merge_overrides, read_toml
+from gpt.config.loading import load_config, merge_overrides, read_run_section
 from gpt.errors import ConfigError
 from gpt.hardware.interconnect import DEFAULT_NETWORK_GBIT
 from gpt.preflight.report import run_preflight, run_preflight_on_values
@@ -93,21 +92,16 @@ def _pretrain(config: str, overrides: dict[str, Any], fresh: bool) -> "Outcome":
     recorded as a Failed flow run."""
     from flows.runtime.outcome import find_finished_outcome
 
-    root = Path("runs")
     if problems := run_preflight(config, overrides, starting=True).problems:
         # Printed before Prefect starts, which takes seconds.
         print(ConfigError(*problems), file=sys.stderr, flush=True)
-        with suppress(ConfigError, KeyError, TypeError):
-            root = Path(merge_overrides(read_toml(Path(config)), overrides)["run"]["root"])
     elif not fresh and (finished := find_finished_outcome(config, overrides)):
         print(
             f"already finished at step {finished.report.step} in {display_path(finished.folder)}; "
             "use --fresh or another run.name to train again"
         )
         return finished
-    else:
-        root = load_config(config, overrides).run.root
-    prepare(root)
+    prepare(Path(str(read_run_section(config, overrides).get("root", "runs"))))
     from flows.runtime.embedded_api import launch_api
 
     launch_api()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from itertools import islice
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow, State, Task
@@ -26,7 +25,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Failed
 from prefect.utilities.asyncutils import run_coro_as_sync
 
-from gpt.config.loading import load_config, merge_overrides, read_toml
+from gpt.config.loading import load_config, read_run_section
 from gpt.data.tokenize.pipeline import find_dataset
 from gpt.errors import GPTError, Problem, first_line
 from gpt.gc_tuning import tune_gc
@@ -80,7 +79,8 @@ def notify_cancellation(flow: Flow, flow_run: FlowRun, state: State) -> None:
 def send_notifications(parameters: Mapping[str, Any], subject: str, body: str) -> None:
     """Send a message through each notification block (type/name) of `run.notify`, even of an
     invalid config. A failure is logged."""
-    sections = [read_run_section(path, parameters) for path in _config_paths(parameters)]
+    overrides = parameters.get("overrides") or {}
+    sections = [read_run_section(path, overrides) for path in _config_paths(parameters)]
     names = dict.fromkeys(str(n) for section in sections for n in section.get("notify") or ())
     for name in (name for name in names if "/" in name):
         try:
@@ -173,13 +173,6 @@ def _describe_results(parameters: Mapping[str, Any], state: State) -> Iterator[s
                     yield f"{key} {line.metrics[key]:.4f} at step {line.step:,}"
                 if checkpoint := latest_checkpoint(folder):
                     yield f"a checkpoint of step {checkpoint.step:,}"
-
-
-def read_run_section(path: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the [run] section, even of an invalid config; empty if it cannot be read."""
-    with suppress(GPTError, KeyError, TypeError):
-        return dict(merge_overrides(read_toml(Path(path)), parameters["overrides"] or {})["run"])
-    return {}
 
 
 STATE_HOOKS: dict[str, Any] = {

@@ -4,6 +4,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     except RecursionError:
         rule, remedy = "is nested too deeply", "use sections that hold plain values"
     raise ConfigError(Problem(str(path), "", rule, remedy))
+
+
+def read_run_section(path: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the [run] section, even of an invalid config; empty if it cannot be read."""
+    with suppress(ConfigError, KeyError, TypeError, ValueError):
+        return dict(merge_overrides(read_toml(Path(path)), overrides)["run"])
+    return {}
 
 
 def merge_overrides(

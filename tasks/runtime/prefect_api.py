@@ -4,11 +4,10 @@ import re
 
 import httpx
 from prefect.artifacts import create_markdown_artifact
-from prefect.context import get_run_context
-from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
+from prefect.exceptions import PrefectHTTPStatusError
 
 from gpt.errors import GPTError
-from tasks.display import log_warning
+from tasks.display import is_in_prefect_run, log_warning
 
 UNREACHABLE = ("Failed to reach API", "Timed out while attempting to connect")
 """Beginnings of Prefect's own error messages about an unreachable API."""
@@ -33,9 +32,7 @@ def artifact_key(text: str) -> str:
 
 def publish_markdown(key: str, markdown: str, description: str) -> None:
     """Create a Markdown artifact of the current Prefect run; outside of one, do nothing."""
-    try:
-        get_run_context()
-    except MissingContextError:
+    if not is_in_prefect_run():
         return
     name = artifact_key(key)
     try:
