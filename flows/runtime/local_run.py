@@ -26,7 +26,7 @@ SIGNAL_EXIT_CODE = 128
 
 
 def run_pretrain(
-    config: str, overrides: dict[str, Any], fresh: bool = False, parent: Path | None = None
+    config: str, overrides: dict[str, Any], fresh: bool = False, parent: str | None = None
 ) -> Outcome:
     """Run the flow `pretrain`. `parent`: folder of the comparison that the run is part of."""
 
@@ -36,8 +36,7 @@ def run_pretrain(
         return set()
 
     before = run_dirs()
-    parameters = {"config": config, "overrides": overrides, "fresh": fresh}
-    parameters["parent"] = str(parent) if parent else None
+    parameters = {"config": config, "overrides": overrides, "fresh": fresh, "parent": parent}
     # A fresh run that has started already is resumed, not started a second time.
     return run_flow(pretrain, parameters, lambda: {"fresh": fresh and run_dirs() == before})
 

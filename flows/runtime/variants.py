@@ -203,7 +203,7 @@ def main() -> None:
     from tasks.display import log_info
 
     try:
-        outcome = run_pretrain(path, overrides, parent=Path(parent))
+        outcome = run_pretrain(path, overrides, parent=parent)
         log_info(f"{outcome.name}: validation loss {outcome.report.loss:.4f}")
         result = {"folder": str(outcome.folder)}
     except GPTError as error:
