@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import NoReturn
 
 _skips_cleanup = False
@@ -31,7 +30,15 @@ def exit_process(code: str | int | None) -> NoReturn:
 def die_with_parent(number: signal.Signals) -> Callable[[], None]:
     """Return a `preexec_fn` for `subprocess.Popen`: the child gets the signal when this process
     ends, even by kill -9. Linux only; elsewhere it does nothing."""
-    return partial(_set_parent_death_signal, os.getpid(), number)
+    parent = os.getpid()
+
+    def set_parent_death_signal() -> None:
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        if os.getppid() != parent:  # the parent ended before the call
+            os.kill(os.getpid(), number)
+
+    return set_parent_death_signal if sys.platform == "linux" else lambda: None
 
 
 def stop_process(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -42,12 +49,3 @@ def stop_process(process: subprocess.Popen[bytes], seconds: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _set_parent_death_signal(parent: int, number: signal.Signals) -> None:
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
-    if os.getppid() != parent:  # the parent ended before the call
-        os.kill(os.getpid(), number)
