@@ -43,8 +43,6 @@ class _RunConsole(Console):
 
 console = _RunConsole(highlight=False, soft_wrap=True)
 
-# --- lines ---------------------------------------------------------------------------------------
-
 _prefect_log = logging.getLogger("overnight.page")
 _prefect_log.setLevel(logging.INFO)
 _prefect_log.propagate = False
@@ -74,9 +72,6 @@ class _LibraryWarnings(logging.Handler):
 
 
 logging.getLogger("gpt").addHandler(_LibraryWarnings(logging.WARNING))
-
-
-# --- progress ------------------------------------------------------------------------------------
 
 
 @contextmanager

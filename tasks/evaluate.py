@@ -85,9 +85,6 @@ def render_samples(report: EvaluationReport) -> str:
     return f"# Samples after step {report.step}\n\n{quote_samples(report.samples)}\n"
 
 
-# --- the challenger of a retraining and the champion ---------------------------------------------
-
-
 class ReportPair(Artifact):
     """Two reports on one slice."""
 

@@ -15,8 +15,6 @@ from gpt.config.rules import check_rules
 from gpt.config.schema import RunConfig
 from gpt.errors import ConfigError, Problem
 
-# --- TOML and overrides to a dict ----------------------------------------------------------------
-
 
 def load_config(path: Path | str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
     """Read a TOML file, merge the overrides and check everything.
@@ -81,8 +79,6 @@ def parse_override(text: str) -> dict[str, Any]:
     *sections, name = parts
     return reduce(lambda below, section: {section: below}, reversed(sections), {name: leaf})
 
-
-# --- the dict to a RunConfig, or to its problems -------------------------------------------------
 
 FIELDS = {
     name: section.annotation.model_fields
