@@ -73,7 +73,7 @@ def test_help_shows_every_summary_uncut_and_ends_with_three_commands() -> None:
     lines = overnight("--help", COLUMNS="80").stdout.splitlines()
     assert "  --version  Show the version and exit." in lines
     commands = lines[lines.index("Commands:") + 1 : lines.index("", lines.index("Commands:"))]
-    assert len(commands) == 16
+    assert len(commands) == 17
     assert all(line.endswith(".") and not line.endswith("...") for line in commands)
     assert [line.split()[0] for line in lines[-3:]] == ["overnight"] * 3
 
