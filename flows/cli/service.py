@@ -115,7 +115,7 @@ def calibrate(
     ] = False,
     root: Root = Path("runs"),
 ) -> None:
-    """Measure this machine's GPU, so that hours are estimated for it.
+    """Measure this machine's GPU to estimate its hours.
 
     Takes about three minutes. Shows the last result while the driver stays the same.
     """
