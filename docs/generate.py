@@ -49,7 +49,7 @@ def render_sizes_table(configs: Path) -> str:
     for name, split in SIZES:
         overrides = [f"model.n_embd={split[0]}", f"model.n_head={split[1]}"] if split else []
         config = load_config(configs / f"{name}.toml", overrides)
-        model, needed = config.model, estimate_memory(config).needed_bytes
+        model, needed = config.model, estimate_memory(config, gpu=gpu).needed_bytes
         pace, tokens = nominal_throughput(config, gpu), config.total_tokens
         hours = (tokens / pace.fastest / 3600, tokens / pace.slowest / 3600)
         command = [f"configs/{name}.toml", *(f"--set {override}" for override in overrides)]

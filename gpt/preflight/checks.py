@@ -50,7 +50,7 @@ def check_devices(figures: Figures) -> Iterator[Problem]:
 def check_memory(figures: Figures) -> Iterator[Problem]:
     if figures.fits is not False or figures.is_reduced_at_start:
         return
-    config, memory_bytes = figures.config, figures.gpu.memory_bytes or 0
+    config, gpu = figures.config, figures.gpu
     savings = ", or ".join(suggestion.as_overrides() for suggestion in figures.memory_savings)
     remedy = f"set {savings}" if savings else ""
     if config.hardware.world_size == 1:
@@ -59,7 +59,9 @@ def check_memory(figures: Figures) -> Iterator[Problem]:
         yield Problem("training.batch_size", value, describe_need(figures), remedy)
         return
     setting = config.hardware.sharding
-    if setting == "ddp" and estimate_memory(config, "fsdp").needed_bytes <= memory_bytes:
+    if setting == "ddp" and estimate_memory(config, "fsdp", gpu.spec).needed_bytes <= (
+        gpu.memory_bytes or 0
+    ):
         remedy = 'set hardware.sharding to "auto" or "fsdp"'
     remedy = remedy or "use more devices, a smaller model or a larger GPU"
     rule = f"{describe_need(figures)} (each of {config.hardware.world_size}, {figures.sharding})"

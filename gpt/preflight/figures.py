@@ -51,9 +51,7 @@ class Figures:
     @cached_property
     def memory_savings(self) -> list[Suggestion]:
         """Changes with which a run that does not fit would; none if it fits."""
-        if self.fits is not False or self.gpu.memory_bytes is None:
-            return []
-        return suggest_memory_savings(self.config, self.gpu.memory_bytes)
+        return suggest_memory_savings(self.config, self.gpu) if self.fits is False else []
 
     @property
     def is_reduced_at_start(self) -> bool:
@@ -93,7 +91,7 @@ def compute_figures(
     config: RunConfig, gpu: TargetGPU, starting: bool, network_gbit: float
 ) -> Figures:
     """Compute all figures. Raises `ConfigError` for an invalid `network_gbit`."""
-    sharding, data = choose_sharding(config, gpu.memory_bytes), estimate_data(config)
+    sharding, data = choose_sharding(config, gpu), estimate_data(config)
     throughput = estimate_throughput(config, gpu.spec)
     rate = throughput.tokens_per_second
     return Figures(
@@ -102,7 +100,7 @@ def compute_figures(
         starting=starting,
         parameters=count_parameters(config.model),
         sharding=sharding,
-        memory=estimate_memory(config, sharding),
+        memory=estimate_memory(config, sharding, gpu.spec),
         throughput=throughput,
         data=data,
         disk=estimate_disk(config, data),

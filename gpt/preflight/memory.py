@@ -16,23 +16,24 @@ under autocast, else 4), autograd saves
 - gpt2: the inputs of both norms (4 C each: the residual stream is float32), the inputs of the four
   linear layers (e C, e C, e C, 4 e C), queries, keys and values (3 e C), the input of GELU (4 e C);
   attention's logsumexp (4 H), mean and deviation of both norms (16).
-- nanochat: the inputs of the norms in float32 (4 C each: two on the stream, one each for queries
-  and keys), the inputs of the linear layers (e C, e C, e C, 4 e C), queries, keys, values and
-  attention's output (4 e C), ReLU's output (4 e C); logsumexp and deviations (8 + 12 H).
-Attention is FlashAttention (Dao 2023, arXiv:2307.08691), so no tokens x tokens matrix exists. Its
-16-bit CUDA kernels pad heads to a multiple of 8 channels, and the padded copies are saved. Autocast
-caches 16-bit copies of all block matrices, and one of the head while the loss is computed.
-Activation checkpointing saves the input of each block and recomputes one block at a time. Dropout
-saves one byte per element. The method is that of Korthikanti et al. 2022 (arXiv:2205.05198).
+- nanochat: the inputs of the norms (e C each: two on the stream, one each for queries and keys),
+  the inputs of the linear layers (e C, e C, e C, 4 e C), queries, keys, values and attention's
+  output (4 e C), ReLU's output (4 e C); logsumexp and deviations (8 + 12 H).
+No tokens x tokens matrix exists. FlashAttention (Dao 2023, arXiv:2307.08691) lays its output out
+like the queries. Those of nanochat lie head by head, so that the output projection saves a copy;
+memory-efficient attention (Rabe and Staats 2021, arXiv:2112.05682) writes token by token, and its
+output is the projection's input. Heads whose rows are no multiple of 16 bytes are padded, and the
+padded copies are saved. Autocast caches 16-bit copies of all block matrices, and one of the head
+while the loss is computed. Activation checkpointing saves the input of each block and recomputes
+one block at a time. Dropout saves one byte per element. The method is that of Korthikanti et al.
+2022 (arXiv:2205.05198).
 
-`peak_bytes` is for a step without compilation: the value that
-`torch.distributed._tools.mem_tracker.MemTracker` reports under fake tensors (tests hold the
-estimate within 10% of it) and `torch.cuda.max_memory_allocated` on a GPU. With compilation
-(`compiled_bytes`), nanochat's norms save their inputs in the matmul dtype, and of a chunk only the
-logits and their gradient exist.
+`peak_bytes` is for a step without compilation. With compilation (`compiled_bytes`), of a chunk only
+the logits and their gradient exist. Tests hold both within 2% of `torch.cuda.max_memory_allocated`
+(tests/cuda/test_preflight_memory.py).
 
-`overheads` are in neither measurement and are assumed: the CUDA context with the code of cuBLAS and
-cuDNN, about 0.5 GB; memory that torch's caching allocator holds unused, 4% with expandable
+`overheads` are not in that measurement and are assumed: the CUDA context with the code of cuBLAS
+and cuDNN, about 0.5 GB; memory that torch's caching allocator holds unused, 4% with expandable
 segments; buffers of compiled graphs. Whether a run fits is decided on the sum.
 
 With several devices, each holds this for its own micro-batches, and
@@ -52,17 +53,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gpt.config.schema import RunConfig
-from gpt.hardware.gpus import MIB
-from gpt.hardware.target_gpu import find_target_gpu
+from gpt.hardware.gpus import MIB, GPUSpec
+from gpt.hardware.target_gpu import TargetGPU, find_target_gpu
 from gpt.preflight.parameters import count_parameters
 
 Sharding = Literal["ddp", "fsdp"]
+Attention = Literal["FlashAttention", "memory-efficient"]
+"""The kernel that torch chooses for attention."""
 
 CUDA_CHUNK_ROWS = 2048
 CPU_CHUNK_ROWS = 512
 CUDA_CONTEXT_BYTES = 500 * MIB
 COMPILED_BUFFERS_BYTES = 100 * MIB
 ALLOCATOR_SHARE = 0.04
+MAX_FLASH_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Memory:
     """Peak of an evaluation during training, at its own batch size, without compilation."""
     loss_chunk_rows: int
     """Tokens whose logits exist at once."""
+    attention: Attention
 
     @property
     def peak_bytes(self) -> int:
@@ -89,18 +94,21 @@ class Memory:
         return max(self.compiled_bytes, self.evaluation_bytes) + sum(self.overheads.values())
 
 
-def estimate_memory(config: RunConfig, sharding: Sharding = "ddp") -> Memory:
+def estimate_memory(
+    config: RunConfig, sharding: Sharding = "ddp", gpu: GPUSpec | None = None
+) -> Memory:
     """Estimate the peak memory of training and evaluation on one of the config's GPUs, or on a CPU
-    if the config asks for one. `sharding` matters with several devices only.
+    if the config asks for one.
 
-    The GPU model does not matter: without bfloat16 it computes in float16, which is as wide.
+    `sharding` matters with several devices only. `gpu` decides on the attention kernel; an unknown
+    one is taken for Ampere or later. Without bfloat16 a GPU computes in float16, which is as wide.
     """
     on_cpu = config.hardware.device == "cpu"
-    step = _Step(config, sharding, compiled=False)
+    step = _Step(config, sharding, gpu, compiled=False)
     moment, parts = step.peak()
     # On a CPU only the loss is compiled, and memory is not judged.
     compiled = config.training.compile and not on_cpu
-    compiled_parts = _Step(config, sharding, compiled=True).peak()[1] if compiled else parts
+    compiled_parts = _Step(config, sharding, gpu, compiled=True).peak()[1] if compiled else parts
     compiled_bytes = sum(compiled_parts.values())
     overheads = {
         "cuda_context": CUDA_CONTEXT_BYTES,
@@ -114,42 +122,39 @@ def estimate_memory(config: RunConfig, sharding: Sharding = "ddp") -> Memory:
         overheads={} if on_cpu else overheads,
         evaluation_bytes=step.evaluation_bytes(config.evaluation.batch_size),
         loss_chunk_rows=step.chunk_rows,
+        attention=step.attention,
     )
 
 
 # --- sharding ------------------------------------------------------------------------------------
 
 
-def choose_sharding(config: RunConfig, memory_bytes: int | None) -> Sharding:
+def choose_sharding(config: RunConfig, gpu: TargetGPU) -> Sharding:
     """Return what `hardware.sharding` asks for; for "auto" ddp if it fits or needs less, else fsdp.
-
-    `memory_bytes`: total memory of one device; None if unknown, as on a CPU: then "auto" is ddp.
-    """
-    setting = config.hardware.sharding
-    if config.hardware.world_size == 1:
+    If the device's memory is unknown, or it is a CPU, "auto" is ddp."""
+    hardware = config.hardware
+    if hardware.world_size > 1 and hardware.sharding != "auto":
+        return hardware.sharding
+    if hardware.world_size == 1 or hardware.device == "cpu" or gpu.memory_bytes is None:
         return "ddp"
-    if setting != "auto":
-        return setting
-    if memory_bytes is None:
-        return "ddp"
-    ddp, fsdp = estimate_memory(config, "ddp"), estimate_memory(config, "fsdp")
-    return "ddp" if ddp.needed_bytes <= max(fsdp.needed_bytes, memory_bytes) else "fsdp"
+    ddp = estimate_memory(config, "ddp", gpu.spec).needed_bytes
+    fsdp = estimate_memory(config, "fsdp", gpu.spec).needed_bytes
+    return "ddp" if ddp <= max(fsdp, gpu.memory_bytes) else "fsdp"
 
 
-def fits_memory(config: RunConfig, memory_bytes: int | None) -> bool | None:
-    """Return whether a device of that memory holds its part of the run; None without a device."""
-    if memory_bytes is None:
+def fits_memory(config: RunConfig, gpu: TargetGPU) -> bool | None:
+    """Return whether such a GPU holds its part of the run; None if its memory is unknown."""
+    if gpu.memory_bytes is None:
         return None
-    sharding = choose_sharding(config, memory_bytes)
-    return estimate_memory(config, sharding).needed_bytes <= memory_bytes
+    memory = estimate_memory(config, choose_sharding(config, gpu), gpu.spec)
+    return memory.needed_bytes <= gpu.memory_bytes
 
 
 def resolve_sharding(config: RunConfig) -> RunConfig:
     """Replace `hardware.sharding = "auto"` by the value that this machine's GPUs call for."""
     if config.hardware.sharding != "auto" or config.hardware.world_size == 1:
         return config
-    on_cpu = config.hardware.device == "cpu"
-    chosen = choose_sharding(config, None if on_cpu else find_target_gpu().memory_bytes)
+    chosen = choose_sharding(config, find_target_gpu())
     return config.model_copy(
         update={"hardware": config.hardware.model_copy(update={"sharding": chosen})}
     )
@@ -161,7 +166,9 @@ def resolve_sharding(config: RunConfig) -> RunConfig:
 class _Step:
     """Sizes in a training step; in bytes unless the name says otherwise."""
 
-    def __init__(self, config: RunConfig, sharding: Sharding, compiled: bool) -> None:
+    def __init__(
+        self, config: RunConfig, sharding: Sharding, gpu: GPUSpec | None, compiled: bool
+    ) -> None:
         model, training = config.model, config.training
         on_cpu, world_size = config.hardware.device == "cpu", config.hardware.world_size
         default_rows = CPU_CHUNK_ROWS if on_cpu else CUDA_CHUNK_ROWS
@@ -174,11 +181,13 @@ class _Step:
         self.shards = world_size if sharding == "fsdp" else 1
         is_ddp = world_size > 1 and sharding == "ddp"
         self.accumulates = is_ddp or training.grad_acc > world_size
-        # Bytes per element: of the matmul dtype (e above), of the residual stream and the hidden
-        # states, and of what nanochat's norms save (uncompiled, they compute in float32).
+        # Bytes per element: of the matmul dtype (e above), of residual stream and hidden states.
         self.e = 4 if training.dtype == "float32" or on_cpu else 2
         self.stream = 4 if self.is_gpt2 else self.e
-        self.norm = self.e
+        self.head_size = model.n_embd // model.n_head
+        is_flash = self.e == 2 and self.head_size <= MAX_FLASH_HEAD_SIZE
+        is_flash = is_flash and (gpu is None or gpu.compute_capability >= (8, 0))
+        self.attention: Attention = "FlashAttention" if is_flash else "memory-efficient"
         self.is_autocast = self.e == 2
         self.tokens = training.batch_size * model.block_size
         self.elements = self.tokens * model.n_embd
@@ -207,17 +216,16 @@ class _Step:
     def _block(self) -> int:
         """What autograd saves for one block."""
         model, heads, e = self.model, self.model.n_head, self.e
+        padding = -self.head_size % (16 // e)
+        # Queries, keys and values; attention's output too, unless the projection takes it uncopied.
+        is_copied = padding or (not self.is_gpt2 and self.attention == "FlashAttention")
+        attention = (4 if is_copied else 3) * e * heads * (self.head_size + padding)
         if self.is_gpt2:
-            saved, per_token = 8 + 14 * e, 16 + 4 * heads
+            saved, per_token = 8 + 11 * e, 16 + 4 * heads
         else:
-            saved, per_token = 4 * self.norm + 15 * e, 8 + 12 * heads
+            saved, per_token = 15 * e, 8 + 12 * heads
         masks = 2 if model.dropout else 0
-        padding, head_size = 0, model.n_embd // heads
-        if self.is_autocast and head_size % 8:
-            # Four padded copies instead of queries, keys and values: the output is saved as well.
-            padded = -(-head_size // 8) * 8 * heads * self.tokens
-            padding = e * (4 * padded - (3 if self.is_gpt2 else 4) * self.elements)
-        return (saved + masks) * self.elements + per_token * self.tokens + padding
+        return (saved + masks) * self.elements + (attention + per_token) * self.tokens
 
     def _activations(self) -> int:
         """All that autograd holds at the end of the forward pass."""
@@ -229,8 +237,8 @@ class _Step:
             masks = self.elements if model.dropout else 0
             ends += 8 * model.block_size + 4 * self.elements + masks
         else:
-            rotations = self.e * model.block_size * (model.n_embd // model.n_head)
-            ends += rotations + 2 * self.norm * self.elements
+            rotations = self.e * model.block_size * self.head_size
+            ends += rotations + 2 * self.e * self.elements
         per_layer = self.stream * self.elements if self.is_checkpointed else self.block
         return ends + model.n_layer * per_layer
 

@@ -77,6 +77,7 @@ def _model_rows(figures: Figures) -> Rows:
 def _memory_rows(figures: Figures) -> Rows:
     memory, gpu = figures.memory, figures.gpu
     yield from ((_name(part), gib(size)) for part, size in memory.parts.items() if size)
+    yield "attention", f"{memory.attention} kernels"
     yield "peak, uncompiled", f"{gib(memory.peak_bytes)}, at: {_name(memory.moment)}"
     saved = memory.peak_bytes - memory.compiled_bytes
     if saved > 0:

@@ -83,7 +83,7 @@ def run_preflight_on_values(
             suggestion
             for problem in error.problems
             if problem.remedy.startswith(HEAD_SPLIT_REMEDY)
-            for suggestion in suggest_heads(problem.key, raw, target.memory_bytes, aligned=False)
+            for suggestion in suggest_heads(problem.key, raw, target, aligned=False)
         ]
         return Report(path, target, None, error.problems, unknown_gpu, tuple(heads))
     figures = compute_figures(config, target, starting, network_gbit)
@@ -91,7 +91,7 @@ def run_preflight_on_values(
     suggestions = figures.memory_savings
     if any(warning.key == "model.n_head" for warning in warnings):
         values = config.model_dump(mode="json")
-        heads = suggest_heads("model.n_head", values, target.memory_bytes, aligned=True)
+        heads = suggest_heads("model.n_head", values, target, aligned=True)
         suggestions = [*suggestions, *heads]
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
 

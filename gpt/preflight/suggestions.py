@@ -15,6 +15,7 @@ from gpt.config.loading import build_config, merge_overrides
 from gpt.config.rules import valid_head_splits
 from gpt.config.schema import ModelSection, RunConfig
 from gpt.errors import ConfigError
+from gpt.hardware.target_gpu import TargetGPU
 from gpt.preflight.memory import estimate_memory, fits_memory
 from gpt.preflight.parameters import count_parameters
 
@@ -64,7 +65,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def suggest_heads(
-    key: str, raw: Mapping[str, Any], memory_bytes: int | None, aligned: bool
+    key: str, raw: Mapping[str, Any], gpu: TargetGPU, aligned: bool
 ) -> list[Suggestion]:
     """Suggest splits of the width into heads, the nearest in parameters first: for a width that the
     heads do not divide, or with `aligned` for heads that are no multiple of 8 channels."""
@@ -81,7 +82,7 @@ def suggest_heads(
         overrides = {"model.n_embd": n_embd, "model.n_head": n_head}
         changed = apply_overrides(raw, overrides)
         try:
-            fits = fits_memory(build_config(changed), memory_bytes)
+            fits = fits_memory(build_config(changed), gpu)
         except ConfigError:
             fits = None
         parameters = _count_parameters(changed["model"])
@@ -104,7 +105,7 @@ def _count_parameters(model: Mapping[str, Any]) -> int | None:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def suggest_memory_savings(config: RunConfig, memory_bytes: int) -> list[Suggestion]:
+def suggest_memory_savings(config: RunConfig, gpu: TargetGPU) -> list[Suggestion]:
     """Suggest changes that make a run fit, the cheapest first: the largest micro-batch that fits,
     with tokens per step unchanged; smaller evaluation batches; fewer logits at once; activation
     checkpointing.
@@ -120,7 +121,7 @@ def suggest_memory_savings(config: RunConfig, memory_bytes: int) -> list[Suggest
     for candidates in _memory_savings(config):
         for overrides in [*candidates, *(before | candidate for candidate in candidates)]:
             changed = RunConfig.model_validate(apply_overrides(values, overrides))
-            if fits_memory(changed, memory_bytes):
+            if fits_memory(changed, gpu):
                 found.append(Suggestion(key, overrides, model.n_embd, model.n_head, total, True))
                 break
         else:

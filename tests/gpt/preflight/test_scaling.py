@@ -38,6 +38,8 @@ LARGE = {
 }
 """About 7 x 10^9 parameters: 16 bytes of each exceed the memory of one GPU."""
 H100_BYTES = 81_559 * 2**20
+H100 = find_target_gpu("h100")
+UNKNOWN = find_target_gpu("no-such-gpu")
 FSDP = {"hardware.sharding": "fsdp"}
 
 
@@ -212,12 +214,12 @@ def test_fsdp_needs_its_share_and_what_it_gathers() -> None:
 
 
 def test_auto_sharding_is_ddp_if_it_fits_or_memory_is_unknown_else_fsdp() -> None:
-    assert choose_sharding(make_config(on(8, 2)), H100_BYTES) == "ddp"
-    assert choose_sharding(make_config(on(8, 2, **LARGE)), None) == "ddp"
-    assert choose_sharding(make_config(on(8, 2, **LARGE)), H100_BYTES) == "fsdp"
-    assert choose_sharding(make_config(LARGE), H100_BYTES) == "ddp"  # one device
-    assert choose_sharding(make_config(on(8, 2, **FSDP)), None) == "fsdp"
-    assert choose_sharding(make_config(on(8, 2, **FSDP)), H100_BYTES) == "fsdp"
+    assert choose_sharding(make_config(on(8, 2)), H100) == "ddp"
+    assert choose_sharding(make_config(on(8, 2, **LARGE)), UNKNOWN) == "ddp"
+    assert choose_sharding(make_config(on(8, 2, **LARGE)), H100) == "fsdp"
+    assert choose_sharding(make_config(LARGE), H100) == "ddp"  # one device
+    assert choose_sharding(make_config(on(8, 2, **FSDP)), UNKNOWN) == "fsdp"
+    assert choose_sharding(make_config(on(8, 2, **FSDP)), H100) == "fsdp"
     report = make_report(on(8, 2, **LARGE))
     assert report.as_json()["scaling"]["sharding"] == "fsdp"
     assert report.as_json()["memory"]["fits"]
