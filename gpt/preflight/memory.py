@@ -29,7 +29,9 @@ one block at a time. Dropout saves one byte per element. The method is that of K
 2022 (arXiv:2205.05198).
 
 `peak_bytes` is for a step without compilation. With compilation (`compiled_bytes`), of a chunk only
-the logits and their gradient exist. Tests hold both within 2% of `torch.cuda.max_memory_allocated`
+the logits and their gradient exist; what follows the embedding is computed again in backward, which
+saves nanochat's first norm input and the first block's input with checkpointing; and checkpointing
+saves no 16-bit weights. Tests hold both within 2% of `torch.cuda.max_memory_allocated`
 (tests/cuda/test_preflight_memory.py).
 
 `overheads` are not in that measurement and are assumed: the CUDA context with the code of cuBLAS
@@ -195,7 +197,8 @@ class _Step:
         self.head = 4 * self.head_elements
         self.all_parameters = 4 * parameters.total
         self.optimizer_states = self.shard(4 * parameters.optimizer_states(config.optimizer.name))
-        self.block_copies = 2 * parameters.block_matrices if self.is_autocast else 0
+        has_copies = self.is_autocast and not (compiled and self.is_checkpointed)
+        self.block_copies = 2 * parameters.block_matrices if has_copies else 0
         # Gradients during a forward pass: the sum over the micro-batches before it.
         self.earlier_gradients = self.all_parameters if self.accumulates else 0
         self.block = self._block()
@@ -238,9 +241,10 @@ class _Step:
             ends += 8 * model.block_size + 4 * self.elements + masks
         else:
             rotations = self.e * model.block_size * self.head_size
-            ends += rotations + 2 * self.e * self.elements
-        per_layer = self.stream * self.elements if self.is_checkpointed else self.block
-        return ends + model.n_layer * per_layer
+            ends += rotations + (1 if self.compiled else 2) * self.e * self.elements
+        if self.is_checkpointed:
+            return ends + (model.n_layer - self.compiled) * self.stream * self.elements
+        return ends + model.n_layer * self.block
 
     def peak(self) -> tuple[str, dict[str, int]]:
         """Return the moment of the peak and its parts."""

@@ -9,6 +9,7 @@ import torch
 from step_memory import make_config, measure_peak_bytes
 
 from gpt.config.schema import ModelSection, RunConfig
+from gpt.hardware.gpus import find_gpu
 from gpt.model.architectures import ARCHITECTURES
 from gpt.model.loss import default_chunk_rows
 from gpt.preflight.memory import CPU_CHUNK_ROWS, CUDA_CHUNK_ROWS, estimate_memory
@@ -98,3 +99,31 @@ def test_padded_heads_need_more_memory() -> None:
     padded = make_config("gpt2", "adamw", "bfloat16", (12, 12, 720), (16, 1024))
     aligned = make_config("gpt2", "adamw", "bfloat16", (12, 15, 720), (16, 1024))
     assert estimate_memory(padded).peak_bytes > 1.03 * estimate_memory(aligned).peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "heads", "kernel"),
+    [
+        ("rtx-4070", "bfloat16", 12, "FlashAttention"),
+        ("rtx-4070", "float32", 12, "memory-efficient"),
+        ("rtx-4070", "bfloat16", 2, "memory-efficient"),
+        ("t4", "bfloat16", 12, "memory-efficient"),
+        (None, "bfloat16", 12, "FlashAttention"),
+    ],
+)
+def test_gpu_dtype_and_head_size_decide_on_the_attention_kernel(
+    gpu: str | None, dtype: str, heads: int, kernel: str
+) -> None:
+    config = make_config("nanochat", "muon", dtype, (2, heads, 768), (8, 1024))
+    memory = estimate_memory(config, gpu=find_gpu(gpu) if gpu else None)
+    assert memory.attention == kernel
+
+
+def test_only_nanochat_with_flash_attention_copies_the_output_of_attention() -> None:
+    t4 = find_gpu("t4")
+    for architecture, copied_bytes in (("gpt2", 0), ("nanochat", 12 * 2 * 16 * 1024 * 768)):
+        config = make_config(architecture, "adamw", "bfloat16", (12, 12, 768), (16, 1024))
+        flash, efficient = estimate_memory(config), estimate_memory(config, gpu=t4)
+        assert flash.peak_bytes - efficient.peak_bytes == copied_bytes
+    padded = make_config("nanochat", "muon", "bfloat16", (12, 12, 720), (16, 1024))
+    assert estimate_memory(padded).peak_bytes == estimate_memory(padded, gpu=t4).peak_bytes
