@@ -19,6 +19,7 @@ def make_config(
     dtype: str,
     size: tuple[int, int, int],
     batch: tuple[int, int],
+    dropout: float = 0.0,
     **training: object,
 ) -> RunConfig:
     """`size`: layers, heads, width; `batch`: sequences, block size."""
@@ -32,6 +33,7 @@ def make_config(
                 "n_head": n_head,
                 "n_embd": n_embd,
                 "block_size": batch[1],
+                "dropout": dropout,
             },
             "data": {"source": "none.parquet"},
             "optimizer": {"name": optimizer},
