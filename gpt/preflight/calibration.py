@@ -23,7 +23,7 @@ def compare_measurement(
     digits = ",.0f" if value >= 1000 else ".3g"
     yield measured.name, f"{value:{digits}} {measured.unit}", expected
     if measured.config and measured.peak_bytes:
-        estimate = estimate_memory(measured.config).compiled_bytes
+        estimate = estimate_memory(measured.config, gpu=gpu).compiled_bytes
         yield "  its peak memory", gib(measured.peak_bytes), f"estimate {gib(estimate)}"
 
 

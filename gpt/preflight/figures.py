@@ -11,12 +11,7 @@ from gpt.preflight.memory import Memory, Sharding, choose_sharding, estimate_mem
 from gpt.preflight.parameters import Parameters, count_parameters
 from gpt.preflight.scaling import Scaling, estimate_scaling
 from gpt.preflight.suggestions import Suggestion, suggest_memory_savings
-from gpt.preflight.time import (
-    Throughput,
-    estimate_disk,
-    estimate_throughput,
-    free_disk_bytes,
-)
+from gpt.preflight.time import Throughput, estimate_disk, estimate_throughput, free_disk_bytes
 
 
 @dataclass(frozen=True)

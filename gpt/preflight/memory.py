@@ -128,9 +128,6 @@ def estimate_memory(
     )
 
 
-# --- sharding ------------------------------------------------------------------------------------
-
-
 def choose_sharding(config: RunConfig, gpu: TargetGPU) -> Sharding:
     """Return what `hardware.sharding` asks for; for "auto" ddp if it fits or needs less, else fsdp.
     If the device's memory is unknown, or it is a CPU, "auto" is ddp."""
@@ -160,9 +157,6 @@ def resolve_sharding(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={"hardware": config.hardware.model_copy(update={"sharding": chosen})}
     )
-
-
-# --- the parts -----------------------------------------------------------------------------------
 
 
 class _Step:
@@ -298,6 +292,8 @@ class _Step:
         # three temporaries of that size unless it is compiled.
         square = 12 * self.e + self.stream - 4
         around = 4 * self.e if self.is_gpt2 or self.compiled else square
+        if self.compiled and self.is_checkpointed:
+            around *= 2  # measured: the recomputation overlaps with the backward pass
         # A tied head's gradient waits for the embedding's; otherwise it may be a gradient already.
         head_waits = self.parameters.tied or not self.accumulates
         return self._parts(

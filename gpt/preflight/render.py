@@ -41,9 +41,6 @@ def summarize_report(report: Report) -> str:
     return "good"
 
 
-# --- the rows ------------------------------------------------------------------------------------
-
-
 def sections(report: Report) -> Iterator[tuple[str, Rows]]:
     """Yield title and rows of each section of figures; nothing for an invalid config."""
     figures = report.figures
@@ -206,9 +203,6 @@ def _suggestion_row(suggestion: Suggestion) -> tuple[str, ...]:
     )
 
 
-# --- in the terminal -----------------------------------------------------------------------------
-
-
 def print_report(report: Report, console: Console) -> None:
     """Print one report in full."""
     style = "bold red" if report.blocked else "bold yellow" if report.warnings else "bold green"
@@ -289,9 +283,6 @@ def _comparison_row(report: Report) -> tuple[str, ...]:
         format_hours(figures.hours_range),
         summarize_report(report),
     )
-
-
-# --- as Markdown ---------------------------------------------------------------------------------
 
 
 def render_markdown(report: Report) -> str:

@@ -96,9 +96,6 @@ def run_preflight_on_values(
     return Report(path, target, figures, problems, warnings, tuple(suggestions))
 
 
-# --- as JSON -------------------------------------------------------------------------------------
-
-
 def _figures_json(figures: Figures) -> dict[str, Any]:
     config, memory, scaling = figures.config, figures.memory, figures.scaling
     values = {

@@ -69,8 +69,6 @@ class Scaling:
             return self.network
         return min(self.intra_node, self.network, key=lambda link: link.bytes_per_second)
 
-    # --- bytes -----------------------------------------------------------------------------------
-
     @property
     def _ring_bytes(self) -> float:
         """Bytes sent per parameter when a ring passes it on once."""
@@ -91,8 +89,6 @@ class Scaling:
     @property
     def sent_bytes(self) -> float:
         return self.micro_batches * self.gathered_bytes + self.gradient_bytes
-
-    # --- seconds ---------------------------------------------------------------------------------
 
     @property
     def compute_seconds(self) -> float:
@@ -131,8 +127,6 @@ class Scaling:
         """With full overlap and with none."""
         full, none = self.step_seconds
         return steps * full / 3600, steps * none / 3600
-
-    # --- the bottleneck --------------------------------------------------------------------------
 
     @property
     def is_network_bound(self) -> bool:

@@ -61,9 +61,6 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     return result
 
 
-# --- heads ---------------------------------------------------------------------------------------
-
-
 def suggest_heads(
     key: str, raw: Mapping[str, Any], gpu: TargetGPU, aligned: bool
 ) -> list[Suggestion]:
@@ -100,9 +97,6 @@ def _count_parameters(model: Mapping[str, Any]) -> int | None:
         return count_parameters(ModelSection(**model)).total
     except ValidationError:
         return None
-
-
-# --- memory --------------------------------------------------------------------------------------
 
 
 def suggest_memory_savings(config: RunConfig, gpu: TargetGPU) -> list[Suggestion]:
