@@ -17,6 +17,7 @@
 #define MAX_DEVICES 8
 #define MAX_FUNCTIONS 1024
 
+int card_in_group = 0;
 __thread int card_device = 0;
 __thread int card_last_error = 0;
 

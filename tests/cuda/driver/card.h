@@ -31,6 +31,7 @@ size_t card_free_bytes(int device);
 int card_device_count(void);
 
 extern __thread int card_device;     /* the current one of this thread */
+extern int card_in_group;            /* has joined other processes over NCCL */
 extern __thread int card_last_error; /* of the runtime, until someone asks */
 
 /* Charge memory to a device; 0 if it does not fit. */

@@ -36,6 +36,7 @@ EXPORT int ncclGetUniqueId(unique_id *id) {
 EXPORT int ncclCommInitRankConfig(
     comm_t *comm, int ranks, unique_id id, int rank, void *config) {
     CALL();
+    card_in_group = 1;
     *comm = malloc(sizeof **comm);
     **comm = (struct comm){ranks, rank};
     return 0;

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -186,12 +187,22 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *answer
     return 0;
 }
 
+static int has_only_finite_floats(const void *start, size_t bytes) {
+    uint32_t words[RESULT_BYTES / 4] = {0};
+    memcpy(words, start, bytes);
+    for (int i = 0; i < RESULT_BYTES / 4; i++)
+        if ((words[i] >> 23 & 0xff) == 0xff) return 0;
+    return 1;
+}
+
 /* What the host reads in a few bytes is the result of a kernel, which computed nothing: numbers are
- * then 0, and a bool is true, e.g. of `isfinite`. The memory itself may hold anything. */
+ * then 0, and a bool is true, e.g. of `isfinite`. The memory itself may hold anything. In a group it
+ * may also hold what the others are asked for, e.g. whether they have as many parameters. */
 static void copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     if (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToDevice)
         card_count_copy(kind == cudaMemcpyDeviceToHost);
-    if (kind == cudaMemcpyDeviceToHost && bytes <= RESULT_BYTES)
+    int is_result = kind == cudaMemcpyDeviceToHost && bytes <= RESULT_BYTES;
+    if (is_result && !(card_in_group && bytes > 1 && has_only_finite_floats(from, bytes)))
         memset(to, bytes == 1, bytes);
     else
         card_copy(to, from, bytes);
