@@ -3,6 +3,7 @@
 # make test-all  the same, and the long fault, service and cluster tests
 # make test-cuda the tests of the CUDA path, on a stub of the driver: no card is needed
 # make check     formatting, lint and types only
+# make gpu-check what only a GPU can show, in under nine minutes
 # make docs      build the documentation into site/, offline
 # make install   what `make run` installs
 # make clean     remove what was installed and cached; runs/ and data/ stay
@@ -36,7 +37,7 @@ make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet 'p
 install = $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable
 endif
 
-.PHONY: run test test-all test-cuda check docs install clean
+.PHONY: run test test-all test-cuda check gpu-check docs install clean
 
 run: $(VENV)/installed $(SAMPLE)
 	@$(BIN)/overnight run $(CONFIG)
@@ -56,6 +57,9 @@ check: $(VENV)/installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+gpu-check: $(VENV)/installed
+	@$(BIN)/python tests/benchmarks/gpu_check.py
 
 docs: $(VENV)/installed-docs
 	@NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet

@@ -47,7 +47,7 @@ def measure_card(device: torch.device, folder: Path, is_small: bool) -> Iterator
 
 def _shipped_sizes(device: torch.device, is_small: bool) -> list[RunConfig]:
     """Return configs with the sizes of the shipped ones, or small ones."""
-    on_gpu = device.type == "cuda"
+    compiles = device.type == "cuda" and not is_small and not find_compiler_error("cuda")
     widths = (64, 32) if is_small else (768, 480, 576, 720)
     n_layer, n_head, block_size, batch_size = (1, 2, 32, 2) if is_small else (12, 12, 1024, 16)
     model = {"n_layer": n_layer, "n_head": n_head, "block_size": block_size}
@@ -55,7 +55,7 @@ def _shipped_sizes(device: torch.device, is_small: bool) -> list[RunConfig]:
     raw = {
         "run": {"name": "calibration"},
         "data": {"source": "random"},
-        "training": {**training, "compile": on_gpu and not find_compiler_error("cuda")},
+        "training": {**training, "compile": compiles},
         "hardware": {"device": str(device)},
     }
     recipes = [("gpt2", "adamw"), *[("nanochat", "muon")] * (len(widths) - 1)]

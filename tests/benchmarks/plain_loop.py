@@ -92,7 +92,7 @@ def train_plain(config, dataset, peak_learning_rate, warmup):
         betas=(0.9, 0.95),
         fused=on_gpu,
     )
-    network = torch.compile(model) if on_gpu else model
+    network = torch.compile(model) if on_gpu and training.compile else model
     train_set = SequenceDataset(dataset, dataset.train, model_config.block_size)
     held_out = SequenceDataset(dataset, dataset.validation, model_config.block_size)
     batches = TrainingLoader(train_set, training.seed)
