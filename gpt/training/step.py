@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gpt.artifacts import CheckpointRef, DatasetManifest, HeldoutLoss
 from gpt.config.schema import RunConfig
@@ -26,7 +27,6 @@ from gpt.training.distributed.sharding import (
     apply_ddp,
     apply_fsdp,
     full_tensor,
-    keeps_gradient_buckets,
     load_full_weights,
     reshard,
     set_gradient_sync,
@@ -230,8 +230,10 @@ class TrainState:
         self.skipped_steps += 1
 
     def zero_grad(self) -> None:
+        # DDP's gradients are views of its buckets: setting them to None would allocate others.
+        is_ddp = isinstance(self.parallel_model, DistributedDataParallel)
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=not keeps_gradient_buckets(self.parallel_model))
+            optimizer.zero_grad(set_to_none=not is_ddp)
 
     def _to_device(self, part: Tensor) -> Tensor:
         # From pinned memory the copy runs beside work that is already enqueued.

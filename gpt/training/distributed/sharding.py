@@ -50,12 +50,6 @@ def set_gradient_sync(model: Any, sync: bool) -> None:
         model.require_backward_grad_sync = sync  # what `no_sync` sets
 
 
-def keeps_gradient_buckets(model: nn.Module) -> bool:
-    """Whether gradients stay allocated between steps: DDP's are views of its buckets, and setting
-    them to None would allocate a second set."""
-    return isinstance(model, DistributedDataParallel)
-
-
 def reshard(model: Any) -> None:
     """Free what a forward pass without a backward pass has gathered."""
     if _is_sharded(model):
