@@ -295,7 +295,10 @@ class _Step:
         square = 12 * self.e + self.stream - 4
         around = 4 * self.e if self.is_gpt2 or self.compiled else square
         if self.compiled and self.is_checkpointed:
-            around *= 2  # measured: the recomputation overlaps with the backward pass
+            # Measured: recomputation overlaps with the backward pass, padded heads with unpadded ones.
+            around *= 2
+            if self.head_size % (16 // self.e):
+                around += 3 * self.e
         # A tied head's gradient waits for the embedding's; otherwise it may be a gradient already.
         head_waits = self.parameters.tied or not self.accumulates
         return self._parts(
