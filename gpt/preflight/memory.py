@@ -295,7 +295,8 @@ class _Step:
         square = 12 * self.e + self.stream - 4
         around = 4 * self.e if self.is_gpt2 or self.compiled else square
         if self.compiled and self.is_checkpointed:
-            # Measured: recomputation overlaps with the backward pass, padded heads with unpadded ones.
+            # Measured: recomputation overlaps with the backward pass, and so do heads before and
+            # after padding.
             around *= 2
             if self.head_size % (16 // self.e):
                 around += 3 * self.e
