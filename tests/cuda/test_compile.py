@@ -40,8 +40,8 @@ def take_step(state):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, id="gpt2", marks=pytest.mark.cards("rtx4070")),
-        pytest.param(NANOCHAT, id="nanochat", marks=pytest.mark.cards("rtx3060")),
+        pytest.param({}, id="gpt2", marks=pytest.mark.cards("rtx4070", "t4")),
+        pytest.param(NANOCHAT, id="nanochat", marks=pytest.mark.cards("rtx3060", "h100")),
     ],
 )
 def test_nothing_recompiles_after_the_first_step(dataset, tmp_path, changes):
@@ -67,7 +67,7 @@ def test_nothing_recompiles_after_the_first_step(dataset, tmp_path, changes):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.cards("rtx4070", "rtx3060")
+@pytest.mark.cards("rtx4070", "rtx3060", "t4", "h100")
 def test_kernels_fit_into_the_shared_memory_of_the_card():
     """Of the kernels that Triton has made for this card so far."""
     card = CARDS[os.environ[CARD]]
