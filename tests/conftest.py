@@ -1,4 +1,4 @@
-"""Shared by the tests: a small real Parquet, a config for it, stores that nobody else sees.
+"""Shared by the tests: a small real Parquet, a config for it, stores of their own.
 
 The environment is set before anything imports prefect or mlflow, which read it as they load.
 """

@@ -67,7 +67,7 @@ def _configure_allocator(device: torch.device) -> None:
 
 
 def _have_fabric_state() -> bool:
-    """Whether NVML tells the fabric state of each GPU, which torch asserts for expandable
+    """Whether NVML reports the fabric state of each GPU, which torch asserts for expandable
     segments."""
     try:
         pynvml.nvmlInit()

@@ -132,7 +132,7 @@ def _step_seconds(shape: Shape, gpu: GPUSpec, dtype: str) -> float:
 
 
 def _is_better(one: GPUSpec, other: GPUSpec, dtype: str) -> bool:
-    """Return whether a card is no worse than another on paper."""
+    """Return whether a card is at least as good as another on paper."""
     return (
         (one.peak_tflops(dtype) or 0.0) >= (other.peak_tflops(dtype) or 0.0)
         and one.bandwidth_gbs >= other.bandwidth_gbs

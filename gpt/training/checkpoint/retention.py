@@ -213,7 +213,7 @@ def record_best(folder: Path, step: int, loss: float) -> None:
 
 
 def read_best(folder: Path) -> Best | None:
-    """Return the best checkpoint that `record_best` has noted, if it still exists."""
+    """Return the best checkpoint that `record_best` recorded, if it still exists."""
     try:
         best = Best.model_validate_json((folder / "checkpoints" / BEST_FILE).read_bytes())
     except (FileNotFoundError, ValidationError):

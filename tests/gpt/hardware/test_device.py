@@ -130,7 +130,7 @@ def test_segments_are_expandable_and_memory_is_not_limited(cuda: Any) -> None:
     assert not cuda.fractions
 
 
-def test_segments_are_not_expandable_if_nvml_does_not_tell_the_fabric_state(cuda: Any) -> None:
+def test_segments_are_not_expandable_without_the_fabric_state_of_nvml(cuda: Any) -> None:
     def missing(handle: int, info: Any) -> None:
         raise NVMLError
 
