@@ -131,7 +131,7 @@ def measure_steps(config: RunConfig, folder: Path, seconds: float) -> Measuremen
     end = time.perf_counter() + seconds
     while len(times) < 2 * WARM_UP_STEPS or time.perf_counter() < end:
         start = time.perf_counter()
-        _run_step(state)
+        run_step(state)
         times.append(time.perf_counter() - start)
     times = times[WARM_UP_STEPS:]
     per_step = config.sequences_per_step // state.batch_size
@@ -148,7 +148,8 @@ def measure_steps(config: RunConfig, folder: Path, seconds: float) -> Measuremen
     )
 
 
-def _run_step(state: TrainState) -> None:
+def run_step(state: TrainState) -> None:
+    """Take an optimizer step without the checks and the record of `gpt.training.loop.fit`."""
     apply_schedule(state.optimizers, state.config, state.step)
     loss = torch.zeros((), device=state.device)
     for batch, is_last in state.micro_batches():

@@ -10,9 +10,9 @@ from cards import CARD, CARDS
 from torch._dynamo.utils import counters
 from training_data import make_token_dataset, tiny_config
 
+from gpt.training.calibration import run_step
 from gpt.training.checkpoint.retention import latest_valid_checkpoint
 from gpt.training.loop import train
-from gpt.training.optimizer import apply_schedule
 from gpt.training.step import TrainState
 
 NANOCHAT = {"model__architecture": "nanochat", "optimizer__name": "muon", "model__dropout": 0.0}
@@ -28,20 +28,13 @@ def compiled_config(root, **changes):
     return tiny_config(root, **{**run, **changes})
 
 
-def take_step(state):
-    apply_schedule(state.optimizers, state.config, state.step)
-    loss = torch.zeros((), device=state.device)
-    for batch, is_last in state.micro_batches():
-        loss += state.forward_backward(batch, sync_gradients=is_last)
-    state.clip_gradients(loss)
-    state.update_weights()
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({}, id="gpt2", marks=pytest.mark.cards("rtx4070", "t4")),
-        pytest.param(NANOCHAT, id="nanochat", marks=pytest.mark.cards("rtx3060", "h100")),
+        pytest.param(
+            NANOCHAT, id="nanochat", marks=pytest.mark.cards("rtx3060", "h100", "rtx5070")
+        ),
     ],
 )
 def test_nothing_recompiles_after_the_first_step(dataset, tmp_path, changes):
@@ -51,23 +44,23 @@ def test_nothing_recompiles_after_the_first_step(dataset, tmp_path, changes):
     running.close()
     counters.clear()
     state = TrainState(compiled_config(tmp_path, **changes), dataset)
-    take_step(state)
+    run_step(state)
     assert not counters["graph_break"]
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     with torch._dynamo.config.patch(error_on_recompile=True):
         state.evaluate()
-        take_step(state)
+        run_step(state)
         state.resume(latest_valid_checkpoint(tmp_path / "run"))
-        take_step(state)
+        run_step(state)
         state.model.eval()
         state.model.train()
-        take_step(state)
+        run_step(state)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.cards("rtx4070", "rtx3060", "t4", "h100")
+@pytest.mark.cards("rtx4070", "rtx3060", "t4", "h100", "rtx5070")
 def test_kernels_fit_into_the_shared_memory_of_the_card():
     """Of the kernels that Triton has made for this card so far."""
     card = CARDS[os.environ[CARD]]
