@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?)$"
 
 
 def _as_tuple(value: Any) -> Any:
@@ -220,7 +221,7 @@ class TrackingSection(Section):
 
 
 class HardwareSection(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "auto"
     """auto, cpu, cuda or cuda:INDEX; auto: the GPU if there is one."""
     devices: Annotated[int, Field(ge=1, le=1_024)] = 1
     """GPUs per machine that train together (on a CPU: processes); they share a step's

@@ -11,6 +11,7 @@ from functools import cache
 import pynvml
 import torch
 
+from gpt.config.schema import DEVICE_PATTERN
 from gpt.errors import ConfigError, Problem
 from gpt.hardware.target_gpu import InstalledGPU, installed_gpus
 
@@ -30,6 +31,10 @@ def pick_device(name: str) -> torch.device:
     random states and supported dtypes are asked, and its allocator is set up.
 
     Raises `ConfigError` if it does not exist."""
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        rule = "only CUDA GPUs and the CPU are supported"
+        remedy = 'use "auto", "cpu", "cuda" or e.g. "cuda:1"'
+        raise ConfigError(Problem("hardware.device", name, rule, remedy))
     if not names_gpu(name):
         return torch.device("cpu")
     index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()

@@ -119,6 +119,12 @@ def test_cpu_leaves_gpus_alone(cuda: Any) -> None:
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", "cuad", "cuda:-1", ""])
+def test_name_that_is_no_device_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="supported"):
+        pick_device(name)
+
+
 def test_missing_gpu_is_a_config_error(cuda: Any) -> None:
     with pytest.raises(ConfigError, match=r"torch .* finds 2 CUDA devices"):
         pick_device("cuda:2")
