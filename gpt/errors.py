@@ -116,6 +116,10 @@ class ServiceError(GPTError, headline="the service cannot be started"):
     """Servers, workers or deployments cannot be started or are already running."""
 
 
+class StorageError(GPTError, headline="a file or folder cannot be used"):
+    """A disk is full or read-only, or a folder may not be written."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a message, or the name of an error that has none.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 from overnight_command import ROOT, overnight
+
+from flows.cli import main
 
 GOOD = ROOT / "configs" / "gpt-576.toml"
 
@@ -100,3 +104,41 @@ def test_invalid_run_is_reported_once_and_recorded_as_failed(
     assert "Traceback" not in done.stdout + done.stderr
     assert flow_run_states(prefect_home, "gpt-576") == ["FAILED"]
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    "command", [("calibrate", "--device", "cpu"), ("sync", "run"), ("doctor",)]
+)
+def test_root_below_a_file_is_one_message(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    done = overnight(*command, "--root", tmp_path / "file" / "runs")
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "file" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_disk_that_cannot_be_written_is_one_message(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "runs/file")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert capsys.readouterr().err.splitlines() == [
+        "a file or folder cannot be used: 1 problem",
+        "  runs/file",
+        f"    {os.strerror(number)}",
+        "    -> free space there, or use a folder that you can write, e.g. by run.root or --root",
+    ]
+
+
+def test_other_error_of_the_system_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.EBADF, "a mistake of the program")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(OSError, match="mistake"):
+        main.main()
